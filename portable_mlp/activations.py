@@ -1,0 +1,225 @@
+"""Activations: elementwise layers y = f(x), with dx = dy · f′(x) right below.
+
+Where f′ is a function of f, the output is all that is kept.  To add one, subclass
+`Layer` here and list it in `ACTIVATIONS`; the tests take their parameters from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from math import pi, sqrt
+from typing import Any
+
+from portable_mlp.functions import sigmoid, softplus
+from portable_mlp.layers import Layer
+from portable_mlp.typing import Array, Namespace, Params
+
+
+@dataclass(frozen=True)
+class Identity(Layer):
+    """f(x) = x."""
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, None]:
+        return x, None
+
+    def backward(self, p: Params, residual: None, dy: Array, xp: Namespace) -> Array:
+        return dy
+
+
+@dataclass(frozen=True)
+class Sigmoid(Layer):
+    """f(x) = 1 / (1 + e⁻ˣ),  f′ = f (1 − f)."""
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
+        y = sigmoid(x, xp)
+        return y, y
+
+    def backward(self, p: Params, y: Array, dy: Array, xp: Namespace) -> Array:
+        dx = 1.0 - y
+        dx *= y
+        dx *= dy
+        return dx
+
+
+@dataclass(frozen=True)
+class Tanh(Layer):
+    """f(x) = tanh x,  f′ = 1 − f²."""
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
+        y = xp.tanh(x)
+        return y, y
+
+    def backward(self, p: Params, y: Array, dy: Array, xp: Namespace) -> Array:
+        dx = 1.0 - y * y
+        dx *= dy
+        return dx
+
+
+@dataclass(frozen=True)
+class ReLU(Layer):
+    """f(x) = max(x, 0),  f′ = [f > 0]  (0 at the kink)."""
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
+        y = xp.maximum(x, 0.0)
+        return y, y
+
+    def backward(self, p: Params, y: Array, dy: Array, xp: Namespace) -> Array:
+        dx = xp.astype(y > 0.0, dy.dtype)
+        dx *= dy
+        return dx
+
+
+@dataclass(frozen=True)
+class LeakyReLU(Layer):
+    """f(x) = x for x > 0, slope · x otherwise (Maas et al., 2013)."""
+
+    slope: float = 0.01
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
+        return xp.where(x > 0.0, x, self.slope * x), x
+
+    def backward(self, p: Params, x: Array, dy: Array, xp: Namespace) -> Array:
+        return xp.where(x > 0.0, dy, self.slope * dy)
+
+
+@dataclass(frozen=True)
+class ELU(Layer):
+    """f(x) = λx for x > 0, λα (eˣ − 1) otherwise (Clevert et al., 2016, eq. 15).
+
+    For x ≤ 0, f′ = f + λα.
+    """
+
+    alpha: float = 1.0
+    scale: float = 1.0
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
+        y = xp.maximum(x, 0.0) + self.alpha * xp.expm1(xp.minimum(x, 0.0))
+        y *= self.scale
+        return y, y
+
+    def backward(self, p: Params, y: Array, dy: Array, xp: Namespace) -> Array:
+        return dy * xp.where(y > 0.0, self.scale, y + self.scale * self.alpha)
+
+
+@dataclass(frozen=True)
+class SELU(ELU):
+    """ELU with the self-normalising constants of Klambauer et al. (2017), eq. 2."""
+
+    alpha: float = 1.6732632423543772
+    scale: float = 1.0507009873554805
+
+
+@dataclass(frozen=True)
+class GELU(Layer):
+    """f(x) = ½ x (1 + tanh u),  u = √(2/π) (x + 0.044715 x³).
+
+    The tanh form of Hendrycks and Gimpel (2016), sec. 2; the standard has no erf.
+    f′ = ½ (1 + t) + ½ x (1 − t²) u′ with t = tanh u.
+    """
+
+    def forward(
+        self, p: Params, x: Array, xp: Namespace
+    ) -> tuple[Array, tuple[Array, Array]]:
+        t = xp.tanh(sqrt(2.0 / pi) * (x + 0.044715 * x * x * x))
+        return 0.5 * x * (1.0 + t), (x, t)
+
+    def backward(
+        self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace
+    ) -> Array:
+        x, t = residual
+        du = sqrt(2.0 / pi) * (1.0 + 3.0 * 0.044715 * x * x)
+        return dy * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * du)
+
+
+@dataclass(frozen=True)
+class SiLU(Layer):
+    """f(x) = x σ(x),  f′ = σ + f (1 − σ)  (Elfwing et al., 2018)."""
+
+    def forward(
+        self, p: Params, x: Array, xp: Namespace
+    ) -> tuple[Array, tuple[Array, Array]]:
+        s = sigmoid(x, xp)
+        y = x * s
+        return y, (y, s)
+
+    def backward(
+        self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace
+    ) -> Array:
+        y, s = residual
+        return dy * (s + y * (1.0 - s))
+
+
+@dataclass(frozen=True)
+class Mish(Layer):
+    """f(x) = x t,  t = tanh(log(1 + eˣ)),  f′ = t + x σ(x) (1 − t²)  (Misra, 2020)."""
+
+    def forward(
+        self, p: Params, x: Array, xp: Namespace
+    ) -> tuple[Array, tuple[Array, Array]]:
+        t = xp.tanh(softplus(x, xp))
+        return x * t, (x, t)
+
+    def backward(
+        self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace
+    ) -> Array:
+        x, t = residual
+        return dy * (t + x * sigmoid(x, xp) * (1.0 - t * t))
+
+
+@dataclass(frozen=True)
+class Softplus(Layer):
+    """f(x) = log(1 + eˣ),  f′ = σ(x)."""
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
+        return softplus(x, xp), x
+
+    def backward(self, p: Params, x: Array, dy: Array, xp: Namespace) -> Array:
+        return dy * sigmoid(x, xp)
+
+
+ACTIVATIONS: dict[str, Layer] = {
+    "identity": Identity(),
+    "logistic": Sigmoid(),
+    "tanh": Tanh(),
+    "relu": ReLU(),
+    "leaky_relu": LeakyReLU(),
+    "elu": ELU(),
+    "selu": SELU(),
+    "gelu": GELU(),
+    "silu": SiLU(),
+    "mish": Mish(),
+    "softplus": Softplus(),
+}
+
+
+def get_activation(activation: Any) -> Layer:
+    """Return the layer of a name, or the layer that was given.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown (the message says which comes nearest), or what was
+        given is neither a name nor a layer without parameters.
+    """
+    return lookup("activation", activation, ACTIVATIONS, Layer)
+
+
+def lookup(argument: str, value: Any, table: dict[str, Any], kind: type) -> Any:
+    """Return ``table[value]`` for a name, or ``value`` itself if it is a ``kind``.
+
+    Raises
+    ------
+    ValueError
+        If it is neither; the message names the argument and the nearest name.
+    """
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, str) and value in table:
+        return table[value]
+    near = get_close_matches(str(value), table, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"unknown {argument} {value!r}.{hint} Known: {', '.join(table)};"
+        f" or an instance of {kind.__name__}."
+    )

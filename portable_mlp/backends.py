@@ -1,0 +1,389 @@
+"""Backends: the only place that knows NumPy from CuPy from torch from JAX.
+
+A backend is a namespace with a device: it brings arrays there and back, and says how
+a step is compiled.  To add one, subclass `Backend` and list it in `BACKENDS`; arrays
+of any other library that follows the standard work through the base class.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from math import inf
+from typing import Any, ClassVar, TypeVar
+
+import array_api_compat
+import numpy as np
+from numpy.typing import NDArray
+
+from portable_mlp.typing import Array, Namespace
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class BackendError(RuntimeError):
+    """A backend or device that was asked for cannot be used; the message says why."""
+
+
+class Backend:
+    """A namespace and a device; this base serves any array API namespace.
+
+    Parameters
+    ----------
+    xp : namespace
+    device : object, optional
+        As the namespace means it; its default device if not given.
+
+    Attributes
+    ----------
+    pack_below : float
+        Parameters of fewer elements are packed into one vector (see
+        `portable_mlp.packing`): few large calls beat many small ones where a
+        vector has views.
+    """
+
+    name: ClassVar[str] = ""
+    pack_below: float = inf
+
+    def __init__(self, xp: Namespace, device: Any = None) -> None:
+        self.xp = xp
+        self.device = device
+
+    def __repr__(self) -> str:
+        name = self.name or getattr(self.xp, "__name__", str(self.xp))
+        return f"<backend {name} on {self.device or 'its default device'}>"
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Backend)
+            and self.xp is other.xp
+            and str(self.device) == str(other.device)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def dtype(self, name: str) -> Any:
+        """The namespace's data type of a name such as "float32"."""
+        return getattr(self.xp, name)
+
+    def asarray(self, x: Any, dtype: str | None = None, copy: bool | None = None) -> Array:
+        """An array here, from the host or from here; moved at most once."""
+        return self.xp.asarray(
+            x, dtype=None if dtype is None else self.dtype(dtype), device=self.device, copy=copy
+        )
+
+    def indices(self, host: NDArray[np.intp]) -> Array:
+        """Row numbers here, in a type ``take`` accepts."""
+        info = self.xp.__array_namespace_info__()
+        return self.asarray(host.astype(str(info.default_dtypes()["indexing"]).split(".")[-1]))
+
+    def to_host(self, x: Array) -> NDArray[Any]:
+        """A NumPy array of the same values."""
+        host = self.xp.__array_namespace_info__().default_device()
+        return np.asarray(array_api_compat.to_device(x, host))
+
+    def fetch(self, scalars: Sequence[Array]) -> NDArray[np.float64]:
+        """Many 0-d arrays as one float64 vector on the host: one synchronisation."""
+        return np.asarray(self.to_host(self.xp.stack(list(scalars))), dtype=np.float64)
+
+    def synchronize(self) -> None:
+        """Wait until what was asked for is done; for timing."""
+
+    def compile(self, step: F) -> F:
+        """Make ``step(static, donated, *traced)`` fast; here, it runs as it is."""
+        return step
+
+    @contextmanager
+    def scope(self, dtype: str) -> Iterator[None]:
+        """Library settings around a computation in this data type.
+
+        Non-finite values are looked for where they matter; warnings about each
+        operation that meets one would only repeat it.
+        """
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            yield
+
+
+class NumPyBackend(Backend):
+    name = "numpy"
+    # Above the size of a core's cache a copy into the packed vector costs more
+    # than a call saves (measured: scripts/benchmark.py).
+    pack_below = 65_536
+
+    def __init__(self, device: Any = None) -> None:
+        super().__init__(import_module("array_api_compat.numpy"), device)
+
+    @classmethod
+    def create(cls, device: str | None) -> Backend:
+        if device == "gpu":
+            raise BackendError("backend='numpy' computes on the CPU only; for device='gpu' use 'cupy'")
+        return cls()
+
+    @classmethod
+    def of(cls, x: Array) -> Backend:
+        return cls()
+
+    def to_host(self, x: Array) -> NDArray[Any]:
+        return np.asarray(x)
+
+    def fetch(self, scalars: Sequence[Array]) -> NDArray[np.float64]:
+        return np.asarray(scalars, dtype=np.float64)
+
+
+class CuPyBackend(Backend):
+    name = "cupy"
+
+    def __init__(self, device: Any = None) -> None:
+        super().__init__(import_module("array_api_compat.cupy"), device)
+        self._cupy = import_module("cupy")
+
+    @classmethod
+    def create(cls, device: str | None) -> Backend:
+        if device == "cpu":
+            raise BackendError("backend='cupy' computes on the GPU only; for device='cpu' use 'numpy'")
+        _check_cuda()
+        return cls(import_module("cupy").cuda.Device())
+
+    @classmethod
+    def of(cls, x: Array) -> Backend:
+        return cls(x.device)
+
+    def to_host(self, x: Array) -> NDArray[Any]:
+        host: NDArray[Any] = self._cupy.asnumpy(x)
+        return host
+
+    def synchronize(self) -> None:
+        self._cupy.cuda.get_current_stream().synchronize()
+
+    @contextmanager
+    def scope(self, dtype: str) -> Iterator[None]:
+        with super().scope(dtype), self.device:
+            yield
+
+
+class TorchBackend(Backend):
+    name = "torch"
+
+    def __init__(self, device: Any = None) -> None:
+        super().__init__(import_module("array_api_compat.torch"), device)
+        self._torch = import_module("torch")
+
+    @classmethod
+    def create(cls, device: str | None) -> Backend:
+        torch = _import("torch", "pip install torch")
+        if device == "gpu" and not torch.cuda.is_available():
+            raise BackendError("device='gpu': torch sees no CUDA device (torch.cuda.is_available())")
+        default = torch.get_default_device()
+        kind = {"gpu": "cuda", "cpu": "cpu", None: default}.get(device, default)
+        if device == "auto" and torch.cuda.is_available():
+            kind = "cuda"
+        return cls(torch.device(kind))
+
+    @classmethod
+    def of(cls, x: Array) -> Backend:
+        return cls(x.device)
+
+    def asarray(self, x: Any, dtype: str | None = None, copy: bool | None = None) -> Array:
+        if isinstance(x, self._torch.Tensor):
+            x = x.detach()
+        elif not x.flags.writeable:
+            copy = True  # torch warns of memory it must not write to
+        return super().asarray(x, dtype, copy)
+
+    def to_host(self, x: Array) -> NDArray[Any]:
+        host: NDArray[Any] = x.detach().cpu().numpy()
+        return host
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            self._torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def scope(self, dtype: str) -> Iterator[None]:
+        with super().scope(dtype), self._torch.no_grad():
+            yield
+
+
+class JaxBackend(Backend):
+    name = "jax"
+    # Packing would copy: slices and concatenations of immutable arrays.
+    pack_below = 0
+
+    def __init__(self, device: Any = None) -> None:
+        super().__init__(import_module("jax.numpy"), device)
+        self._jax = import_module("jax")
+
+    @classmethod
+    def create(cls, device: str | None) -> Backend:
+        jax = _import("jax", "pip install 'portable_mlp[jax]'")
+        try:
+            found = jax.devices(None if device in (None, "auto") else device)
+        except RuntimeError as error:
+            raise BackendError(f"device={device!r}: JAX has no such device ({error})") from error
+        return cls(found[0])
+
+    @classmethod
+    def of(cls, x: Array) -> Backend:
+        return cls(next(iter(x.devices())))
+
+    def to_host(self, x: Array) -> NDArray[Any]:
+        return np.array(x)
+
+    def fetch(self, scalars: Sequence[Array]) -> NDArray[np.float64]:
+        return np.asarray(self._jax.device_get(list(scalars)), dtype=np.float64)
+
+    def compile(self, step: F) -> F:
+        return _jit(step)
+
+    @contextmanager
+    def scope(self, dtype: str) -> Iterator[None]:
+        precision = self._jax.default_matmul_precision("float32")
+        with super().scope(dtype), precision, self._jax.enable_x64(dtype == "float64"):
+            yield
+
+
+@cache
+def _jit(step: Any) -> Any:
+    # One jitted function for each step, so that what it compiled outlives a fit.
+    return import_module("jax").jit(step, static_argnums=0, donate_argnums=1)
+
+
+BACKENDS: dict[str, type[NumPyBackend | CuPyBackend | TorchBackend | JaxBackend]] = {
+    "numpy": NumPyBackend,
+    "cupy": CuPyBackend,
+    "torch": TorchBackend,
+    "jax": JaxBackend,
+}
+
+
+def get_backend(
+    device: str | None = None, backend: str | None = None, like: Array = None
+) -> Backend:
+    """Where to compute.
+
+    Parameters
+    ----------
+    device : {"cpu", "gpu", "auto"}, optional
+        Without ``backend``, "cpu" is NumPy, "gpu" is CuPy, and "auto" is CuPy where
+        a GPU is usable and NumPy otherwise.
+    backend : {"numpy", "cupy", "torch", "jax"}, optional
+        On its default device unless ``device`` says otherwise.
+    like : array, optional
+        With neither of the above: its namespace and its device.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown.
+    BackendError
+        If the backend is not installed or has no such device.  There is no silent
+        fall-back.
+    """
+    for argument, value, known in (
+        ("device", device, ("cpu", "gpu", "auto")),
+        ("backend", backend, tuple(BACKENDS)),
+    ):
+        if value is not None and value not in known:
+            raise ValueError(f"unknown {argument} {value!r}; known: {', '.join(known)}")
+    home = backend_of(like)
+    if backend is not None:
+        # Arrays that are there already stay on their own device
+        if device is None and home.name == backend:
+            return home
+        return BACKENDS[backend].create(device)
+    if device is None:
+        return home
+    if device == "auto":
+        if not isinstance(home, NumPyBackend):
+            return home
+        try:
+            return CuPyBackend.create("gpu")
+        except BackendError:
+            return home
+    if device == "gpu":
+        return home if isinstance(home, CuPyBackend) else CuPyBackend.create(device)
+    return NumPyBackend()
+
+
+def backend_of(x: Any) -> Backend:
+    """The backend an array lives on; NumPy for whatever is not an array."""
+    if isinstance(x, np.ndarray) or not array_api_compat.is_array_api_obj(x):
+        return NumPyBackend()
+    for library, is_array in (
+        ("cupy", array_api_compat.is_cupy_array),
+        ("torch", array_api_compat.is_torch_array),
+        ("jax", array_api_compat.is_jax_array),
+    ):
+        if is_array(x):
+            return BACKENDS[library].of(x)
+    return Backend(array_api_compat.array_namespace(x), array_api_compat.device(x))
+
+
+def to_host(x: Any) -> NDArray[Any]:
+    """Any array, or array-like, as a NumPy array."""
+    return backend_of(x).to_host(x)
+
+
+def move(x: Any, to: Backend, dtype: str | None = None) -> Array:
+    """An array on another backend; from library to library it goes through the host."""
+    home = backend_of(x)
+    return to.asarray(x if home == to or isinstance(home, NumPyBackend) else home.to_host(x), dtype)
+
+
+def _import(library: str, remedy: str) -> Any:
+    try:
+        return import_module(library)
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"backend={library!r} needs {library}, which is not installed: {remedy}"
+        ) from error
+
+
+_INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100  # cudaError_t
+
+
+def _check_cuda() -> None:
+    """Raise `BackendError`, with the remedy, unless CuPy can compute here."""
+    lead = "device='gpu' (CuPy):"
+    libraries = (
+        f"{lead} CUDA libraries are missing or do not load: {{}}."
+        " Install them with pip install 'cupy-cuda12x[ctk]' (CUDA 13: 'cupy-cuda13x[ctk]')"
+    )
+    try:
+        cupy = import_module("cupy")
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"{lead} CuPy is not installed: pip install 'portable_mlp[gpu]'"
+        ) from error
+    except ImportError as error:
+        raise BackendError(libraries.format(error)) from error
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        if error.status == _INSUFFICIENT_DRIVER:
+            raise BackendError(
+                f"{lead} no NVIDIA driver, or one older than this CuPy's CUDA"
+                f" {runtime.runtimeGetVersion() // 1000} needs ({error}):"
+                " install or update the driver, or use device='cpu'"
+            ) from error
+        if error.status != _NO_DEVICE:
+            raise BackendError(f"{lead} CUDA does not start ({error})") from error
+        count = 0
+    if count == 0:
+        raise BackendError(f"{lead} the driver works but shows no CUDA device: use device='cpu'")
+    try:
+        probe = cupy.ones((2, 2)) * 2.0  # compiles a kernel (NVRTC)
+        probe @ probe  # calls cuBLAS
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendError(libraries.format(error)) from error
+
+
+def installed() -> list[str]:
+    """Names of the backends whose library is installed (usable or not)."""
+    from importlib.util import find_spec
+
+    return [name for name in BACKENDS if name in sys.modules or find_spec(name)]

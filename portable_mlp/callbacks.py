@@ -1,0 +1,89 @@
+"""What watches training: a protocol of no-op hooks, and the progress display."""
+
+from __future__ import annotations
+
+from math import isnan, nan
+from typing import Any, NamedTuple
+
+
+class Epoch(NamedTuple):
+    """One line of a training history.
+
+    Attributes
+    ----------
+    epoch : int
+        From 1.
+    loss : float
+        Mean over the epoch's rows of what was minimised, the penalty included.
+    validation_score : float
+        Higher is better; NaN without held-out rows.
+    learning_rate : float
+        In the epoch's last step.
+    seconds : float
+        Since training began.
+    """
+
+    epoch: int
+    loss: float
+    validation_score: float = nan
+    learning_rate: float = nan
+    seconds: float = nan
+
+
+class Callback:
+    """Hooks of the training loop; override what is needed."""
+
+    def on_fit_begin(self, max_epochs: int) -> None:
+        """Before the first epoch."""
+
+    def on_epoch_end(self, epoch: Epoch) -> None:
+        """After each epoch."""
+
+    def on_fit_end(self) -> None:
+        """After the last epoch, whatever ended it."""
+
+
+class Progress(Callback):
+    """A progress bar on a terminal, plain lines anywhere else."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console()
+        self._bar: Any = None
+
+    def on_fit_begin(self, max_epochs: int) -> None:
+        if not self._console.is_terminal:
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=max_epochs)
+        self._bar.start()
+
+    def on_epoch_end(self, epoch: Epoch) -> None:
+        score = epoch.validation_score
+        if self._bar is not None:
+            text = f"loss {epoch.loss:.4g}" + ("" if isnan(score) else f"  validation {score:.4f}")
+            self._bar.update(self._task, completed=epoch.epoch, description=text)
+            return
+        print(f"Iteration {epoch.epoch}, loss = {epoch.loss:.8f}")
+        if not isnan(score):
+            print(f"Validation score: {score:f}")
+
+    def on_fit_end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

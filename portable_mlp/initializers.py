@@ -1,0 +1,59 @@
+"""Initial values of parameters, drawn on the host.
+
+Every initializer is called as ``init(rng, shape, fan_in, fan_out)`` and returns a
+float64 NumPy array; the caller casts and moves it, so one seed starts the same run
+on every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Initializer: TypeAlias = Callable[
+    [np.random.RandomState, tuple[int, ...], int, int], NDArray[np.float64]
+]
+
+
+@dataclass(frozen=True)
+class GlorotUniform:
+    """U(−a, a) with a = √(factor / (fan_in + fan_out)).
+
+    Parameters
+    ----------
+    factor : float, default=6.0
+        6 keeps the variance of activations that are linear around zero (Glorot
+        and Bengio, 2010, eq. 16); scikit-learn takes 2 for the logistic sigmoid.
+    """
+
+    factor: float = 6.0
+
+    def __call__(
+        self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int
+    ) -> NDArray[np.float64]:
+        bound = np.sqrt(self.factor / (fan_in + fan_out))
+        return rng.uniform(-bound, bound, shape)
+
+
+@dataclass(frozen=True)
+class HeNormal:
+    """N(0, 2 / fan_in): keeps the variance through ReLU layers (He et al., 2015, eq. 10)."""
+
+    def __call__(
+        self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int
+    ) -> NDArray[np.float64]:
+        return rng.standard_normal(shape) * np.sqrt(2.0 / fan_in)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """All zeros; draws nothing."""
+
+    def __call__(
+        self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int
+    ) -> NDArray[np.float64]:
+        return np.zeros(shape)

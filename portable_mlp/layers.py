@@ -1,0 +1,190 @@
+"""Layers: stateless, frozen descriptions with pure methods.
+
+A layer maps a batch to a batch; rows are samples.  In each layer the derivative
+stands right under the function it belongs to:
+
+``forward(p, x, xp) -> (y, residual)``
+    ``residual`` is whatever the derivative needs, returned rather than remembered.
+``backward(p, residual, dy, xp) -> dx``
+    the gradient of the loss with respect to the input, from that of the output.
+``gradients(p, residual, dy, xp) -> dp``
+    the gradients of the loss with respect to the parameters ``p``, in their order.
+
+``p`` is the tuple of the layer's parameter arrays, in the order of ``params``.
+Backward and gradients are two methods because the first layer needs only the second.
+To add a layer, subclass `Layer`, and let `portable_mlp.check_layer` verify it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from array_api_compat import device, size
+
+from portable_mlp.functions import sum_rows
+from portable_mlp.initializers import GlorotUniform, Initializer
+from portable_mlp.typing import Array, Namespace, Params
+
+
+@dataclass(frozen=True)
+class Param:
+    """What a layer says of one of its parameters.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    shape : tuple of int
+    init : callable
+        See `portable_mlp.initializers`.
+    fan_in, fan_out : int
+        Numbers of inputs and outputs of the unit the parameter belongs to.
+    group : str, default="weight"
+        Parameters of one group share their treatment by the penalty and the
+        optimizer: biases are neither penalised nor, on request, decayed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Initializer
+    fan_in: int
+    fan_out: int
+    group: str = "weight"
+
+
+class Layer(ABC):
+    """Base of all layers.
+
+    A layer that takes or gives a fixed number of columns says so in attributes
+    ``n_in`` and ``n_out``; without them any width passes through.
+
+    Attributes
+    ----------
+    params : tuple of Param
+        The layer's parameters; none by default.
+    random : bool
+        Whether ``forward`` takes a ``key``: an int that seeds the layer's noise
+        during training, None otherwise.
+    """
+
+    random: ClassVar[bool] = False
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return ()
+
+    @abstractmethod
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Any]:
+        """Map x (n, n_in) to y (n, n_out), with what the derivative needs."""
+
+    @abstractmethod
+    def backward(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> Array:
+        """Map dy (n, n_out) to dx (n, n_in)."""
+
+    def gradients(
+        self, p: Params, residual: Any, dy: Array, xp: Namespace
+    ) -> tuple[Array, ...]:
+        """Map dy (n, n_out) to the parameters' gradients, each in its parameter's shape."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Linear(Layer):
+    """z = x W + b.
+
+    Parameters
+    ----------
+    n_in, n_out : int
+        Widths of input and output; W is (n_in, n_out), b is (n_out,).
+    weight_init, bias_init : callable, default=GlorotUniform()
+        See `portable_mlp.initializers`.
+    """
+
+    n_in: int
+    n_out: int
+    weight_init: Initializer = GlorotUniform()
+    bias_init: Initializer = GlorotUniform()
+
+    def __post_init__(self) -> None:
+        if self.n_in < 1 or self.n_out < 1:
+            raise ValueError(f"a layer's widths must be at least 1, got {self}")
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        fans = (self.n_in, self.n_out)
+        return (
+            Param("weight", fans, self.weight_init, *fans),
+            Param("bias", (self.n_out,), self.bias_init, *fans, group="bias"),
+        )
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
+        """z = x W + b, shapes (n, n_in) -> (n, n_out)."""
+        w, b = p
+        z = xp.matmul(x, w)
+        z += b
+        return z, x
+
+    def backward(self, p: Params, x: Array, dz: Array, xp: Namespace) -> Array:
+        """dx = dz Wᵀ."""
+        w, _ = p
+        return xp.matmul(dz, w.T)
+
+    def gradients(
+        self, p: Params, x: Array, dz: Array, xp: Namespace
+    ) -> tuple[Array, Array]:
+        """dW = xᵀ dz,  db = Σₙ dz."""
+        return xp.matmul(x.T, dz), sum_rows(dz, xp)
+
+
+@dataclass(frozen=True)
+class Dropout(Layer):
+    """y = x · mask / (1 − rate): inverted dropout (Srivastava et al., 2014, sec. 10).
+
+    The mask is a hash of position and key in 32-bit integers, so it is the same to
+    the bit on every backend.  Without a key (prediction) the layer is the identity.
+
+    Parameters
+    ----------
+    rate : float in [0, 1)
+        Probability that an element is zeroed.
+    """
+
+    rate: float
+    random: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.rate < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.rate!r}")
+
+    def forward(
+        self, p: Params, x: Array, xp: Namespace, key: Any = None
+    ) -> tuple[Array, Any]:
+        if key is None:
+            return x, None
+        keep = random_bits(x, key, xp) >= round(self.rate * 2**31)
+        mask = xp.astype(keep, x.dtype)
+        mask *= 1.0 / (1.0 - self.rate)
+        return x * mask, mask
+
+    def backward(self, p: Params, mask: Any, dy: Array, xp: Namespace) -> Array:
+        return dy if mask is None else dy * mask
+
+
+def random_bits(x: Array, key: Any, xp: Namespace) -> Array:
+    """Uniform integers in [0, 2³¹), int32, in the shape of x: hash(hash(position) ⊕ key).
+
+    The inner hash keeps two keys from merely permuting each other's values.
+    """
+    position = xp.arange(size(x), dtype=xp.int32, device=device(x))
+    bits = _hash_int32(_hash_int32(position) ^ key) & 0x7FFFFFFF
+    return xp.reshape(bits, x.shape)
+
+
+def _hash_int32(h: Array) -> Array:
+    # C. Wellons' "lowbias32" constants.  A right shift of a signed integer copies
+    # the sign; the mask makes it logical.  The products wrap.
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return h ^ ((h >> 16) & 0xFFFF)

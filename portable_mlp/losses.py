@@ -1,0 +1,231 @@
+"""Losses on logits: value and gradient together, and the link to predictions.
+
+A loss defines ``per_row``: the loss ℓᵢ of each row and its derivative ∂ℓᵢ/∂zᵢ.  The
+base class turns that into the mean (or weighted mean) over the rows and its gradient,
+so the gradient is always that of the reported value.  To add a loss, subclass `Loss`
+and list it in `LOSSES`; `portable_mlp.check_loss` verifies one's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from array_api_compat import device
+
+from portable_mlp.functions import sigmoid, softmax, softplus
+from portable_mlp.typing import Array, Namespace
+
+
+class Loss(ABC):
+    """Base of all losses.
+
+    Attributes
+    ----------
+    link_name : str
+        What turns logits into predictions: "identity", "logistic", "softmax", "exp".
+    """
+
+    link_name: ClassVar[str] = "identity"
+
+    @abstractmethod
+    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+        """Loss of each row, (n,), and its derivative by the logits, (n, k).
+
+        Parameters
+        ----------
+        z : array (n, k)
+            Logits.
+        y : array
+            Targets, (n, k) or, where k = 1 or the loss takes labels, (n,).
+        """
+
+    def link(self, z: Array, xp: Namespace) -> Array:
+        """Predictions (n, k) from logits (n, k)."""
+        return z
+
+    def __call__(
+        self, z: Array, y: Array, xp: Namespace, weights: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Weighted mean loss and its gradient by the logits.
+
+        L = Σ wᵢ ℓᵢ / Σ wᵢ,  dzᵢ = (wᵢ / Σ w) ∂ℓᵢ/∂zᵢ.  Rows that all weigh nothing
+        have L = 0 and dz = 0.
+
+        Parameters
+        ----------
+        z : array (n, k)
+        y : array (n,) or (n, k)
+        xp : namespace
+        weights : array (n,), optional
+            Non-negative; equal if not given.
+
+        Returns
+        -------
+        value : array ()
+        dz : array (n, k)
+        """
+        values, dz = self.per_row(z, y, xp)
+        if weights is None:
+            return xp.mean(values), dz * (1.0 / z.shape[0])
+        total = xp.sum(weights)
+        share = weights / xp.where(total > 0.0, total, 1.0)
+        return xp.sum(share * values), dz * share[:, None]
+
+
+def _like(y: Array, z: Array, xp: Namespace) -> Array:
+    """Targets of one output may come without their axis: (n,) -> (n, 1)."""
+    return y if y.ndim == z.ndim else xp.reshape(y, z.shape)
+
+
+def _sum_outputs(values: Array, xp: Namespace) -> Array:
+    """Σₖ, (n, k) -> (n,)."""
+    return values[:, 0] if values.shape[1] == 1 else xp.sum(values, axis=1)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(Loss):
+    """ℓ = −Σₖ [t log σ(z) + (1 − t) log(1 − σ(z))] = Σₖ [max(z, 0) − z t + log(1 + e^(−|z|))].
+
+    ∂ℓ/∂z = σ(z) − t.  One output, or several independent ones (multi-label).
+
+    Parameters
+    ----------
+    label_smoothing : float in [0, 1), default=0
+        t = (1 − s) y + s / 2, as for two classes of a softmax.
+    """
+
+    label_smoothing: float = 0.0
+    link_name: ClassVar[str] = "logistic"
+
+    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+        t = _like(y, z, xp)
+        if self.label_smoothing:
+            t = (1.0 - self.label_smoothing) * t + self.label_smoothing / 2.0
+        return _sum_outputs(softplus(z, xp) - z * t, xp), self.link(z, xp) - t
+
+    def link(self, z: Array, xp: Namespace) -> Array:
+        return sigmoid(z, xp)
+
+
+@dataclass(frozen=True)
+class SoftmaxCrossEntropy(Loss):
+    """ℓ = −Σₖ tₖ log softmax(z)ₖ,  ∂ℓ/∂z = softmax(z) − t.
+
+    Targets are labels, integers (n,) in [0, k), or probabilities (n, k) whose rows
+    sum to one.
+
+    Parameters
+    ----------
+    label_smoothing : float in [0, 1), default=0
+        t = (1 − s) y + s / k (Szegedy et al., 2016, sec. 7).
+    """
+
+    label_smoothing: float = 0.0
+    link_name: ClassVar[str] = "softmax"
+
+    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+        k = z.shape[1]
+        if y.ndim == 1:
+            labels = xp.arange(k, dtype=y.dtype, device=device(y))
+            y = xp.astype(y[:, None] == labels, z.dtype)
+        if self.label_smoothing:
+            y = (1.0 - self.label_smoothing) * y + self.label_smoothing / k
+        shifted = z - xp.max(z, axis=1, keepdims=True)
+        e = xp.exp(shifted)
+        total = xp.sum(e, axis=1, keepdims=True)
+        # Σ t = 1, so −Σ t (shifted − log total) = log total − Σ t · shifted
+        values = xp.log(total[:, 0]) - xp.sum(y * shifted, axis=1)
+        e /= total
+        e -= y
+        return values, e
+
+    def link(self, z: Array, xp: Namespace) -> Array:
+        return softmax(z, xp)
+
+
+@dataclass(frozen=True)
+class SquaredError(Loss):
+    """ℓ = ½ Σₖ (z − y)²,  ∂ℓ/∂z = z − y."""
+
+    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+        error = z - _like(y, z, xp)
+        return 0.5 * _sum_outputs(error * error, xp), error
+
+
+@dataclass(frozen=True)
+class Poisson(Loss):
+    """Half the Poisson deviance: ℓ = Σₖ [eᶻ − y z + y log y − y],  ∂ℓ/∂z = eᶻ − y.
+
+    Domain: y ≥ 0; z ≤ 88 in float32 and 709 in float64, where eᶻ overflows.
+    """
+
+    link_name: ClassVar[str] = "exp"
+
+    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+        y = _like(y, z, xp)
+        mean = xp.exp(z)
+        y_log_y = y * xp.log(xp.where(y > 0.0, y, 1.0))
+        return _sum_outputs(mean - y * z + y_log_y - y, xp), mean - y
+
+    def link(self, z: Array, xp: Namespace) -> Array:
+        return xp.exp(z)
+
+
+@dataclass(frozen=True)
+class Huber(Loss):
+    """With r = z − y and c = r clipped to [−δ, δ]:  ℓ = Σₖ c (r − c/2),  ∂ℓ/∂z = c.
+
+    That is ½ r² for |r| ≤ δ and δ (|r| − δ/2) beyond (Huber, 1964).
+
+    Parameters
+    ----------
+    delta : float > 0, default=1
+    """
+
+    delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.delta > 0.0:
+            raise ValueError(f"delta must be positive, got {self.delta!r}")
+
+    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+        r = z - _like(y, z, xp)
+        c = xp.minimum(xp.maximum(r, -self.delta), self.delta)
+        return _sum_outputs(c * (r - 0.5 * c), xp), c
+
+
+@dataclass(frozen=True)
+class Quantile(Loss):
+    """Pinball loss: ℓ = Σₖ max(q r, (q − 1) r) with r = y − z,  ∂ℓ/∂z = [r < 0] − q.
+
+    At r = 0, where ℓ has a kink, the derivative given is −q, one of its subgradients
+    (Koenker and Bassett, 1978).
+
+    Parameters
+    ----------
+    q : float in (0, 1), default=0.5
+        The quantile to predict.
+    """
+
+    q: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.q < 1.0:
+            raise ValueError(f"quantile must be in (0, 1), got {self.q!r}")
+
+    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+        r = _like(y, z, xp) - z
+        values = xp.maximum(self.q * r, (self.q - 1.0) * r)
+        return _sum_outputs(values, xp), xp.astype(r < 0.0, z.dtype) - self.q
+
+
+LOSSES: dict[str, Loss] = {
+    "binary_cross_entropy": BinaryCrossEntropy(),
+    "softmax_cross_entropy": SoftmaxCrossEntropy(),
+    "squared_error": SquaredError(),
+    "poisson": Poisson(),
+    "huber": Huber(),
+    "quantile": Quantile(),
+}

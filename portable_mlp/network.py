@@ -1,0 +1,159 @@
+"""A network: a tuple of layers, and backpropagation through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portable_mlp.activations import get_activation
+from portable_mlp.initializers import GlorotUniform, Initializer
+from portable_mlp.layers import Dropout, Layer, Linear, Param
+from portable_mlp.typing import Array, Namespace, Params
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers applied one after the other; the last one's output are the logits.
+
+    Parameters
+    ----------
+    layers : tuple of Layer
+
+    Raises
+    ------
+    ValueError
+        If a layer's input is not as wide as the output before it.
+    """
+
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        width: int | None = None
+        for i, layer in enumerate(self.layers):
+            n_in = getattr(layer, "n_in", None) or width
+            if width not in (None, n_in):
+                raise ValueError(
+                    f"layer {i}, {layer}, takes {n_in} columns,"
+                    f" but the layers before it give {width}"
+                )
+            width = getattr(layer, "n_out", None) or n_in
+
+    @cached_property
+    def params(self) -> tuple[Param, ...]:
+        """The parameters of all layers, in order."""
+        return tuple(param for layer in self.layers for param in layer.params)
+
+    def init(self, rng: np.random.RandomState) -> list[NDArray[np.float64]]:
+        """Draw initial parameters on the host, in order, in float64."""
+        return [p.init(rng, p.shape, p.fan_in, p.fan_out) for p in self.params]
+
+    @cached_property
+    def n_random(self) -> int:
+        """Number of layers that draw noise: the number of keys ``forward`` takes."""
+        return sum(layer.random for layer in self.layers)
+
+    @cached_property
+    def _slices(self) -> tuple[slice, ...]:
+        ends = np.cumsum([0] + [len(layer.params) for layer in self.layers]).tolist()
+        return tuple(slice(start, end) for start, end in pairwise(ends))
+
+    def forward(
+        self, params: Params, x: Array, xp: Namespace, keys: Sequence[Any] | None = None
+    ) -> tuple[Array, list[Any]]:
+        """Logits, and what each layer needs for its derivative.
+
+        Parameters
+        ----------
+        params : list of arrays, as ``params`` describes them
+        x : array (n, n_in)
+        xp : namespace of the arrays
+        keys : sequence of n_random int, optional
+            Seeds of the random layers; without them these do as in prediction.
+
+        Returns
+        -------
+        z : array (n, n_out)
+        residuals : list, one entry a layer
+        """
+        keys = iter(keys or (None,) * self.n_random)
+        residuals = []
+        for layer, own in zip(self.layers, self._slices, strict=True):
+            noise = {"key": next(keys)} if layer.random else {}
+            x, residual = layer.forward(params[own], x, xp, **noise)
+            residuals.append(residual)
+        return x, residuals
+
+    def backward(
+        self, params: Params, residuals: list[Any], dz: Array, xp: Namespace
+    ) -> list[Array]:
+        """Gradients of all parameters, from that of the logits.
+
+        The chain rule, from the last layer to the first that has parameters; what
+        lies before it, and its own input's gradient, nobody needs.
+        """
+        first = next((i for i, own in enumerate(self._slices) if own.stop), len(self.layers))
+        grads: list[Array] = []
+        for i in reversed(range(first, len(self.layers))):
+            layer, p = self.layers[i], params[self._slices[i]]
+            grads[:0] = layer.gradients(p, residuals[i], dz, xp)
+            if i > first:
+                dz = layer.backward(p, residuals[i], dz, xp)
+        return grads
+
+    def __call__(self, params: Params, x: Array, xp: Namespace) -> Array:
+        """Logits alone, keeping nothing: for prediction."""
+        for layer, own in zip(self.layers, self._slices, strict=True):
+            x, _ = layer.forward(params[own], x, xp)
+        return x
+
+
+def mlp(
+    sizes: Sequence[int],
+    activation: str | Layer | Sequence[str | Layer] = "relu",
+    *,
+    dropout: float = 0.0,
+    weight_init: Initializer = GlorotUniform(),
+    bias_init: Initializer = GlorotUniform(),
+) -> Network:
+    """A multilayer perceptron: linear layers with activations between them.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Numbers of columns from the input to the logits: ``[4, 16, 1]`` has one
+        hidden layer of 16 units.
+    activation : str, Layer, or a sequence of one for each hidden layer
+        After each hidden linear layer; the names are those of
+        `portable_mlp.activations.ACTIVATIONS`.
+    dropout : float in [0, 1), default=0
+        Rate behind each hidden activation.
+    weight_init, bias_init : callable
+        See `portable_mlp.initializers`.
+
+    Raises
+    ------
+    ValueError
+        If an activation is unknown, or there are not as many as hidden layers.
+    """
+    hidden = len(sizes) - 2
+    single = isinstance(activation, str | Layer)
+    activations = [activation] * hidden if single else list(activation)  # type: ignore[arg-type]
+    if len(activations) != hidden:
+        raise ValueError(
+            f"activation: expected one for each of the {hidden} hidden layers,"
+            f" got {len(activations)}"
+        )
+    layers: list[Layer] = []
+    for i, (n_in, n_out) in enumerate(pairwise(sizes)):
+        layers.append(Linear(n_in, n_out, weight_init, bias_init))
+        if i < hidden:
+            layers.append(get_activation(activations[i]))
+            if dropout:
+                layers.append(Dropout(dropout))
+    return Network(tuple(layers))

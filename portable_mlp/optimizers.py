@@ -1,0 +1,284 @@
+"""Optimizers: update rules, each written for one array.
+
+A rule sees a parameter p, its gradient g and its moments, and returns the new p and
+moments.  It may overwrite p and the moments it is handed (on NumPy, CuPy and torch the
+augmented assignments below work in place; on JAX they rebind): callers use only what
+comes back.  What changes from step to step is computed on the host in float64 by
+``coefficients`` and handed in, so a traced step is compiled once.
+
+To add one, subclass `Optimizer` and list it in `OPTIMIZERS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from portable_mlp.typing import Array, Namespace, Params
+
+Moments = tuple[Array, ...]
+Coefficients = tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(ABC):
+    """Base of all optimizers.
+
+    Parameters
+    ----------
+    weight_decay : float >= 0, default=0
+        Decoupled decay (Loshchilov and Hutter, 2019): before the rule,
+        p ← (1 − rate · weight_decay) p.
+    decay_biases : bool, default=True
+        Whether biases decay too.
+    """
+
+    weight_decay: float = 0.0
+    decay_biases: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, bool) and not value >= 0.0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
+        for name in ("momentum", "beta_1", "beta_2", "rho"):
+            if not getattr(self, name, 0.0) <= 1.0:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
+
+    n_moments = 0
+    """Number of arrays of a parameter's shape that the rule remembers, first zero."""
+
+    def init(self, params: Params, xp: Namespace) -> list[Moments]:
+        """Moments before the first step."""
+        return [tuple(xp.zeros_like(p) for _ in range(self.n_moments)) for p in params]
+
+    def coefficients(self, step: int, rate: float) -> Coefficients:
+        """What the rule needs at this step, the first being 1, at this learning rate."""
+        return (rate,)
+
+    @abstractmethod
+    def update(
+        self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
+    ) -> tuple[Array, Moments]:
+        """One step of one parameter; all arrays have its shape."""
+
+    def decays(self, group: str) -> bool:
+        """Whether parameters of a group shrink by ``weight_decay``."""
+        return self.weight_decay > 0.0 and (group != "bias" or self.decay_biases)
+
+    def apply(
+        self,
+        params: Params,
+        grads: Params,
+        moments: list[Moments],
+        c: Coefficients,
+        xp: Namespace,
+        groups: tuple[str, ...] | None = None,
+    ) -> tuple[list[Array], list[Moments]]:
+        """One step of all parameters.
+
+        Parameters
+        ----------
+        params, grads : lists of arrays
+        moments : list, from ``init`` or the step before
+        c : tuple of float
+            From ``coefficients``; its first is the learning rate, by convention.
+        xp : namespace
+        groups : tuple of str, optional
+            The parameters' groups; needed only to tell biases from weights.
+
+        Returns
+        -------
+        params, moments
+        """
+        groups = groups or ("weight",) * len(params)
+        new_params, new_moments = [], []
+        for p, g, m, group in zip(params, grads, moments, groups, strict=True):
+            if self.decays(group):
+                p *= 1.0 - c[0] * self.weight_decay
+            p, m = self.update(p, g, m, c, xp)
+            new_params.append(p)
+            new_moments.append(m)
+        return new_params, new_moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Optimizer):
+    """Gradient descent, with momentum as in torch.optim.SGD (Sutskever et al., 2013).
+
+    b ← μ b + g;  p ← p − rate · b, or with Nesterov's look-ahead p − rate (g + μ b).
+
+    Parameters
+    ----------
+    momentum : float in [0, 1], default=0
+        μ; at 0, plain gradient descent.
+    nesterov : bool, default=False
+
+    Raises
+    ------
+    ValueError
+        If ``nesterov`` is asked for without momentum, which it would look ahead along.
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("nesterov=True needs a momentum above 0")
+
+    @property
+    def n_moments(self) -> int:  # type: ignore[override]
+        return 1 if self.momentum else 0
+
+    def update(
+        self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
+    ) -> tuple[Array, Moments]:
+        (rate,) = c
+        if not self.momentum:
+            p -= rate * g
+            return p, ()
+        (b,) = moments
+        b *= self.momentum
+        b += g
+        p -= rate * (g + self.momentum * b if self.nesterov else b)
+        return p, (b,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SklearnSGD(Optimizer):
+    """Momentum as in scikit-learn, where the velocity has the learning rate inside.
+
+    v ← μ v − rate · g;  p ← p + v, or with Nesterov's look-ahead p + μ v − rate · g.
+    At a constant rate it is `SGD`; where the rate changes the two differ.
+
+    Parameters
+    ----------
+    momentum : float in [0, 1], default=0.9
+        μ.
+    nesterov : bool, default=True
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = True
+    n_moments = 1
+
+    def update(
+        self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
+    ) -> tuple[Array, Moments]:
+        (rate,) = c
+        (v,) = moments
+        descent = rate * g
+        v *= self.momentum
+        v -= descent
+        p += self.momentum * v - descent if self.nesterov else v
+        return p, (v,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(Optimizer):
+    """Adam (Kingma and Ba, 2015, algorithm 1), as in torch.optim.Adam.
+
+    m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²;
+    p ← p − rate · m̂ / (√v̂ + ε)  with  m̂ = m / (1 − β₁ᵗ),  v̂ = v / (1 − β₂ᵗ).
+
+    Both corrections are moved to the host:
+    p ← p − rateₜ · m / (√v + εₜ)  with  rateₜ = rate √(1 − β₂ᵗ) / (1 − β₁ᵗ)  and
+    εₜ = ε √(1 − β₂ᵗ).
+
+    Parameters
+    ----------
+    beta_1 : float in [0, 1], default=0.9
+    beta_2 : float in [0, 1], default=0.999
+    epsilon : float >= 0, default=1e-8
+    """
+
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-8
+    n_moments = 2
+
+    def coefficients(self, step: int, rate: float) -> Coefficients:
+        root = sqrt(1.0 - self.beta_2**step)
+        return rate, rate * root / (1.0 - self.beta_1**step), self.epsilon * root
+
+    def update(
+        self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
+    ) -> tuple[Array, Moments]:
+        _, rate, epsilon = c
+        m, v = moments
+        m *= self.beta_1
+        m += (1.0 - self.beta_1) * g
+        v *= self.beta_2
+        v += (1.0 - self.beta_2) * (g * g)
+        denominator = xp.sqrt(v)
+        denominator += epsilon
+        step = m / denominator
+        step *= rate
+        p -= step
+        return p, (m, v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Adam):
+    """`Adam` with decoupled weight decay, as in torch.optim.AdamW."""
+
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class SklearnAdam(Adam):
+    """Adam as in scikit-learn: εₜ = ε, the "ε̂" form at the end of Kingma and Ba's section 2."""
+
+    def coefficients(self, step: int, rate: float) -> Coefficients:
+        rate, corrected, _ = super().coefficients(step, rate)
+        return rate, corrected, self.epsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSprop(Optimizer):
+    """v ← ρ v + (1 − ρ) g²;  p ← p − rate · g / (√v + ε), as in torch.optim.RMSprop.
+
+    (Tieleman and Hinton, 2012, lecture 6.5.)
+
+    Parameters
+    ----------
+    rho : float in [0, 1], default=0.99
+    epsilon : float >= 0, default=1e-8
+    """
+
+    rho: float = 0.99
+    epsilon: float = 1e-8
+    n_moments = 1
+
+    def update(
+        self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
+    ) -> tuple[Array, Moments]:
+        (rate,) = c
+        (v,) = moments
+        v *= self.rho
+        v += (1.0 - self.rho) * (g * g)
+        p -= rate * g / (xp.sqrt(v) + self.epsilon)
+        return p, (v,)
+
+
+def clip_by_global_norm(grads: Params, max_norm: float, xp: Namespace) -> list[Array]:
+    """Scale all gradients by min(1, max_norm / (‖g‖ + 10⁻⁶)), ‖g‖ over all of them.
+
+    As torch.nn.utils.clip_grad_norm_ (Pascanu et al., 2013, algorithm 1).
+    """
+    squares: Any = 0.0
+    for g in grads:
+        squares = squares + xp.sum(g * g)
+    scale = xp.minimum(max_norm / (xp.sqrt(squares) + 1e-6), 1.0)
+    return [g * scale for g in grads]
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "sgd": SGD,
+    "adam": Adam,
+    "adamw": AdamW,
+    "rmsprop": RMSprop,
+}

@@ -1,0 +1,80 @@
+"""Which parameters lie together in memory.
+
+An update rule is elementwise, so it does not care whether it sees one parameter or
+many laid end to end; what differs is the number of calls (kernels, on a GPU).  A
+*leaf* is what the rule is applied to: small parameters of one group packed into one
+vector, or a single large one as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+
+from portable_mlp.layers import Param
+from portable_mlp.typing import Array, Namespace, Params
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How parameters are laid out in leaves.
+
+    Parameters
+    ----------
+    shapes : tuple of shapes, one a parameter
+    leaves : tuple of tuples of int
+        For each leaf, the parameters it holds.
+    groups : tuple of str
+        For each leaf, the group of its parameters.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    leaves: tuple[tuple[int, ...], ...]
+    groups: tuple[str, ...]
+
+    @classmethod
+    def plan(cls, params: tuple[Param, ...], pack_below: float) -> Layout:
+        """Pack parameters of fewer than ``pack_below`` elements, group by group.
+
+        The order is that of the groups' first appearance (weights, then biases),
+        and in each group that of the parameters, as scikit-learn's L-BFGS packs.
+        """
+        leaves: list[tuple[int, ...]] = []
+        groups: list[str] = []
+        for group in dict.fromkeys(p.group for p in params):
+            small: tuple[int, ...] = ()
+            for i, param in enumerate(params):
+                if param.group != group:
+                    continue
+                if prod(param.shape) < pack_below:
+                    small += (i,)
+                else:
+                    leaves += [small, (i,)] if small else [(i,)]
+                    small = ()
+            leaves += [small] if small else []
+            groups += [group] * (len(leaves) - len(groups))
+        return cls(tuple(p.shape for p in params), tuple(leaves), tuple(groups))
+
+    def pack(self, arrays: Params, xp: Namespace) -> list[Array]:
+        """Arrays in the order of the parameters -> leaves."""
+        return [
+            arrays[leaf[0]]
+            if len(leaf) == 1
+            else xp.concat([xp.reshape(arrays[i], (-1,)) for i in leaf])
+            for leaf in self.leaves
+        ]
+
+    def unpack(self, leaves: Params, xp: Namespace) -> list[Array]:
+        """Leaves -> arrays in the order of the parameters: views, where arrays have them."""
+        arrays: list[Array] = [None] * len(self.shapes)
+        for leaf, members in zip(leaves, self.leaves, strict=True):
+            if len(members) == 1:
+                arrays[members[0]] = leaf
+                continue
+            ends = np.cumsum([0] + [prod(self.shapes[i]) for i in members]).tolist()
+            for i, (start, end) in zip(members, pairwise(ends), strict=True):
+                arrays[i] = xp.reshape(leaf[start:end], self.shapes[i])
+        return arrays

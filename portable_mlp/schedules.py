@@ -1,0 +1,193 @@
+"""Learning-rate schedules: a factor on the learning rate, computed on the host.
+
+``factor(clock, state)`` is asked before every step.  A schedule that reacts to what
+happens keeps its memory in ``state``: ``init`` makes it, ``observe`` sees the loss (or
+the negative validation score) after each epoch, and ``stalled`` is asked when the loop
+would stop for lack of progress.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, inf, pi
+from typing import Any, NamedTuple
+
+
+class Clock(NamedTuple):
+    """Where training stands before a step.
+
+    Attributes
+    ----------
+    step : int
+        Steps done.
+    total_steps : int
+        Steps that training will do if nothing stops it.
+    epoch : int
+        Epochs completed.
+    rows : int
+        Rows seen in completed epochs.
+    """
+
+    step: int
+    total_steps: int
+    epoch: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A constant rate; and the base of all schedules."""
+
+    def init(self) -> Any:
+        """Memory before the first step."""
+        return None
+
+    def factor(self, clock: Clock, state: Any) -> float:
+        """What to multiply the learning rate by."""
+        return 1.0
+
+    def observe(self, state: Any, loss: float) -> Any:
+        """Memory after an epoch that ended with this loss."""
+        return state
+
+    def stalled(self, state: Any, rate: float) -> Any | None:
+        """Memory to go on with although progress has stalled at this rate; None to stop."""
+        return None
+
+
+Constant = Schedule
+
+
+@dataclass(frozen=True)
+class InverseScaling(Schedule):
+    """1 / (rows + 1)^power, once an epoch: scikit-learn's "invscaling"."""
+
+    power: float = 0.5
+
+    def factor(self, clock: Clock, state: Any) -> float:
+        return 1.0 / (clock.rows + 1.0) ** self.power if clock.epoch else 1.0
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """gamma^⌊epoch / every⌋."""
+
+    every: int
+    gamma: float = 0.1
+
+    def factor(self, clock: Clock, state: Any) -> float:
+        return float(self.gamma ** (clock.epoch // self.every))
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    """Half a cosine wave from start (progress 0) to end (progress 1)."""
+    return end + (start - end) * (1.0 + cos(pi * progress)) / 2.0
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Linear warm-up from nothing, then half a cosine wave down to ``final``.
+
+    Loshchilov and Hutter (2017), eq. 5, without restarts.
+
+    Parameters
+    ----------
+    warmup : float in [0, 1), default=0
+        Share of all steps that the warm-up takes.
+    final : float, default=0
+        Factor reached after the last step.
+    """
+
+    warmup: float = 0.0
+    final: float = 0.0
+
+    def factor(self, clock: Clock, state: Any) -> float:
+        up = self.warmup * clock.total_steps
+        if clock.step < up:
+            return (clock.step + 1.0) / (up + 1.0)
+        return _cosine(1.0, self.final, (clock.step - up) / (clock.total_steps - up))
+
+
+@dataclass(frozen=True)
+class OneCycle(Schedule):
+    """Up from ``start`` to 1 and down to ``final``, by cosines (Smith and Topin, 2018).
+
+    The defaults are those of torch.optim.lr_scheduler.OneCycleLR.
+
+    Parameters
+    ----------
+    peak : float in (0, 1), default=0.3
+        Share of all steps before the peak.
+    start : float, default=1/25
+    final : float, default=1/250000
+    """
+
+    peak: float = 0.3
+    start: float = 1.0 / 25.0
+    final: float = 1.0 / 250_000.0
+
+    def factor(self, clock: Clock, state: Any) -> float:
+        last = clock.total_steps - 1.0
+        top = self.peak * clock.total_steps - 1.0
+        if clock.step < top:
+            return _cosine(self.start, 1.0, clock.step / top)
+        return _cosine(1.0, self.final, (clock.step - top) / (last - top))
+
+
+class _Plateau(NamedTuple):
+    factor: float = 1.0
+    best: float = inf
+    waited: int = 0
+
+
+@dataclass(frozen=True)
+class ReduceOnPlateau(Schedule):
+    """Multiply by ``gamma`` when the loss has not improved for ``patience`` epochs.
+
+    Improved means: below best · (1 − threshold) for a positive best, as
+    torch.optim.lr_scheduler.ReduceLROnPlateau counts it in its relative mode.
+
+    Parameters
+    ----------
+    gamma : float in (0, 1), default=0.1
+    patience : int >= 0, default=10
+        Epochs without improvement that are let pass.
+    threshold : float >= 0, default=1e-4
+    min_factor : float >= 0, default=0
+    """
+
+    gamma: float = 0.1
+    patience: int = 10
+    threshold: float = 1e-4
+    min_factor: float = 0.0
+
+    def init(self) -> _Plateau:
+        return _Plateau()
+
+    def factor(self, clock: Clock, state: _Plateau) -> float:
+        return state.factor
+
+    def observe(self, state: _Plateau, loss: float) -> _Plateau:
+        if state.best == inf or loss < state.best - self.threshold * abs(state.best):
+            return state._replace(best=loss, waited=0)
+        if state.waited < self.patience:
+            return state._replace(waited=state.waited + 1)
+        factor = max(state.factor * self.gamma, self.min_factor)
+        return state._replace(factor=factor, waited=0)
+
+
+@dataclass(frozen=True)
+class Adaptive(Schedule):
+    """Divide by 5 whenever training would stop, until the rate is at most 10⁻⁶.
+
+    scikit-learn's "adaptive".
+    """
+
+    def init(self) -> float:
+        return 1.0
+
+    def factor(self, clock: Clock, state: float) -> float:
+        return state
+
+    def stalled(self, state: float, rate: float) -> float | None:
+        return None if rate <= 1e-6 else state / 5.0

@@ -1,0 +1,528 @@
+"""Training: the step, the epoch, the fit.
+
+``fit`` asks a source for batches and repeats ``step``, a pure function of arrays that
+a backend may compile.  The host does what needs no array: the order of the rows, the
+learning rate, when to stop.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import ceil, inf, isfinite, nan
+from types import FrameType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portable_mlp.backends import Backend
+from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.losses import Loss
+from portable_mlp.network import Network
+from portable_mlp.optimizers import Coefficients, Moments, Optimizer, clip_by_global_norm
+from portable_mlp.packing import Layout
+from portable_mlp.schedules import Clock, Schedule
+from portable_mlp.typing import Array, Namespace, Params
+
+
+class DivergenceError(ValueError):
+    """Training produced NaN or infinite values."""
+
+
+# ---------------------------------------------------------------- the step
+
+
+class Batch(NamedTuple):
+    """Rows to learn from: x (n, d), y (n,) or (n, k), weights (n,) or None."""
+
+    x: Array
+    y: Array
+    weights: Array | None = None
+
+
+class Arrays(NamedTuple):
+    """What a step changes: leaves of the parameters, and their moments."""
+
+    leaves: list[Array]
+    moments: list[Moments]
+
+
+class Hyper(NamedTuple):
+    """Numbers that may change from step to step without a new compilation."""
+
+    alpha: float
+    coefficients: Coefficients
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a step does; static, and hashable, so that a compiled step is found again.
+
+    Parameters
+    ----------
+    xp : namespace
+    network : Network
+    loss : Loss
+    optimizer : Optimizer
+    layout : Layout
+    clip_norm : float, optional
+        Largest global norm of the gradients, see `optimizers.clip_by_global_norm`.
+    """
+
+    xp: Namespace
+    network: Network
+    loss: Loss
+    optimizer: Optimizer
+    layout: Layout
+    clip_norm: float | None = None
+
+
+def objective(
+    recipe: Recipe, leaves: Params, batch: Batch, alpha: float, keys: Sequence[int]
+) -> tuple[Array, Array, list[Array]]:
+    """The mean loss, the L2 penalty, and the gradient of their sum by the leaves.
+
+    The penalty is α / (2 n) Σ w² over the weights, not the biases, with n the number
+    of rows or the sum of their weights, as in scikit-learn.
+    """
+    xp, network = recipe.xp, recipe.network
+    params = recipe.layout.unpack(leaves, xp)
+    z, residuals = network.forward(params, batch.x, xp, keys)
+    value, dz = recipe.loss(z, batch.y, xp, batch.weights)
+    grads = recipe.layout.pack(network.backward(params, residuals, dz, xp), xp)
+
+    n: Any = batch.x.shape[0]
+    if batch.weights is not None:
+        total = xp.sum(batch.weights)
+        n = xp.where(total > 0.0, total, 1.0)
+    penalty: Any = 0.0
+    scale = alpha / n
+    for i, group in enumerate(recipe.layout.groups):
+        if group != "bias":
+            w = leaves[i]
+            flat = xp.reshape(w, (-1,))
+            penalty = penalty + xp.vecdot(flat, flat)
+            grads[i] += scale * w
+    return value, 0.5 * scale * penalty, grads
+
+
+def step(
+    recipe: Recipe, arrays: Arrays, batch: Batch, hyper: Hyper
+) -> tuple[Arrays, tuple[Array, Array]]:
+    """One update; returns the new arrays, and the loss and penalty before it.
+
+    The arrays handed in are donated: only what comes back may be used.
+    """
+    xp = recipe.xp
+    leaves, moments = arrays
+    value, penalty, grads = objective(recipe, leaves, batch, hyper.alpha, hyper.keys)
+    if recipe.clip_norm is not None:
+        grads = clip_by_global_norm(grads, recipe.clip_norm, xp)
+    arrays = Arrays(
+        *recipe.optimizer.apply(
+            leaves, grads, moments, hyper.coefficients, xp, recipe.layout.groups
+        )
+    )
+    return arrays, (value, penalty)
+
+
+# ---------------------------------------------------------------- batches
+
+
+class ArraySource:
+    """Batches from arrays in memory.
+
+    Parameters
+    ----------
+    data : Batch
+        All rows, on the backend.
+    backend : Backend
+    rows : array of int, optional
+        The rows to use, on the host; all if not given.
+    """
+
+    def __init__(
+        self, data: Batch, backend: Backend, rows: NDArray[np.intp] | None = None
+    ) -> None:
+        self._data = data
+        self._backend = backend
+        self._rows = rows
+        self.n_rows: int = data.x.shape[0] if rows is None else len(rows)
+
+    def batches(
+        self, batch_size: int, order: NDArray[np.intp] | None = None
+    ) -> Iterator[tuple[Batch, int]]:
+        """All rows once, with the number in each batch.
+
+        ``order`` is a permutation; the rows' own order if not given.  A batch of all
+        rows is handed out as it is: a mean does not depend on the order.
+        """
+        if self._rows is None and (order is None or batch_size >= self.n_rows):
+            for start in range(0, self.n_rows, batch_size):
+                rows = slice(start, min(start + batch_size, self.n_rows))
+                whole = batch_size >= self.n_rows
+                yield self._data if whole else self._map(lambda a, r=rows: a[r, ...]), (
+                    rows.stop - rows.start
+                )
+            return
+        rows = self._rows if order is None else order if self._rows is None else self._rows[order]
+        indices = self._backend.indices(rows)
+        take = self._backend.xp.take
+        for start in range(0, self.n_rows, batch_size):
+            chosen = indices[start : start + batch_size]
+            yield self._map(lambda a, c=chosen: take(a, c, axis=0)), chosen.shape[0]
+
+    def _map(self, function: Callable[[Array], Array]) -> Batch:
+        x, y, weights = self._data
+        return Batch(function(x), function(y), None if weights is None else function(weights))
+
+
+# ---------------------------------------------------------------- the fit
+
+
+@dataclass
+class State:
+    """Where a training run stands: arrays on the device, counters on the host."""
+
+    arrays: Arrays
+    schedule: Any
+    steps: int = 0
+    rows: int = 0
+    epochs: int = 0
+    stalled_for: int = 0
+    best: float = inf
+    best_leaves: list[Array] | None = None
+    history: list[Epoch] = field(default_factory=list)
+
+
+StopReason = Literal["converged", "max_epochs", "interrupted", "diverged"]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A training run's settings.
+
+    Parameters
+    ----------
+    network : Network
+    loss : Loss
+    optimizer : Optimizer
+    backend : Backend
+    dtype : {"float32", "float64"}
+    learning_rate : float
+        Times the schedule's factor.
+    schedule : Schedule
+    alpha : float, default=0
+        L2 penalty on the weights, see `objective`.
+    clip_norm : float, optional
+    batch_size : int, default=200
+    shuffle : bool, default=True
+        Draw a new order of the rows each epoch.
+    tol : float, default=1e-4
+        Least improvement of the loss (or validation score) that counts as one.
+    patience : float, default=10
+        Epochs in a row without one after which training stops.
+    loss_scale : float, default=1
+        Factor on the *reported* loss, without the penalty: for an interface whose
+        convention divides by the number of outputs.
+    """
+
+    network: Network
+    loss: Loss
+    optimizer: Optimizer
+    backend: Backend
+    dtype: str
+    learning_rate: float
+    schedule: Schedule = Schedule()
+    alpha: float = 0.0
+    clip_norm: float | None = None
+    batch_size: int = 200
+    shuffle: bool = True
+    tol: float = 1e-4
+    patience: float = 10
+    loss_scale: float = 1.0
+
+    @property
+    def recipe(self) -> Recipe:
+        layout = Layout.plan(self.network.params, self.backend.pack_below)
+        return Recipe(
+            self.backend.xp, self.network, self.loss, self.optimizer, layout, self.clip_norm
+        )
+
+    def start(self, params: Params) -> State:
+        """The state before the first step; the parameters, from anywhere, are copied."""
+        with self.backend.scope(self.dtype):
+            return State(Arrays(*self._fresh(params)), self.schedule.init())
+
+    def _fresh(self, params: Params) -> tuple[list[Array], list[Moments]]:
+        leaves = self.load(params)
+        return leaves, self.optimizer.init(leaves, self.backend.xp)
+
+    def load(self, params: Params) -> list[Array]:
+        """Leaves of our own from parameters on the host or on the backend."""
+        arrays = [self.backend.asarray(p, self.dtype, copy=True) for p in params]
+        return self.recipe.layout.pack(arrays, self.backend.xp)
+
+    def params(self, leaves: list[Array]) -> list[Array]:
+        """Parameters in order, from leaves; views where arrays have them."""
+        return self.recipe.layout.unpack(leaves, self.backend.xp)
+
+    def fit(
+        self,
+        state: State,
+        source: ArraySource,
+        max_epochs: int,
+        rng: np.random.RandomState,
+        *,
+        validate: Callable[[list[Array]], float] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> StopReason:
+        """Train, changing ``state``, until something stops it.
+
+        Parameters
+        ----------
+        state : State
+        source : ArraySource
+        max_epochs : int
+        rng : RandomState
+            Draws the order of the rows and the seeds of random layers.
+        validate : callable, optional
+            From parameters to a score, higher is better: early stopping watches it
+            instead of the loss, and the best parameters are restored at the end.
+        callbacks : sequence of Callback
+
+        Returns
+        -------
+        {"converged", "max_epochs", "interrupted", "diverged"}
+            "diverged" only with ``validate``, whose best parameters then are what
+            remains.
+
+        Raises
+        ------
+        DivergenceError
+            If the loss or a parameter is not finite and there is nothing to restore.
+        """
+        if validate is not None and state.best_leaves is None:
+            state.best_leaves = self._copy(state.arrays.leaves)
+        for callback in callbacks:
+            callback.on_fit_begin(max_epochs)
+        reason: StopReason = "interrupted"
+        try:
+            with self.backend.scope(self.dtype), _deferred_interrupt() as interrupted:
+                reason = self._epochs(
+                    state, source, max_epochs, rng, validate, callbacks, interrupted
+                )
+                if validate is not None:
+                    state.arrays = state.arrays._replace(leaves=state.best_leaves or [])
+                    state.best_leaves = None
+                xp = self.backend.xp
+                finite = [xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.arrays.leaves]
+                if not self.backend.fetch(finite).all():
+                    raise DivergenceError(self._divergence(state, nan))
+        finally:
+            for callback in callbacks:
+                callback.on_fit_end()
+        return reason
+
+    def _epochs(
+        self,
+        state: State,
+        source: ArraySource,
+        max_epochs: int,
+        rng: np.random.RandomState,
+        validate: Callable[[list[Array]], float] | None,
+        callbacks: Sequence[Callback],
+        interrupted: threading.Event,
+    ) -> StopReason:
+        began = time.perf_counter()
+        order = np.arange(source.n_rows)
+        for _ in range(max_epochs):
+            if self.shuffle:
+                # Orders compose, and are drawn as scikit-learn draws them
+                draw = np.arange(source.n_rows)
+                rng.shuffle(draw)
+                order = order[draw]
+            try:
+                loss, rate = self._epoch(
+                    state, source, order if self.shuffle else None, max_epochs, rng, interrupted
+                )
+                if interrupted.is_set():
+                    return "interrupted"
+                score = nan if validate is None or not isfinite(loss) else (
+                    validate(self.params(state.arrays.leaves))
+                )
+                record = Epoch(
+                    state.epochs, loss, score, rate, time.perf_counter() - began
+                )
+                state.history.append(record)
+                for callback in callbacks:
+                    callback.on_epoch_end(record)
+            except KeyboardInterrupt:  # raised by a callback
+                return "interrupted"
+            if not isfinite(loss):
+                if validate is None:
+                    raise DivergenceError(self._divergence(state, loss))
+                warnings.warn(self._divergence(state, loss), RuntimeWarning, stacklevel=5)
+                return "diverged"
+            if self._watch(state, -score if validate else loss, early=validate is not None):
+                remembered = self.schedule.stalled(state.schedule, rate)
+                if remembered is None:
+                    return "converged"
+                state.schedule = remembered
+                state.stalled_for = 0
+        return "max_epochs"
+
+    def _epoch(
+        self,
+        state: State,
+        source: ArraySource,
+        order: NDArray[np.intp] | None,
+        max_epochs: int,
+        rng: np.random.RandomState,
+        interrupted: threading.Event,
+    ) -> tuple[float, float]:
+        """All batches once; mean reported loss over the rows, and the last rate."""
+        recipe = self.recipe
+        run = self.backend.compile(step)
+        n_steps = ceil(source.n_rows / self.batch_size)
+        n_random = self.network.n_random
+        keys = rng.randint(2**31, size=(n_steps, n_random)).tolist() if n_random else None
+        losses: list[Array] = []
+        penalties: list[Array] = []
+        counts: list[int] = []
+        for i, (batch, n) in enumerate(source.batches(self.batch_size, order)):
+            clock = Clock(state.steps, max_epochs * n_steps, state.epochs, state.rows)
+            rate = self.learning_rate * self.schedule.factor(clock, state.schedule)
+            state.steps += 1
+            hyper = Hyper(
+                self.alpha,
+                self.optimizer.coefficients(state.steps, rate),
+                tuple(keys[i]) if keys else (),
+            )
+            state.arrays, (loss, penalty) = run(recipe, state.arrays, batch, hyper)
+            losses.append(loss)
+            penalties.append(penalty)
+            counts.append(n)
+            if interrupted.is_set():
+                break
+        state.epochs += 1
+        state.rows += source.n_rows
+        share = np.asarray(counts) / source.n_rows
+        fetch = self.backend.fetch
+        return float(share @ (self.loss_scale * fetch(losses) + fetch(penalties))), rate
+
+    def _watch(self, state: State, value: float, *, early: bool) -> bool:
+        """Note whether ``value``, lower is better, improved; true if it has stalled.
+
+        A score that equals the best plus ``tol`` counts as progress, a loss that
+        equals the best minus ``tol`` does too: scikit-learn's comparisons.
+        """
+        state.schedule = self.schedule.observe(state.schedule, value)
+        state.stalled_for = state.stalled_for + 1 if value > state.best - self.tol else 0
+        if value < state.best:
+            state.best = value
+            if early:
+                state.best_leaves = self._copy(state.arrays.leaves)
+        return state.stalled_for > self.patience
+
+    def _copy(self, leaves: list[Array]) -> list[Array]:
+        # Copied, not aliased: the next step overwrites what it is handed
+        return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
+
+    def _divergence(self, state: State, loss: float) -> str:
+        return (
+            "Solver produced non-finite parameter weights. The input data may contain"
+            " large values and need to be preprocessed."
+            f" (Epoch {state.epochs}, loss {loss}: training diverged. Try a learning rate"
+            f" below {self.learning_rate:g}, inputs scaled to unit variance, or clip_norm.)"
+        )
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Turn Ctrl-C into an event that the loop looks at between batches.
+
+    A second Ctrl-C interrupts at once.  Only the main thread receives signals.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# ---------------------------------------------------------------- L-BFGS
+
+
+def fit_lbfgs(
+    trainer: Trainer, params: Params, data: Batch, *, max_iter: int, max_fun: int
+) -> tuple[list[Array], float, int, str | None]:
+    """Minimise the loss over all rows by SciPy's L-BFGS-B.
+
+    Value and gradient are computed on the backend; SciPy works on the host, in
+    float64.
+
+    Returns
+    -------
+    params : list of arrays
+    loss : float
+    n_iter : int
+    message : str or None
+        Why it stopped short of convergence; None if it converged.
+    """
+    from scipy.optimize import minimize
+
+    backend, recipe = trainer.backend, trainer.recipe
+    evaluate = backend.compile(_lbfgs_objective)
+
+    def split(theta: NDArray[np.float64]) -> list[Array]:
+        ends = np.cumsum([leaf.size for leaf in shapes])[:-1]
+        parts = np.split(theta, ends)
+        return [
+            backend.asarray(part.reshape(leaf.shape), trainer.dtype)
+            for part, leaf in zip(parts, shapes, strict=True)
+        ]
+
+    def value_and_grad(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alpha)
+        loss, l2 = backend.fetch([value, penalty])
+        flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]
+        return float(trainer.loss_scale * loss + l2), np.concatenate(flat)
+
+    with backend.scope(trainer.dtype):
+        shapes = [backend.to_host(leaf) for leaf in trainer.load(params)]
+        theta = np.concatenate([leaf.astype(np.float64).ravel() for leaf in shapes])
+        result = minimize(
+            value_and_grad,
+            theta,
+            method="L-BFGS-B",
+            jac=True,
+            options={"maxfun": max_fun, "maxiter": max_iter, "gtol": trainer.tol},
+        )
+        if not np.isfinite(result.x).all() or not isfinite(result.fun):
+            state = State(Arrays([], []), None, epochs=int(result.nit))
+            raise DivergenceError(trainer._divergence(state, float(result.fun)))
+        message = None if result.status == 0 else str(result.message)
+        return trainer.params(split(result.x)), float(result.fun), int(result.nit), message
+
+
+def _lbfgs_objective(
+    recipe: Recipe, leaves: Params, batch: Batch, alpha: float
+) -> tuple[Array, Array, list[Array]]:
+    return objective(recipe, leaves, batch, alpha, ())
