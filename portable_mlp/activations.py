@@ -118,15 +118,11 @@ class GELU(Layer):
     f′ = ½ (1 + t) + ½ x (1 − t²) u′ with t = tanh u.
     """
 
-    def forward(
-        self, p: Params, x: Array, xp: Namespace
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, tuple[Array, Array]]:
         t = xp.tanh(sqrt(2.0 / pi) * (x + 0.044715 * x * x * x))
         return 0.5 * x * (1.0 + t), (x, t)
 
-    def backward(
-        self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace
-    ) -> Array:
+    def backward(self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace) -> Array:
         x, t = residual
         du = sqrt(2.0 / pi) * (1.0 + 3.0 * 0.044715 * x * x)
         return dy * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * du)
@@ -136,16 +132,12 @@ class GELU(Layer):
 class SiLU(Layer):
     """f(x) = x σ(x),  f′ = σ + f (1 − σ)  (Elfwing et al., 2018)."""
 
-    def forward(
-        self, p: Params, x: Array, xp: Namespace
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, tuple[Array, Array]]:
         s = sigmoid(x, xp)
         y = x * s
         return y, (y, s)
 
-    def backward(
-        self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace
-    ) -> Array:
+    def backward(self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace) -> Array:
         y, s = residual
         return dy * (s + y * (1.0 - s))
 
@@ -154,15 +146,11 @@ class SiLU(Layer):
 class Mish(Layer):
     """f(x) = x t,  t = tanh(log(1 + eˣ)),  f′ = t + x σ(x) (1 − t²)  (Misra, 2020)."""
 
-    def forward(
-        self, p: Params, x: Array, xp: Namespace
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, tuple[Array, Array]]:
         t = xp.tanh(softplus(x, xp))
         return x * t, (x, t)
 
-    def backward(
-        self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace
-    ) -> Array:
+    def backward(self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace) -> Array:
         x, t = residual
         return dy * (t + x * sigmoid(x, xp) * (1.0 - t * t))
 
@@ -202,7 +190,8 @@ def get_activation(activation: Any) -> Layer:
         If the name is unknown (the message says which comes nearest), or what was
         given is neither a name nor a layer without parameters.
     """
-    return lookup("activation", activation, ACTIVATIONS, Layer)
+    layer: Layer = lookup("activation", activation, ACTIVATIONS, Layer)
+    return layer
 
 
 def lookup(argument: str, value: Any, table: dict[str, Any], kind: type) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from importlib import import_module
 from math import inf
 from typing import Any, ClassVar, TypeVar
@@ -78,7 +78,8 @@ class Backend:
     def indices(self, host: NDArray[np.intp]) -> Array:
         """Row numbers here, in a type ``take`` accepts."""
         info = self.xp.__array_namespace_info__()
-        return self.asarray(host.astype(str(info.default_dtypes()["indexing"]).split(".")[-1]))
+        indexing = str(info.default_dtypes(device=self.device)["indexing"]).split(".")[-1]
+        return self.asarray(host.astype(indexing))
 
     def to_host(self, x: Array) -> NDArray[Any]:
         """A NumPy array of the same values."""
@@ -92,9 +93,20 @@ class Backend:
     def synchronize(self) -> None:
         """Wait until what was asked for is done; for timing."""
 
-    def compile(self, step: F) -> F:
-        """Make ``step(static, donated, *traced)`` fast; here, it runs as it is."""
-        return step
+    def compile(
+        self, function: F, static: tuple[int, ...] = (), donated: tuple[int, ...] = ()
+    ) -> F:
+        """Make a pure function of arrays fast; here, it runs as it is.
+
+        Parameters
+        ----------
+        function : callable
+        static : tuple of int
+            Positions of arguments that are not arrays, hashable.
+        donated : tuple of int
+            Positions of arguments that the function may overwrite.
+        """
+        return function
 
     @contextmanager
     def scope(self, dtype: str) -> Iterator[None]:
@@ -108,6 +120,8 @@ class Backend:
 
 
 class NumPyBackend(Backend):
+    """NumPy arrays, on the CPU."""
+
     name = "numpy"
     # Above the size of a core's cache a copy into the packed vector costs more
     # than a call saves (measured: scripts/benchmark.py).
@@ -119,7 +133,9 @@ class NumPyBackend(Backend):
     @classmethod
     def create(cls, device: str | None) -> Backend:
         if device == "gpu":
-            raise BackendError("backend='numpy' computes on the CPU only; for device='gpu' use 'cupy'")
+            raise BackendError(
+                "backend='numpy' computes on the CPU only; for device='gpu' use 'cupy'"
+            )
         return cls()
 
     @classmethod
@@ -134,6 +150,8 @@ class NumPyBackend(Backend):
 
 
 class CuPyBackend(Backend):
+    """CuPy arrays, on a CUDA device."""
+
     name = "cupy"
 
     def __init__(self, device: Any = None) -> None:
@@ -143,7 +161,9 @@ class CuPyBackend(Backend):
     @classmethod
     def create(cls, device: str | None) -> Backend:
         if device == "cpu":
-            raise BackendError("backend='cupy' computes on the GPU only; for device='cpu' use 'numpy'")
+            raise BackendError(
+                "backend='cupy' computes on the GPU only; for device='cpu' use 'numpy'"
+            )
         _check_cuda()
         return cls(import_module("cupy").cuda.Device())
 
@@ -165,6 +185,8 @@ class CuPyBackend(Backend):
 
 
 class TorchBackend(Backend):
+    """Torch tensors, without a graph for autograd."""
+
     name = "torch"
 
     def __init__(self, device: Any = None) -> None:
@@ -175,7 +197,9 @@ class TorchBackend(Backend):
     def create(cls, device: str | None) -> Backend:
         torch = _import("torch", "pip install torch")
         if device == "gpu" and not torch.cuda.is_available():
-            raise BackendError("device='gpu': torch sees no CUDA device (torch.cuda.is_available())")
+            raise BackendError(
+                "device='gpu': torch sees no CUDA device (torch.cuda.is_available())"
+            )
         default = torch.get_default_device()
         kind = {"gpu": "cuda", "cpu": "cpu", None: default}.get(device, default)
         if device == "auto" and torch.cuda.is_available():
@@ -208,6 +232,8 @@ class TorchBackend(Backend):
 
 
 class JaxBackend(Backend):
+    """JAX arrays, with the step compiled by XLA."""
+
     name = "jax"
     # Packing would copy: slices and concatenations of immutable arrays.
     pack_below = 0
@@ -235,8 +261,11 @@ class JaxBackend(Backend):
     def fetch(self, scalars: Sequence[Array]) -> NDArray[np.float64]:
         return np.asarray(self._jax.device_get(list(scalars)), dtype=np.float64)
 
-    def compile(self, step: F) -> F:
-        return _jit(step)
+    def compile(
+        self, function: F, static: tuple[int, ...] = (), donated: tuple[int, ...] = ()
+    ) -> F:
+        compiled: F = _jit(function, static, donated)
+        return compiled
 
     @contextmanager
     def scope(self, dtype: str) -> Iterator[None]:
@@ -245,10 +274,10 @@ class JaxBackend(Backend):
             yield
 
 
-@cache
-def _jit(step: Any) -> Any:
+@lru_cache(maxsize=64)
+def _jit(function: Any, static: tuple[int, ...], donated: tuple[int, ...]) -> Any:
     # One jitted function for each step, so that what it compiled outlives a fit.
-    return import_module("jax").jit(step, static_argnums=0, donate_argnums=1)
+    return import_module("jax").jit(function, static_argnums=static, donate_argnums=donated)
 
 
 BACKENDS: dict[str, type[NumPyBackend | CuPyBackend | TorchBackend | JaxBackend]] = {

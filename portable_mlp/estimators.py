@@ -7,7 +7,8 @@ added comes after them, keyword-only, and changes no default.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import inf, nan
 from numbers import Integral, Real
@@ -77,9 +78,11 @@ class _MultilayerPerceptron(BaseEstimator):
             return self.solver
         moments = {"beta_1": self.beta_1, "beta_2": self.beta_2, "epsilon": self.epsilon}
         build = {
-            "sgd": lambda: SklearnSGD(momentum=self.momentum, nesterov=self.nesterovs_momentum)
-            if self.momentum
-            else SGD(),
+            "sgd": lambda: (
+                SklearnSGD(momentum=self.momentum, nesterov=self.nesterovs_momentum)
+                if self.momentum
+                else SGD()
+            ),
             "adam": lambda: SklearnAdam(**moments),
             "adamw": lambda: AdamW(**moments),
             "rmsprop": lambda: RMSprop(epsilon=self.epsilon),
@@ -163,7 +166,7 @@ class _MultilayerPerceptron(BaseEstimator):
     def _check_y(self, y: Any, X: Array) -> NDArray[Any]:
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but y is None")
-        y = check_array(to_host(y), ensure_2d=False, dtype=None, input_name="y")
+        y = np.asarray(check_array(to_host(y), ensure_2d=False, dtype=None, input_name="y"))
         check_consistent_length(np.empty((X.shape[0], 0)), y)
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
@@ -177,9 +180,7 @@ class _MultilayerPerceptron(BaseEstimator):
         if weights.ndim == 0:
             weights = np.full(X.shape[0], float(weights))
         if weights.shape != (X.shape[0],):
-            raise ValueError(
-                f"sample_weight: expected shape {(X.shape[0],)}, got {weights.shape}"
-            )
+            raise ValueError(f"sample_weight: expected shape {(X.shape[0],)}, got {weights.shape}")
         if not np.isfinite(weights).all() or (weights < 0).any():
             raise ValueError("sample_weight must be finite and not negative")
         if not weights.any():
@@ -214,7 +215,21 @@ class _MultilayerPerceptron(BaseEstimator):
         BackendError
             If the device or backend asked for cannot be used.
         """
-        return self._fit(X, y, sample_weight, incremental=False)
+        with self._unchanged_on_error():
+            return self._fit(X, y, sample_weight, incremental=False)
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        # Attributes are replaced, never altered in place, so references are enough
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            for name in vars(self).keys() - before.keys():
+                delattr(self, name)
+            for name, value in before.items():
+                setattr(self, name, value)
+            raise
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool) -> Self:
         self._check_parameters()
@@ -222,19 +237,13 @@ class _MultilayerPerceptron(BaseEstimator):
         again = hasattr(self, "coefs_") and (self.warm_start or incremental)
         home = backend_of(X)
         backend = get_backend(self.device, self.backend, like=X)
-        before = dict(vars(self))
-        try:
-            X = self._check_X(X, reset=not again)
-            weights = self._check_weights(sample_weight, X)
-            target, loss, attributes = self._encode(self._check_y(y, X), X, again, incremental)
-            n_outputs = target.shape[1] if target.ndim == 2 else attributes.pop("n_outputs_", 1)
-            network = self._network(X.shape[1], n_outputs)
-            if again:
-                self._check_shapes(network)
-        except Exception:
-            vars(self).clear()
-            vars(self).update(before)
-            raise
+        X = self._check_X(X, reset=not again)
+        weights = self._check_weights(sample_weight, X)
+        target, loss, attributes = self._encode(self._check_y(y, X), X, again, incremental)
+        n_outputs = target.shape[1] if target.ndim == 2 else attributes.pop("n_outputs_", 1)
+        network = self._network(X.shape[1], n_outputs)
+        if again:
+            self._check_shapes(network)
         dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
         rng = check_random_state(self.random_state)
         params = self._flat_params() if again else network.init(rng)
@@ -242,9 +251,7 @@ class _MultilayerPerceptron(BaseEstimator):
         with backend.scope(dtype):
             data = Batch(
                 move(X, backend, dtype),
-                backend.asarray(
-                    target, "int32" if target.dtype.kind == "i" else dtype
-                ),
+                backend.asarray(target, "int32" if target.dtype.kind == "i" else dtype),
                 None if weights is None else backend.asarray(weights, dtype),
             )
         trainer = Trainer(
@@ -263,17 +270,12 @@ class _MultilayerPerceptron(BaseEstimator):
             # scikit-learn reports the squared error's mean over the outputs
             loss_scale=1.0 / n_outputs if isinstance(loss, SquaredError) else 1.0,
         )
-        try:
-            if self.solver == "lbfgs":
-                params, fitted = self._run_lbfgs(trainer, params, data)
-            else:
-                params, fitted = self._run_epochs(
-                    trainer, params, data, target, weights, rng, again, incremental
-                )
-        except Exception:
-            vars(self).clear()
-            vars(self).update(before)
-            raise
+        if self.solver == "lbfgs":
+            params, fitted = self._run_lbfgs(trainer, params, data)
+        else:
+            params, fitted = self._run_epochs(
+                trainer, params, data, target, weights, rng, again, incremental
+            )
         with backend.scope(dtype):
             if home == backend:
                 kept = [backend.asarray(p, copy=True) for p in params]
@@ -330,9 +332,11 @@ class _MultilayerPerceptron(BaseEstimator):
         rows, validate = None, None
         if self.early_stopping:
             # Binary labels alone are stratified, as in scikit-learn
-            stratify = target if isinstance(trainer.loss, BinaryCrossEntropy) and (
-                target.ndim == 1
-            ) else None
+            stratify = (
+                target
+                if isinstance(trainer.loss, BinaryCrossEntropy) and (target.ndim == 1)
+                else None
+            )
             rows, held_out = train_test_split(
                 np.arange(data.x.shape[0]),
                 test_size=self.validation_fraction,
@@ -420,7 +424,6 @@ class _MultilayerPerceptron(BaseEstimator):
             x = xp.take(data.x, backend.indices(rows), axis=0)
         wanted = target[rows]
         share = None if weights is None else weights[rows]
-        score = accuracy_score if isinstance(self, ClassifierMixin) else r2_score
 
         def validate(params: list[Array]) -> float:
             z = _logits(trainer.network, params, x, backend)
@@ -429,7 +432,7 @@ class _MultilayerPerceptron(BaseEstimator):
             got = backend.to_host(self._decide(z, trainer.loss, xp))
             if got.shape != wanted.shape:
                 got = got.reshape(wanted.shape)
-            return float(score(wanted, got, sample_weight=share))
+            return float(self._metric(wanted, got, sample_weight=share))
 
         return validate
 
@@ -442,6 +445,11 @@ class _MultilayerPerceptron(BaseEstimator):
         return True
 
     # -------------------------------------------------------- predict
+
+    def _score(self, X: Any, y: Any, sample_weight: Any) -> float:
+        # On the host: scikit-learn's metrics refuse a device's arrays
+        weights = None if sample_weight is None else to_host(sample_weight)
+        return float(self._metric(to_host(y), to_host(self.predict(X)), sample_weight=weights))
 
     def _predict_with(self, function: Any, X: Any) -> tuple[Array, Backend]:
         """``function(logits, loss, xp)`` where it is computed, moved to where X is."""
@@ -458,31 +466,15 @@ class _MultilayerPerceptron(BaseEstimator):
             result = function(z, self._loss, backend.xp)
             return (result if home == backend else move(result, home)), home
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy of a classifier (of whole rows, for several labels); R² of a regressor.
-
-        Parameters
-        ----------
-        X : array-like (n_samples, n_features)
-        y : array-like (n_samples,) or (n_samples, n_outputs)
-        sample_weight : array-like (n_samples,), optional
-
-        Returns
-        -------
-        float
-        """
-        score = accuracy_score if isinstance(self, ClassifierMixin) else r2_score
-        weights = None if sample_weight is None else to_host(sample_weight)
-        return float(score(to_host(y), to_host(self.predict(X)), sample_weight=weights))
-
 
 def _logits(network: Network, params: list[Array], x: Array, backend: Backend) -> Array:
     """Logits of all rows, computed in chunks of bounded memory."""
     xp = backend.xp
     widest = max(max(p.shape) for p in network.params)
     chunk = max(1, _CHUNK // widest)
+    n = x.shape[0]
     parts = [
-        network(params, x[start : start + chunk, ...], xp) for start in range(0, x.shape[0], chunk)
+        network(params, x[start : min(start + chunk, n), ...], xp) for start in range(0, n, chunk)
     ]
     return parts[0] if len(parts) == 1 else xp.concat(parts)
 
@@ -572,6 +564,7 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
     True
     """
 
+    _metric = staticmethod(accuracy_score)
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **_MultilayerPerceptron._parameter_constraints,
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
@@ -655,19 +648,18 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
                 " which expects discrete classes on a regression target with continuous"
                 " values."
             )
-        if again or hasattr(self, "_partial_classes"):
-            known = self._partial_classes if incremental else self.classes_
-            if incremental and np.setdiff1d(classes, known).size:
+        if incremental:
+            if np.setdiff1d(classes, self.classes_).size:
                 raise ValueError(
-                    f"`y` has classes not in `self.classes_`. `self.classes_` has {known}."
-                    f" 'y' has {classes}."
+                    "`y` has classes not in `self.classes_`. `self.classes_` has"
+                    f" {self.classes_}. 'y' has {classes}."
                 )
-            if not incremental and again and not np.array_equal(classes, known):
-                raise ValueError(
-                    "warm_start can only be used where `self.classes_` has the same classes"
-                    f" as in the previous call to fit. Previously got {known}, `y` has {classes}"
-                )
-            classes = known if incremental or again else classes
+            classes = self.classes_
+        elif again and not np.array_equal(classes, self.classes_):
+            raise ValueError(
+                "warm_start can only be used where `self.classes_` has the same classes as"
+                f" in the previous call to fit. Previously got {self.classes_}, `y` has {classes}"
+            )
         binary = BinaryCrossEntropy(self.label_smoothing)
         attributes: dict[str, Any] = {"classes_": classes}
         if kind == "multilabel-indicator":
@@ -680,9 +672,7 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         return codes, SoftmaxCrossEntropy(self.label_smoothing), attributes
 
     @available_if(_MultilayerPerceptron._has_steps)
-    def partial_fit(
-        self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
-    ) -> Self:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
         """One epoch over X and y, going on from where the model is.
 
         Parameters
@@ -697,23 +687,18 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         -------
         self
         """
-        if not hasattr(self, "coefs_"):
-            if classes is None:
-                raise ValueError("classes must be passed on the first call to partial_fit.")
-            self._partial_classes = np.unique(to_host(classes))
-        else:
-            if classes is not None and not np.array_equal(
-                np.unique(to_host(classes)), self.classes_
-            ):
-                raise ValueError(
-                    f"`classes={classes!r}` is not the same as on last call to partial_fit,"
-                    f" was: {self.classes_!r}"
-                )
-            self._partial_classes = self.classes_
-        try:
+        known = getattr(self, "classes_", None)
+        given = known if classes is None else np.unique(to_host(classes))
+        if given is None:
+            raise ValueError("classes must be passed on the first call to partial_fit.")
+        if known is not None and not np.array_equal(given, known):
+            raise ValueError(
+                f"`classes={classes!r}` is not the same as on last call to partial_fit,"
+                f" was: {known!r}"
+            )
+        with self._unchanged_on_error():
+            self.classes_ = given
             return self._fit(X, y, sample_weight, incremental=True)
-        finally:
-            vars(self).pop("_partial_classes", None)
 
     def _decide(self, z: Array, loss: Loss, xp: Any) -> Array:
         """Class numbers (n,), or indicators (n, n_labels), from logits."""
@@ -740,7 +725,8 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
             return codes
         if isinstance(home, NumPyBackend) or self.classes_.dtype.kind not in "biuf":
             return self.classes_[home.to_host(codes)]
-        return home.xp.take(home.asarray(self.classes_), codes, axis=0)
+        move_labels = home.indices if self.classes_.dtype.kind in "iu" else home.asarray
+        return home.xp.take(move_labels(self.classes_), codes, axis=0)
 
     def predict_proba(self, X: Any) -> Array:
         """Probabilities of the classes.
@@ -783,6 +769,21 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
 
         return self._predict_with(logs, X)[0]
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy: the share of rows with the right class (for several labels, with all right).
+
+        Parameters
+        ----------
+        X : array-like (n_samples, n_features)
+        y : array-like (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array-like (n_samples,), optional
+
+        Returns
+        -------
+        float
+        """
+        return self._score(X, y, sample_weight)
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
@@ -819,6 +820,8 @@ feature_names_in_, out_activation_
     >>> model.fit(X, y / 100).score(X, y / 100) > 0.5
     True
     """
+
+    _metric = staticmethod(r2_score)
 
     def __init__(
         self,
@@ -907,7 +910,8 @@ feature_names_in_, out_activation_
         -------
         self
         """
-        return self._fit(X, y, sample_weight, incremental=True)
+        with self._unchanged_on_error():
+            return self._fit(X, y, sample_weight, incremental=True)
 
     def _decide(self, z: Array, loss: Loss, xp: Any) -> Array:
         """Predictions (n,) or (n, n_outputs) from logits."""
@@ -927,3 +931,18 @@ feature_names_in_, out_activation_
             In the namespace and on the device of X.
         """
         return self._predict_with(self._decide, X)[0]
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Coefficient of determination R², averaged over the outputs.
+
+        Parameters
+        ----------
+        X : array-like (n_samples, n_features)
+        y : array-like (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array-like (n_samples,), optional
+
+        Returns
+        -------
+        float
+        """
+        return self._score(X, y, sample_weight)

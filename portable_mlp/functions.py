@@ -24,7 +24,7 @@ def softplus(x: Array, xp: Namespace) -> Array:
 
 
 def log_softmax(x: Array, xp: Namespace) -> Array:
-    """log softmax(x) over the last axis: (x − max x) − log Σ exp(x − max x)."""
+    """Log softmax(x) over the last axis: (x − max x) − log Σ exp(x − max x)."""
     x = x - xp.max(x, axis=-1, keepdims=True)
     return x - xp.log(xp.sum(xp.exp(x), axis=-1, keepdims=True))
 

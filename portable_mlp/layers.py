@@ -83,9 +83,7 @@ class Layer(ABC):
     def backward(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> Array:
         """Map dy (n, n_out) to dx (n, n_in)."""
 
-    def gradients(
-        self, p: Params, residual: Any, dy: Array, xp: Namespace
-    ) -> tuple[Array, ...]:
+    def gradients(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> tuple[Array, ...]:
         """Map dy (n, n_out) to the parameters' gradients, each in its parameter's shape."""
         return ()
 
@@ -120,21 +118,19 @@ class Linear(Layer):
         )
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
-        """z = x W + b, shapes (n, n_in) -> (n, n_out)."""
+        """Z = x W + b, shapes (n, n_in) -> (n, n_out)."""
         w, b = p
         z = xp.matmul(x, w)
         z += b
         return z, x
 
     def backward(self, p: Params, x: Array, dz: Array, xp: Namespace) -> Array:
-        """dx = dz Wᵀ."""
+        """Dx = dz Wᵀ."""
         w, _ = p
         return xp.matmul(dz, w.T)
 
-    def gradients(
-        self, p: Params, x: Array, dz: Array, xp: Namespace
-    ) -> tuple[Array, Array]:
-        """dW = xᵀ dz,  db = Σₙ dz."""
+    def gradients(self, p: Params, x: Array, dz: Array, xp: Namespace) -> tuple[Array, Array]:
+        """DW = xᵀ dz,  db = Σₙ dz."""
         return xp.matmul(x.T, dz), sum_rows(dz, xp)
 
 
@@ -158,9 +154,7 @@ class Dropout(Layer):
         if not 0.0 <= self.rate < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.rate!r}")
 
-    def forward(
-        self, p: Params, x: Array, xp: Namespace, key: Any = None
-    ) -> tuple[Array, Any]:
+    def forward(self, p: Params, x: Array, xp: Namespace, key: Any = None) -> tuple[Array, Any]:
         if key is None:
             return x, None
         keep = random_bits(x, key, xp) >= round(self.rate * 2**31)

@@ -81,10 +81,10 @@ class Network:
         z : array (n, n_out)
         residuals : list, one entry a layer
         """
-        keys = iter(keys or (None,) * self.n_random)
+        seeds = iter(keys or (None,) * self.n_random)
         residuals = []
         for layer, own in zip(self.layers, self._slices, strict=True):
-            noise = {"key": next(keys)} if layer.random else {}
+            noise = {"key": next(seeds)} if layer.random else {}
             x, residual = layer.forward(params[own], x, xp, **noise)
             residuals.append(residual)
         return x, residuals

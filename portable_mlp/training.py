@@ -148,9 +148,7 @@ class ArraySource:
         The rows to use, on the host; all if not given.
     """
 
-    def __init__(
-        self, data: Batch, backend: Backend, rows: NDArray[np.intp] | None = None
-    ) -> None:
+    def __init__(self, data: Batch, backend: Backend, rows: NDArray[np.intp] | None = None) -> None:
         self._data = data
         self._backend = backend
         self._rows = rows
@@ -164,24 +162,24 @@ class ArraySource:
         ``order`` is a permutation; the rows' own order if not given.  A batch of all
         rows is handed out as it is: a mean does not depend on the order.
         """
-        if self._rows is None and (order is None or batch_size >= self.n_rows):
-            for start in range(0, self.n_rows, batch_size):
-                rows = slice(start, min(start + batch_size, self.n_rows))
-                whole = batch_size >= self.n_rows
-                yield self._data if whole else self._map(lambda a, r=rows: a[r, ...]), (
-                    rows.stop - rows.start
-                )
+        if self._rows is None and batch_size >= self.n_rows:
+            yield self._data, self.n_rows
             return
-        rows = self._rows if order is None else order if self._rows is None else self._rows[order]
-        indices = self._backend.indices(rows)
-        take = self._backend.xp.take
+        if self._rows is not None:
+            order = self._rows if order is None else self._rows[order]
+        indices = None if order is None else self._backend.indices(order)
         for start in range(0, self.n_rows, batch_size):
-            chosen = indices[start : start + batch_size]
-            yield self._map(lambda a, c=chosen: take(a, c, axis=0)), chosen.shape[0]
+            rows = slice(start, min(start + batch_size, self.n_rows))
+            yield self._batch(rows if indices is None else indices[rows]), rows.stop - start
 
-    def _map(self, function: Callable[[Array], Array]) -> Batch:
+    def _batch(self, rows: slice | Array) -> Batch:
+        take = self._backend.xp.take
+
+        def select(a: Array) -> Array:
+            return a[rows, ...] if isinstance(rows, slice) else take(a, rows, axis=0)
+
         x, y, weights = self._data
-        return Batch(function(x), function(y), None if weights is None else function(weights))
+        return Batch(select(x), select(y), None if weights is None else select(weights))
 
 
 # ---------------------------------------------------------------- the fit
@@ -323,7 +321,9 @@ class Trainer:
                     state.arrays = state.arrays._replace(leaves=state.best_leaves or [])
                     state.best_leaves = None
                 xp = self.backend.xp
-                finite = [xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.arrays.leaves]
+                finite = [
+                    xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.arrays.leaves
+                ]
                 if not self.backend.fetch(finite).all():
                     raise DivergenceError(self._divergence(state, nan))
         finally:
@@ -355,12 +355,12 @@ class Trainer:
                 )
                 if interrupted.is_set():
                     return "interrupted"
-                score = nan if validate is None or not isfinite(loss) else (
-                    validate(self.params(state.arrays.leaves))
+                score = (
+                    nan
+                    if validate is None or not isfinite(loss)
+                    else (validate(self.params(state.arrays.leaves)))
                 )
-                record = Epoch(
-                    state.epochs, loss, score, rate, time.perf_counter() - began
-                )
+                record = Epoch(state.epochs, loss, score, rate, time.perf_counter() - began)
                 state.history.append(record)
                 for callback in callbacks:
                     callback.on_epoch_end(record)
@@ -390,7 +390,7 @@ class Trainer:
     ) -> tuple[float, float]:
         """All batches once; mean reported loss over the rows, and the last rate."""
         recipe = self.recipe
-        run = self.backend.compile(step)
+        run = self.backend.compile(step, static=(0,), donated=(1,))
         n_steps = ceil(source.n_rows / self.batch_size)
         n_random = self.network.n_random
         keys = rng.randint(2**31, size=(n_steps, n_random)).tolist() if n_random else None
@@ -489,7 +489,7 @@ def fit_lbfgs(
     from scipy.optimize import minimize
 
     backend, recipe = trainer.backend, trainer.recipe
-    evaluate = backend.compile(_lbfgs_objective)
+    evaluate = backend.compile(objective, static=(0,))
 
     def split(theta: NDArray[np.float64]) -> list[Array]:
         ends = np.cumsum([leaf.size for leaf in shapes])[:-1]
@@ -500,7 +500,7 @@ def fit_lbfgs(
         ]
 
     def value_and_grad(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alpha)
+        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alpha, ())
         loss, l2 = backend.fetch([value, penalty])
         flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]
         return float(trainer.loss_scale * loss + l2), np.concatenate(flat)
@@ -520,9 +520,3 @@ def fit_lbfgs(
             raise DivergenceError(trainer._divergence(state, float(result.fun)))
         message = None if result.status == 0 else str(result.message)
         return trainer.params(split(result.x)), float(result.fun), int(result.nit), message
-
-
-def _lbfgs_objective(
-    recipe: Recipe, leaves: Params, batch: Batch, alpha: float
-) -> tuple[Array, Array, list[Array]]:
-    return objective(recipe, leaves, batch, alpha, ())

@@ -1,0 +1,655 @@
+"""Measure a training step, of portable_mlp and of its peers, side by side.
+
+    python scripts/benchmark.py
+    python scripts/benchmark.py --workloads 1,4 --only "portable_mlp numpy,scikit-learn"
+
+Prints Markdown.  Every contestant trains the same networks on the same rows in the
+same order, on the CPU unless its name says otherwise, with its library's default
+number of threads.  Each lives in a process of its own, so that no thread pool disturbs
+another, and only one computes at a time.  Rounds are interleaved: what disturbs the
+machine for a while disturbs all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from itertools import pairwise
+from math import ceil, inf
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+# Array libraries are imported where they are used: each process loads only its own.
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What to train; ReLU between the layers, softmax cross-entropy at the end."""
+
+    sizes: tuple[int, ...]
+    batch: int
+    rows: int
+    solver: str
+    rate: float
+
+    def __str__(self) -> str:
+        rule = {"sgd": "SGD", "adam": "Adam"}[self.solver]
+        batch = "all rows at once" if self.batch == self.rows else f"batch {self.batch}"
+        return f"{'-'.join(map(str, self.sizes))}, {batch}, {rule} {self.rate:g}, {self.rows} rows"
+
+    @property
+    def steps(self) -> int:
+        """Number of steps in an epoch."""
+        return ceil(self.rows / self.batch)
+
+    def data(self, dtype: str) -> tuple[Any, Any]:
+        """Standard normal inputs, and labels drawn uniformly."""
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        X = rng.standard_normal((self.rows, self.sizes[0])).astype(dtype)
+        return X, rng.integers(self.sizes[-1], size=self.rows, dtype=np.int32)
+
+    def slices(self) -> Iterator[slice]:
+        """The rows of each batch, in order."""
+        for start in range(0, self.rows, self.batch):
+            yield slice(start, start + self.batch)
+
+
+WORKLOADS = {
+    1: Workload((4, 16, 2), 100, 100, "sgd", 0.005),
+    2: Workload((20, 100, 2), 200, 10_000, "adam", 1e-3),
+    3: Workload((64, 8, 32, 8, 4), 9342, 9342, "sgd", 0.005),
+    4: Workload((784, 256, 128, 10), 128, 12_800, "adam", 1e-3),
+    5: Workload((1024, 1024, 1024, 10), 512, 10_240, "adam", 1e-3),
+}
+
+# ---------------------------------------------------------------- contestants
+
+
+class Contestant(ABC):
+    """Something that trains a workload's network.
+
+    Parameters
+    ----------
+    workload : Workload
+    dtype : {"float32", "float64"}
+    """
+
+    def __init__(self, workload: Workload, dtype: str) -> None:
+        self.workload = workload
+        self.dtype = dtype
+        self.X, self.y = workload.data(dtype)
+
+    def reset(self) -> None:
+        """Begin anew, untimed.
+
+        Trained for ever, units die and their moments decay to subnormal numbers,
+        which are slow: so every timed run starts from fresh parameters.
+        """
+
+    @abstractmethod
+    def train(self, epochs: int) -> None:
+        """Train; whatever was asked of a device is done when this returns."""
+
+
+class PortableMLP(Contestant):
+    """`Trainer.fit` as the estimators call it, with the L2 penalty and all checks."""
+
+    def __init__(self, workload: Workload, dtype: str, backend: str) -> None:
+        import numpy as np
+
+        from portable_mlp import get_backend, mlp
+        from portable_mlp.losses import SoftmaxCrossEntropy
+        from portable_mlp.optimizers import SGD, SklearnAdam
+        from portable_mlp.training import ArraySource, Batch, Trainer
+
+        self.backend = get_backend("gpu" if backend == "cupy" else "cpu", backend)
+        super().__init__(workload, dtype)
+        self.rng = np.random.RandomState(0)
+        network = mlp(workload.sizes)
+        self.trainer = Trainer(
+            network,
+            SoftmaxCrossEntropy(),
+            SGD() if workload.solver == "sgd" else SklearnAdam(),
+            self.backend,
+            dtype,
+            workload.rate,
+            alpha=1e-4,
+            batch_size=workload.batch,
+            shuffle=False,
+            tol=0.0,
+            patience=inf,
+        )
+        self.params = network.init(self.rng)
+        with self.backend.scope(dtype):
+            data = Batch(self.backend.asarray(self.X, dtype), self.backend.asarray(self.y, "int32"))
+        self.source = ArraySource(data, self.backend)
+
+    def reset(self) -> None:
+        self.state = self.trainer.start(self.params)
+        self.backend.synchronize()
+
+    def train(self, epochs: int) -> None:
+        self.trainer.fit(self.state, self.source, epochs, self.rng)
+        self.backend.synchronize()
+
+
+class ScikitLearn(Contestant):
+    """`MLPClassifier.fit`, whole: it validates and draws parameters within the time.
+
+    Two classes are one logistic output in scikit-learn, not two of a softmax.
+    """
+
+    def train(self, epochs: int) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.neural_network import MLPClassifier
+
+        model = MLPClassifier(
+            self.workload.sizes[1:-1],
+            solver=self.workload.solver,
+            learning_rate_init=self.workload.rate,
+            momentum=0.0,
+            batch_size=self.workload.batch,
+            max_iter=epochs,
+            tol=0.0,
+            n_iter_no_change=inf,
+            shuffle=False,
+            random_state=0,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(self.X, self.y)
+
+
+class TorchEager(Contestant):
+    """The usual training loop, with autograd, not compiled, without penalty."""
+
+    def __init__(self, workload: Workload, dtype: str) -> None:
+        import torch
+
+        super().__init__(workload, dtype)
+        self.torch = torch
+        self.X, self.y = torch.from_numpy(self.X), torch.from_numpy(self.y).long()
+
+    def reset(self) -> None:
+        nn, optim = self.torch.nn, self.torch.optim
+        layers: list[Any] = []
+        for n_in, n_out in pairwise(self.workload.sizes):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        self.model = nn.Sequential(*layers[:-1]).to(getattr(self.torch, self.dtype))
+        rule = optim.SGD if self.workload.solver == "sgd" else optim.Adam
+        self.optimizer = rule(self.model.parameters(), lr=self.workload.rate)
+
+    def train(self, epochs: int) -> None:
+        cross_entropy = self.torch.nn.functional.cross_entropy
+        for _ in range(epochs):
+            total = self.torch.zeros(())
+            for rows in self.workload.slices():
+                self.optimizer.zero_grad()
+                loss = cross_entropy(self.model(self.X[rows]), self.y[rows])
+                loss.backward()
+                self.optimizer.step()
+                total += loss.detach()
+            total.item()
+
+
+class Thinc(Contestant):
+    """Thinc's layers on `NumpyOps`, without clipping, averages or penalty.
+
+    Only the gradient of the loss is computed, as in Thinc's own examples: its value is
+    never needed.
+    """
+
+    def __init__(self, workload: Workload, dtype: str) -> None:
+        from thinc.api import CategoricalCrossentropy, NumpyOps, set_current_ops
+
+        if dtype != "float32":
+            raise ValueError("Thinc's parameters are float32")
+        super().__init__(workload, dtype)
+        set_current_ops(NumpyOps())
+        self.loss = CategoricalCrossentropy()
+
+    def reset(self) -> None:
+        from thinc.api import SGD, Adam, Relu, Softmax, chain
+
+        *hidden, last = pairwise(self.workload.sizes)
+        layers = [Relu(n_out, n_in) for n_in, n_out in hidden]
+        self.model = chain(*layers, Softmax(last[1], last[0])).initialize()
+        rule = SGD if self.workload.solver == "sgd" else Adam
+        self.optimizer = rule(self.workload.rate, grad_clip=0.0, L2=0.0, use_averages=False)
+
+    def train(self, epochs: int) -> None:
+        for _ in range(epochs):
+            for rows in self.workload.slices():
+                guess, backprop = self.model.begin_update(self.X[rows])
+                backprop(self.loss.get_grad(guess, self.y[rows]))
+                self.model.finish_update(self.optimizer)
+
+
+class JaxStep(Contestant):
+    """One compiled function a step: `jax.grad`, and an update written by hand."""
+
+    def __init__(self, workload: Workload, dtype: str) -> None:
+        import jax
+
+        cpu = jax.devices("cpu")[0]
+        jax.config.update("jax_default_device", cpu)
+        jax.config.update("jax_enable_x64", dtype == "float64")
+        super().__init__(workload, dtype)
+        self.jax = jax
+        self.X, self.y = jax.device_put((self.X, self.y), cpu)
+        self.run = self.compile()
+
+    def compile(self) -> Callable[..., Any]:
+        return self.jax.jit(self.step, donate_argnums=0)
+
+    def reset(self) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        params = [
+            (
+                (rng.standard_normal((n_in, n_out)) * (2 / n_in) ** 0.5).astype(self.dtype),
+                np.zeros(n_out, self.dtype),
+            )
+            for n_in, n_out in pairwise(self.workload.sizes)
+        ]
+        moments = ()
+        if self.workload.solver == "adam":
+            moments = tuple(self.jax.tree.map(np.zeros_like, params) for _ in range(2))
+        state = params, moments, np.zeros((), np.int32)
+        self.state = self.jax.block_until_ready(self.jax.tree.map(self.jax.numpy.array, state))
+
+    def train(self, epochs: int) -> None:
+        for _ in range(epochs):
+            losses = []
+            for rows in self.workload.slices():
+                self.state, loss = self.run(self.state, self.X, self.y, rows.start)
+                losses.append(loss)
+            self.jax.device_get(losses)
+        self.jax.block_until_ready(self.state)
+
+    def objective(self, params: Any, x: Any, y: Any) -> Any:
+        """Mean cross-entropy."""
+        *hidden, (w, b) = params
+        for v, c in hidden:
+            x = self.jax.nn.relu(x @ v + c)
+        log_p = self.jax.nn.log_softmax(x @ w + b)
+        hot = self.jax.nn.one_hot(y, log_p.shape[1], dtype=log_p.dtype)
+        return -self.jax.numpy.mean(self.jax.numpy.sum(hot * log_p, axis=1))
+
+    def step(self, state: Any, X: Any, y: Any, start: Any) -> tuple[Any, Any]:
+        """From (parameters, moments, steps done) to the next, and the loss before."""
+        # Slicing outside of the compiled function would be a dispatch of its own
+        cut = partial(
+            self.jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=self.workload.batch
+        )
+        params, moments, t = state
+        loss, grads = self.jax.value_and_grad(self.objective)(params, cut(X), cut(y))
+        t, tree_map, rate = t + 1, self.jax.tree.map, self.workload.rate
+        if moments:
+            m, v = moments
+            m = tree_map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
+            v = tree_map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
+            moments = m, v
+            # In float32 whatever the default: a weak type follows that of the arrays
+            scale = rate * self.jax.numpy.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+            scale = scale.astype(self.dtype)
+            params = tree_map(
+                lambda p, m, v: p - scale * m / (self.jax.numpy.sqrt(v) + 1e-8), params, m, v
+            )
+        else:
+            params = tree_map(lambda p, g: p - rate * g, params, grads)
+        return (params, moments, t), loss
+
+
+class JaxScan(JaxStep):
+    """The same step, an epoch of it compiled into one `lax.scan`."""
+
+    def compile(self) -> Callable[..., Any]:
+        starts = self.jax.numpy.arange(self.workload.steps) * self.workload.batch
+
+        def epoch(state: Any, X: Any, y: Any) -> tuple[Any, Any]:
+            return self.jax.lax.scan(lambda s, start: self.step(s, X, y, start), state, starts)
+
+        return self.jax.jit(epoch, donate_argnums=0)
+
+    def train(self, epochs: int) -> None:
+        for _ in range(epochs):
+            self.state, losses = self.run(self.state, self.X, self.y)
+            self.jax.device_get(losses)
+        self.jax.block_until_ready(self.state)
+
+
+class Products(Contestant):
+    """Nothing but the matrix products of a step, by NumPy, into fixed arrays.
+
+    A floor for what computes with this BLAS.
+    """
+
+    def __init__(self, workload: Workload, dtype: str) -> None:
+        import numpy as np
+
+        super().__init__(workload, dtype)
+        self.matmul = np.matmul
+        rng = np.random.default_rng(0)
+
+        def normal(*shape: int) -> Any:
+            return rng.standard_normal(shape).astype(dtype)
+
+        (n_in, n_out), *deeper = pairwise(workload.sizes)
+        n = workload.batch
+        self.w, self.dw = normal(n_in, n_out), normal(n_in, n_out)
+        self.z, self.dz = normal(n, n_out), normal(n, n_out)
+        self.deeper = []  # a product is (left, right, out); the operands never change
+        for k, m in deeper:
+            a, w, dz = normal(n, k), normal(k, m), normal(n, m)
+            self.deeper += [
+                (a, w, normal(n, m)),
+                (a.T, dz, normal(k, m)),
+                (dz, w.T, normal(n, k)),
+            ]
+
+    def train(self, epochs: int) -> None:
+        for _ in range(epochs):
+            for rows in self.workload.slices():
+                x = self.X[rows]
+                self.matmul(x, self.w, out=self.z)
+                for left, right, out in self.deeper:
+                    self.matmul(left, right, out=out)
+                self.matmul(x.T, self.dz, out=self.dw)
+
+
+REFERENCE = "portable_mlp numpy"
+
+# Name -> how to make it, and the module it cannot do without
+CONTESTANTS: dict[str, tuple[Callable[[Workload, str], Contestant], str]] = {
+    **{
+        f"portable_mlp {backend}": (partial(PortableMLP, backend=backend), "portable_mlp")
+        for backend in ("numpy", "torch", "jax", "cupy")
+    },
+    "scikit-learn": (ScikitLearn, "sklearn"),
+    "torch eager": (TorchEager, "torch"),
+    "Thinc": (Thinc, "thinc"),
+    "JAX jitted step": (JaxStep, "jax"),
+    "JAX scan": (JaxScan, "jax"),
+    "GEMMs alone": (Products, "numpy"),
+}
+
+# ---------------------------------------------------------------- processes
+
+
+class ContestantError(Exception):
+    """A contestant failed; the message says why."""
+
+
+def serve(name: str, pipe: Connection) -> None:
+    """Answer, in a child process, what a `Worker` asks, until it closes the pipe."""
+    make, _ = CONTESTANTS[name]
+    contestant: Contestant | None = None
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if isinstance(request, int):
+                assert contestant is not None
+                contestant.reset()
+                time.sleep(0.05)  # the idle threads of the one before may still spin
+                began = time.perf_counter()
+                contestant.train(request)
+                pipe.send(time.perf_counter() - began)
+            else:
+                contestant = None  # its arrays are freed before there are others
+                contestant = make(*request)
+                pipe.send(0.0)
+        except Exception as error:
+            unavailable = type(error).__name__ == "BackendError"
+            pipe.send(f"{'unavailable' if unavailable else type(error).__name__}: {error}")
+
+
+class Worker:
+    """A contestant in a process of its own, which lives until it is closed."""
+
+    def __init__(self, name: str) -> None:
+        _, module = CONTESTANTS[name]
+        if find_spec(module) is None:
+            raise ContestantError(f"missing: {module} is not installed")
+        context = get_context("spawn")  # a fork would share what BLAS has started
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its end is noticed here
+
+    def enter(self, workload: Workload, dtype: str, seconds: float) -> int:
+        """Set up a workload; returns how many epochs take about this many seconds."""
+        self._ask((workload, dtype))
+        self.time(1)  # compiles
+        epochs = 1
+        while (elapsed := self.time(epochs)) < seconds / 4:
+            epochs = ceil(epochs * min(seconds / elapsed, 10.0))
+        return max(1, round(epochs * seconds / elapsed))
+
+    def time(self, epochs: int) -> float:
+        """Seconds that this many epochs take, from fresh parameters."""
+        return self._ask(epochs)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def _ask(self, request: Any) -> float:
+        try:
+            self._pipe.send(request)
+            reply = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise ContestantError(f"its process died ({self._process.exitcode})") from error
+        if isinstance(reply, str):
+            raise ContestantError(reply)
+        return float(reply)
+
+
+@dataclass
+class Results:
+    """Microseconds a step, [contestant][workload] of every round, and what went wrong."""
+
+    samples: dict[str, dict[int, list[float]]]
+    failures: dict[str, dict[int, str]]
+
+    def medians(self, name: str) -> dict[int, float]:
+        """Of a contestant, by workload, where it did not fail."""
+        return {
+            number: median(samples)
+            for number, samples in self.samples[name].items()
+            if number not in self.failures[name]
+        }
+
+
+def measure(
+    names: Sequence[str], numbers: Sequence[int], rounds: int, seconds: float, dtype: str
+) -> Results:
+    """Time all contestants on all workloads."""
+    results = Results({name: {} for name in names}, {name: {} for name in names})
+    workers: dict[str, Worker] = {}
+    for name in names:
+        try:
+            workers[name] = Worker(name)
+        except ContestantError as error:
+            results.failures[name] = dict.fromkeys(numbers, str(error))
+    try:
+        for number in numbers:
+            workload = WORKLOADS[number]
+            epochs: dict[str, int] = {}
+            for i in range(-1, rounds):  # the first time round only prepares
+                print(f"workload {number}, round {i + 1} of {rounds}", file=sys.stderr)
+                turn = max(i, 0) % len(names)
+                for name in [*names[turn:], *names[:turn]]:
+                    if name not in workers or number in results.failures[name]:
+                        continue
+                    try:
+                        if i < 0:
+                            epochs[name] = workers[name].enter(workload, dtype, seconds)
+                        else:
+                            step = workers[name].time(epochs[name]) / epochs[name] / workload.steps
+                            results.samples[name].setdefault(number, []).append(1e6 * step)
+                    except ContestantError as error:
+                        results.failures[name][number] = str(error)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return results
+
+
+# ---------------------------------------------------------------- the report
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns, but for the first, are aligned to the right."""
+    columns = [
+        [text.ljust(max(map(len, column))) if i == 0 else text.rjust(max(map(len, column)))
+         for text in column]
+        for i, column in enumerate(zip(header, *rows, strict=True))
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(line) + " |" for line in zip(*columns, strict=True)]
+    rule = ["-" * len(columns[0][0]), *("-" * (len(c[0]) - 1) + ":" for c in columns[1:])]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+
+
+def significant(value: float | None) -> str:
+    """Three digits, or all before the point; a dash for nothing."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def time_table(results: Results, numbers: Sequence[int]) -> str:
+    rows = []
+    for name in results.samples:
+        medians = results.medians(name)
+        rows.append([name, *(significant(medians.get(n)) for n in numbers)])
+    return markdown(["µs a step", *map(str, numbers)], rows)
+
+
+def ratio_table(results: Results, numbers: Sequence[int]) -> str:
+    own = results.medians(REFERENCE)
+    rows = []
+    for name in results.samples:
+        peer = results.medians(name)
+        ratios = {n: own[n] / peer[n] for n in numbers if n in own and n in peer}
+        if name == REFERENCE or not ratios:
+            continue
+        mean = geometric_mean(ratios.values())
+        rows.append([name, *(significant(ratios.get(n)) for n in numbers), significant(mean)])
+    return markdown([f"{REFERENCE} ÷", *map(str, numbers), "geometric mean"], rows)
+
+
+def failure_list(results: Results) -> str:
+    """One line for each contestant and reason."""
+    lines = []
+    for name, failures in results.failures.items():
+        for reason in dict.fromkeys(failures.values()):
+            where = ", ".join(str(n) for n, r in failures.items() if r == reason)
+            lines.append(f"- {name}: {' '.join(reason.split())} (workloads {where})")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, str]:
+    """What the numbers hold for."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    facts = {
+        "date": date.today().isoformat(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "CPU": cpu,
+        "cores": str(len(affinity(0)) if affinity else os.cpu_count()),
+        "Python": platform.python_version(),
+    }
+    if smi := shutil.which("nvidia-smi"):
+        query = [smi, "--query-gpu=name", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, check=False)
+        if gpus.returncode == 0:
+            facts["GPU"] = ", ".join(gpus.stdout.split("\n")).strip(", ")
+    distributions = packages_distributions()
+    for module in dict.fromkeys([*(m for _, m in CONTESTANTS.values()), "cupy"]):
+        if find_spec(module):
+            distribution = distributions.get(module, [module])[0]
+            facts[distribution] = version(distribution)
+    return facts
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each timed run, about")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here too")
+    parser.add_argument("--workloads", metavar="1,2,...", default=",".join(map(str, WORKLOADS)))
+    parser.add_argument("--only", metavar="NAME,...", default=",".join(CONTESTANTS))
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    args = parser.parse_args()
+    args.workloads = [int(n) if n.isdecimal() else n for n in args.workloads.split(",")]
+    args.only = [name.strip() for name in args.only.split(",")]
+    for option, known in (("workloads", WORKLOADS), ("only", CONTESTANTS)):
+        for choice in getattr(args, option):
+            if choice not in known:
+                parser.error(f"--{option}: unknown {choice!r}; known: {', '.join(map(str, known))}")
+    if args.rounds < 1 or args.seconds <= 0.0:
+        parser.error("--rounds must be at least 1, and --seconds above 0")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    results = measure(args.only, args.workloads, args.rounds, args.seconds, args.dtype)
+    facts = machine()
+    print(
+        f"Microseconds a training step, {args.dtype}: medians of {args.rounds} interleaved"
+        f" rounds of about {args.seconds:g} s.\n"
+    )
+    for number in args.workloads:
+        print(f"{number}. {WORKLOADS[number]}")
+    print("\n" + time_table(results, args.workloads))
+    if results.samples.get(REFERENCE):
+        print(f"\nTime of {REFERENCE} over the peer's; below 1, {REFERENCE} is faster.\n")
+        print(ratio_table(results, args.workloads))
+    if failures := failure_list(results):
+        print("\nWithout a result:\n\n" + failures)
+    print("\n" + "; ".join(f"{key} {value}" for key, value in facts.items()))
+    if args.json:
+        report = {
+            "machine": facts,
+            "settings": {key: getattr(args, key) for key in ("rounds", "seconds", "dtype")},
+            "workloads": {number: str(WORKLOADS[number]) for number in args.workloads},
+            "microseconds": results.samples,
+            "failures": results.failures,
+        }
+        args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

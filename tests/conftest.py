@@ -1,0 +1,143 @@
+"""One fixture for every array backend, and what the summary says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from portable_mlp.backends import Backend, BackendError, get_backend
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend as tests see it: host arrays in, host arrays out."""
+
+    name: str
+    backend: Backend
+    read_only: bool = False
+    dtype: str = "float64"
+
+    @property
+    def xp(self) -> Any:
+        return self.backend.xp
+
+    @property
+    def tol(self) -> float:
+        """Allowed difference from NumPy in float64, relative."""
+        return 1e-12 if self.dtype == "float64" else 2e-5
+
+    def scope(self) -> AbstractContextManager[None]:
+        return self.backend.scope(self.dtype)
+
+    def array(self, host: Any) -> Any:
+        host = np.asarray(host)
+        if host.dtype == np.float64:
+            array = self.backend.asarray(host, self.dtype, copy=True)
+        else:
+            array = self.backend.asarray(host.astype(np.int32), "int32", copy=True)
+        if self.read_only:
+            array.flags.writeable = False
+        return array
+
+    def run(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        """``function(*arrays)`` there; traced on JAX, where a hidden transfer would raise."""
+        with self.scope():
+            there = tree_map(self.array, arrays)
+            return tree_map(self.backend.to_host, self.backend.compile(function)(*there))
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply to every array in nested lists and tuples."""
+    if isinstance(tree, list | tuple):
+        return type(tree)(tree_map(function, leaf) for leaf in tree)
+    return None if tree is None else function(tree)
+
+
+def _strict(device: str) -> Backend:
+    xp = pytest.importorskip("array_api_strict")
+    return Backend(xp, xp.Device(device))
+
+
+def _library(name: str) -> Callable[[], Backend]:
+    def build() -> Backend:
+        # Not only missing: broken or without a device, too, is a reason to skip
+        try:
+            return get_backend(backend=name)
+        except BackendError as error:
+            pytest.skip(f"{name}: {error}")
+
+    return build
+
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "numpy": lambda: Target("numpy", get_backend()),
+    "numpy-read-only": lambda: Target("numpy-read-only", get_backend(), read_only=True),
+    "strict": lambda: Target("strict", _strict("CPU_DEVICE")),
+    "strict-device1": lambda: Target("strict-device1", _strict("device1")),
+    "strict-no_x64": lambda: Target("strict-no_x64", _strict("no_x64"), dtype="float32"),
+    "torch": lambda: Target("torch", _library("torch")()),
+    "jax": lambda: Target("jax", _library("jax")()),
+    "cupy": lambda: Target("cupy", _library("cupy")()),
+    "torch-cuda": lambda: Target("torch-cuda", get_gpu("torch")),
+    "jax-cuda": lambda: Target("jax-cuda", get_gpu("jax")),
+}
+GPU = {"cupy", "torch-cuda", "jax-cuda"}
+
+
+def get_gpu(name: str) -> Backend:
+    try:
+        return get_backend("gpu", name)
+    except BackendError as error:
+        pytest.skip(f"{name} on a GPU: {error}")
+
+
+def get_target(name: str, request: pytest.FixtureRequest) -> Target:
+    try:
+        return TARGETS[name]()
+    except pytest.skip.Exception as skipped:
+        if name in GPU and request.config.getoption("--require-gpu"):
+            pytest.fail(f"--require-gpu: {skipped}")
+        raise
+
+
+@pytest.fixture(params=list(TARGETS))
+def target(request: pytest.FixtureRequest) -> Target:
+    return get_target(request.param, request)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-gpu", action="store_true", help="fail, rather than skip, where no GPU is usable"
+    )
+
+
+@pytest.fixture
+def rng() -> np.random.RandomState:
+    return np.random.RandomState(0)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the tables that tests recorded, and count what was skipped by reason."""
+    tables: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for table, row in report.user_properties:
+            tables.setdefault(table, []).append(row)
+    for table, rows in tables.items():
+        terminalreporter.section(table)
+        for row in sorted(rows):
+            terminalreporter.write_line(row)
+    skipped: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        if isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2]
+            skipped[reason] = skipped.get(reason, 0) + 1
+    terminalreporter.section("skipped, by reason")
+    for reason, count in skipped.items():
+        terminalreporter.write_line(f"{count:5d}  {reason}")
+    if not skipped:
+        terminalreporter.write_line("    0  nothing")

@@ -1,0 +1,556 @@
+"""The estimators: scikit-learn's model, every backend, every input, every error."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from conftest import TARGETS, get_target
+from sklearn.base import clone
+from sklearn.datasets import (
+    load_iris,
+    make_classification,
+    make_multilabel_classification,
+    make_regression,
+)
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import GridSearchCV
+from sklearn.neural_network import MLPClassifier as PeerClassifier
+from sklearn.neural_network import MLPRegressor as PeerRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from portable_mlp import DivergenceError, MLPClassifier, MLPRegressor
+from portable_mlp.losses import Quantile, SquaredError
+from portable_mlp.optimizers import AdamW
+from portable_mlp.schedules import Cosine, Step
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+RNG = np.random.RandomState(0)
+TASKS = {
+    "binary": make_classification(120, 8, random_state=0),
+    "multiclass": make_classification(120, 8, n_classes=3, n_informative=5, random_state=0),
+    "multilabel": make_multilabel_classification(120, 8, n_classes=3, random_state=0),
+    "regression": make_regression(120, 8, noise=1.0, random_state=0),
+    "multioutput": make_regression(120, 8, n_targets=3, noise=1.0, random_state=0),
+    "poisson": (RNG.standard_normal((120, 8)), RNG.poisson(2.0, 120).astype(float)),
+}
+
+
+def data(task):
+    X, y = TASKS[task]
+    return X, y / 100.0 if task in ("regression", "multioutput") else y
+
+
+def ours_and_peer(task, **params):
+    params = {"hidden_layer_sizes": (10, 6), "max_iter": 20, "random_state": 3, **params}
+    if task == "poisson":
+        params["loss"] = "poisson"
+    if task in ("binary", "multiclass", "multilabel"):
+        return MLPClassifier, PeerClassifier, params
+    return MLPRegressor, PeerRegressor, params
+
+
+VARIANTS = {
+    "adam": {},
+    "adam, no shuffle, logistic": {"shuffle": False, "activation": "logistic"},
+    "sgd nesterov": {"solver": "sgd", "learning_rate_init": 0.01},
+    "sgd momentum, invscaling": {
+        "solver": "sgd", "nesterovs_momentum": False, "learning_rate": "invscaling",
+    },
+    "sgd plain, adaptive": {
+        "solver": "sgd", "momentum": 0.0, "learning_rate": "adaptive", "tol": 0.05,
+        "n_iter_no_change": 2,
+    },
+    "early stopping": {"early_stopping": True, "batch_size": 32},
+    "lbfgs": {"solver": "lbfgs"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_same_seed_same_model_as_scikit_learn(task, variant, weighted):
+    import sklearn
+
+    if weighted and tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 7):
+        pytest.skip("scikit-learn's own takes sample weights from 1.7 on")
+    if task == "poisson" and not hasattr(PeerRegressor(), "loss"):
+        pytest.skip("scikit-learn's own has the Poisson loss from 1.7 on")
+    ours, peer, params = ours_and_peer(task, **VARIANTS[variant])
+    X, y = data(task)
+    weights = (np.random.RandomState(1).uniform(0.1, 2, len(X)),) if weighted else ()
+    a, b = ours(**params).fit(X, y, *weights), peer(**params).fit(X, y, *weights)
+    tol = 1e-7 if variant == "lbfgs" else 1e-9
+    for mine, theirs in zip(a.coefs_ + a.intercepts_, b.coefs_ + b.intercepts_, strict=True):
+        assert np.max(np.abs(mine - theirs)) <= tol * np.max(np.abs(theirs))
+    assert a.n_iter_ == b.n_iter_
+    assert a.loss_ == pytest.approx(b.loss_, rel=tol)
+    if variant != "lbfgs":
+        np.testing.assert_allclose(a.loss_curve_, b.loss_curve_, rtol=1e-9)
+        assert a.t_ == b.t_
+        assert (a.validation_scores_ is None) == (b.validation_scores_ is None)
+        if a.validation_scores_:
+            np.testing.assert_allclose(a.validation_scores_, b.validation_scores_, rtol=1e-9)
+    np.testing.assert_allclose(a.predict(X), b.predict(X), rtol=1e-6)
+    if hasattr(b, "predict_proba"):
+        np.testing.assert_allclose(a.predict_proba(X), b.predict_proba(X), rtol=1e-6, atol=1e-9)
+    assert a.out_activation_ == b.out_activation_
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_fit_and_predict_follow_the_arrays(task, target):
+    """An array in, the same kind of array out, on its device; the same model as on NumPy."""
+    ours, _, params = ours_and_peer(task, activation="tanh")
+    X, y = data(task)
+    wanted = ours(**params, dtype=target.dtype).fit(X, y)
+    with target.scope():
+        there = target.array(X)
+        model = ours(**params).fit(there, target.array(y))
+        for p in model.coefs_ + model.intercepts_:
+            assert type(p) is type(there)
+            assert p.device == there.device
+        predicted = model.predict(there)
+        assert type(predicted) is type(there)
+        assert predicted.device == there.device
+        tol = 1e-9 if target.dtype == "float64" else 1e-4
+        for mine, theirs in zip(model.coefs_, wanted.coefs_, strict=True):
+            np.testing.assert_allclose(
+                target.backend.to_host(mine), theirs, rtol=0, atol=tol * np.abs(theirs).max()
+            )
+        host = target.backend.to_host(predicted)
+        np.testing.assert_allclose(host, wanted.predict(X), rtol=1e3 * tol, atol=1e3 * tol)
+        assert isinstance(model.score(there, target.array(y)), float)
+        if hasattr(model, "predict_proba"):
+            p = target.backend.to_host(model.predict_proba(there))
+            np.testing.assert_allclose(p, wanted.predict_proba(X), atol=10 * tol)
+            log_p = target.backend.to_host(model.predict_log_proba(there))
+            np.testing.assert_allclose(np.exp(log_p), p, atol=10 * tol)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax", "cupy"])
+def test_backend_named_numpy_in_numpy_out(backend, request):
+    """Row three of the README's table: computed elsewhere, everything comes back as NumPy."""
+    get_target(backend, request)
+    X, y = data("multiclass")
+    wanted = MLPClassifier(max_iter=5, random_state=0).fit(X, y)
+    model = MLPClassifier(max_iter=5, random_state=0, backend=backend).fit(X, y)
+    for mine, theirs in zip(model.coefs_, wanted.coefs_, strict=True):
+        assert type(mine) is np.ndarray
+        assert mine.flags.writeable
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-9)
+    assert type(model.predict(X)) is np.ndarray
+
+
+def test_device_cpu_computes_on_numpy_whatever_comes_in():
+    """Row five: another backend given than X's; coefs_ and predictions come back to X's."""
+    torch = pytest.importorskip("torch")
+    X, y = data("binary")
+    model = MLPRegressor(loss=Recorder(), device="cpu", max_iter=1).fit(torch.tensor(X), y)
+    assert Recorder.seen == {np.ndarray}
+    assert all(isinstance(w, torch.Tensor) for w in model.coefs_)
+    assert isinstance(model.predict(torch.tensor(X)), torch.Tensor)
+
+
+@dataclass(frozen=True)
+class Recorder(SquaredError):
+    """Notes the types of the arrays that a fit computes with."""
+
+    seen: ClassVar[set[type]] = set()
+
+    def per_row(self, z, y, xp):
+        Recorder.seen |= {type(z)}
+        return super().per_row(z, y, xp)
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    Recorder.seen.clear()
+
+
+def test_a_fit_computes_in_the_namespace_of_x(target):
+    X, y = data("regression")
+    with target.scope():
+        there = target.array(X)
+        MLPRegressor(loss=Recorder(), max_iter=1).fit(there, target.array(y))
+    if target.name.startswith("jax"):
+        assert all("Tracer" in t.__name__ for t in Recorder.seen)
+    else:
+        assert Recorder.seen == {type(there)}
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_string_labels_come_back_as_numpy(name, request):
+    target = get_target(name, request)
+    X, y = load_iris(return_X_y=True)
+    labels = np.array(["setosa", "versicolor", "virginica"])[y]
+    with target.scope():
+        model = MLPClassifier(max_iter=3).fit(target.array(X), labels)
+        predicted = model.predict(target.array(X))
+    assert type(predicted) is np.ndarray
+    assert set(predicted) <= set(labels)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["list", "integers", "F-order", "strided", "read-only", "float32"],
+)
+def test_any_form_of_input_gives_the_same_model(form):
+    X, y = data("multiclass")
+    X = np.round(4 * X)
+    forms = {
+        "list": X.tolist(),
+        "integers": X.astype(int),
+        "F-order": np.asfortranarray(X),
+        "strided": np.repeat(X, 2, axis=0)[::2],
+        "read-only": X.copy(),
+        "float32": X.astype(np.float32),
+    }
+    given = forms[form]
+    if form == "read-only":
+        given.flags.writeable = False
+    before = np.array(given, copy=True)
+    params = {"max_iter": 5, "random_state": 0, "dtype": "float64"}
+    wanted = MLPClassifier(**params).fit(X, y)
+    model = MLPClassifier(**params).fit(given, y)
+    assert np.array_equal(before, np.asarray(given))
+    for a, b in zip(model.coefs_, wanted.coefs_, strict=True):
+        # BLAS may sum in another order where the memory lies otherwise
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
+    assert np.array_equal(model.predict(given), wanted.predict(X))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dtype_follows_x_throughout(dtype):
+    X, y = data("binary")
+    model = MLPClassifier(max_iter=3).fit(X.astype(dtype), y)
+    assert {p.dtype for p in model.coefs_ + model.intercepts_} == {np.dtype(dtype)}
+    assert model.predict_proba(X.astype(dtype)).dtype == dtype
+
+
+# ---------------------------------------------------------------- what is added
+
+
+@pytest.mark.parametrize("extra", [
+    {"dropout": 0.3}, {"clip_norm": 0.5}, {"label_smoothing": 0.2}, {"solver": "adamw"},
+    {"solver": "rmsprop"}, {"solver": AdamW(weight_decay=0.3)}, {"learning_rate": Cosine(0.1)},
+    {"activation": ("tanh", "gelu")}, {"batch_size": 17}, {"alpha": 1.0},
+], ids=str)  # fmt: skip
+def test_every_option_has_an_effect_and_is_the_same_everywhere(extra, request):
+    target = get_target("jax", request)
+    X, y = data("multiclass")
+    params = {"hidden_layer_sizes": (8, 8), "max_iter": 5, "random_state": 0}
+    plain = MLPClassifier(**params).fit(X, y)
+    model = MLPClassifier(**params, **extra).fit(X, y)
+    other = MLPClassifier(**params, **extra, backend=target.name).fit(X, y)
+    assert not np.array_equal(model.coefs_[0], plain.coefs_[0])
+    np.testing.assert_allclose(model.coefs_[0], other.coefs_[0], rtol=0, atol=1e-9)
+
+
+def test_quantile_regression_finds_the_quantile():
+    rng = np.random.RandomState(0)
+    X = rng.uniform(-1, 1, (2000, 1))
+    y = X[:, 0] + rng.uniform(0, 1, 2000)
+    model = MLPRegressor(Quantile(0.9), (), learning_rate_init=0.01, random_state=0).fit(X, y)
+    # ± four standard deviations of a binomial share
+    assert np.mean(y < model.predict(X)) == pytest.approx(0.9, abs=4 * np.sqrt(0.09 / 2000))
+    assert model.coefs_[0][0, 0] == pytest.approx(1.0, abs=0.1)
+
+
+def test_partial_fit_is_an_epoch_and_remembers_the_moments():
+    X, y = data("multiclass")
+    ours, peer = (
+        cls(hidden_layer_sizes=(7,), random_state=0) for cls in (MLPClassifier, PeerClassifier)
+    )
+    for _ in range(5):
+        ours.partial_fit(X, y, classes=[0, 1, 2])
+        peer.partial_fit(X, y, classes=[0, 1, 2])
+    np.testing.assert_allclose(ours.coefs_[0], peer.coefs_[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(ours.loss_curve_, peer.loss_curve_, rtol=1e-9)
+    assert ours.t_ == peer.t_
+
+
+def test_warm_start_goes_on_as_the_peer_does():
+    X, y = data("binary")
+    ours, peer = (
+        cls(hidden_layer_sizes=(7,), random_state=0, warm_start=True, max_iter=5)
+        for cls in (MLPClassifier, PeerClassifier)
+    )
+    for _ in range(3):
+        ours.fit(X, y)
+        peer.fit(X, y)
+    np.testing.assert_allclose(ours.coefs_[0], peer.coefs_[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(ours.loss_curve_, peer.loss_curve_, rtol=1e-9)
+
+
+def test_schedules_work_with_adam():
+    X, y = data("binary")
+    model = MLPClassifier(learning_rate=Step(every=1, gamma=0.0), max_iter=3, random_state=0)
+    once = clone(model).set_params(max_iter=1).fit(X, y)
+    assert np.array_equal(model.fit(X, y).coefs_[0], once.coefs_[0])
+
+
+# ---------------------------------------------------------------- scikit-learn's machinery
+
+
+def test_clone_pickle_pipeline_and_grid_search(tmp_path):
+    X, y = data("multiclass")
+    model = MLPClassifier(max_iter=10, random_state=0, learning_rate=Cosine()).fit(X, y)
+    fresh = clone(model)
+    assert not hasattr(fresh, "coefs_")
+    assert fresh.get_params() == model.get_params()
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
+    grid = GridSearchCV(
+        make_pipeline(StandardScaler(), MLPClassifier(max_iter=60, random_state=0)),
+        {"mlpclassifier__hidden_layer_sizes": [(2,), (16,)], "mlpclassifier__dropout": [0, 0.2]},
+        cv=2,
+    ).fit(X, y)
+    assert grid.score(X, y) > 0.6
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_pickle_crosses_processes(name, request, tmp_path):
+    target = get_target(name, request)
+    X, y = data("binary")
+    with target.scope():
+        # Float32: JAX itself unpickles float64 as float32 unless x64 is on
+        there = target.backend.asarray(X, "float32")
+        model = MLPClassifier(max_iter=3, random_state=0).fit(there, y)
+        wanted = target.backend.to_host(model.predict_proba(there))
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    np.save(tmp_path / "X.npy", X)
+    code = (
+        "import numpy as np, pickle, sys; m = pickle.load(open(sys.argv[1] + '/model.pkl', 'rb'));"
+        "np.save(sys.argv[1] + '/p.npy', m.predict_proba(np.load(sys.argv[1] + '/X.npy')))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "p.npy"), wanted, rtol=1e-6)
+
+
+def test_two_threads_predict_as_one():
+    X, y = data("multiclass")
+    model = MLPClassifier((64, 64), max_iter=5, random_state=0).fit(X, y)
+    big = np.random.RandomState(0).standard_normal((20_000, X.shape[1]))
+    wanted = [model.predict_proba(big), model.predict_proba(-big)]
+    got: dict[int, list[np.ndarray]] = {0: [], 1: []}
+    barrier = threading.Barrier(2)
+
+    def work(which):
+        barrier.wait()
+        for _ in range(5):
+            got[which].append(model.predict_proba(-big if which else big))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for which in (0, 1):
+        assert len(got[which]) == 5
+        assert all(np.array_equal(p, wanted[which]) for p in got[which])
+
+
+def test_fit_in_a_thread_that_gets_no_signals():
+    X, y = data("binary")
+    model = MLPClassifier(max_iter=3, random_state=0)
+    failures = []
+
+    def work():
+        import warnings
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.fit(X, y)
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures
+    assert model.n_iter_ == 3
+
+
+def test_prediction_in_chunks_is_the_same(monkeypatch):
+    X, y = data("multiclass")
+    model = MLPClassifier((20,), max_iter=5, random_state=0).fit(X, y)
+    whole = model.predict_proba(X)
+    monkeypatch.setattr("portable_mlp.estimators._CHUNK", 20 * 7)
+    np.testing.assert_allclose(model.predict_proba(X), whole, rtol=1e-14)
+
+
+def test_verbose_prints_a_line_an_epoch(capsys):
+    X, y = data("binary")
+    MLPClassifier(max_iter=3, verbose=True, early_stopping=True, random_state=0).fit(X, y)
+    out = capsys.readouterr().out
+    assert out.count("Iteration") == 3
+    assert out.count("Validation score") == 3
+
+
+# ---------------------------------------------------------------- bad input, bad days
+
+BAD_PARAMETERS = [
+    ({"activation": "rleu"}, "unknown activation 'rleu'. Did you mean 'relu'"),
+    ({"activation": ("relu", "relu")}, "one for each of the 1 hidden layers, got 2"),
+    ({"solver": "adan"}, "unknown solver 'adan'. Did you mean 'adam'"),
+    ({"learning_rate": "adaptve"}, "unknown learning_rate 'adaptve'. Did you mean 'adaptive'"),
+    ({"alpha": -1.0}, "'alpha' parameter"),
+    ({"alpha": float("nan")}, "'alpha' parameter"),
+    ({"learning_rate_init": float("nan")}, "'learning_rate_init' parameter"),
+    ({"learning_rate_init": -0.1}, "'learning_rate_init' parameter"),
+    ({"dropout": 1.0}, "'dropout' parameter"),
+    ({"label_smoothing": -0.1}, "'label_smoothing' parameter"),
+    ({"clip_norm": 0.0}, "'clip_norm' parameter"),
+    ({"dtype": "float16"}, "'dtype' parameter"),
+    ({"hidden_layer_sizes": (4, 0)}, r"hidden_layer_sizes must be > 0, got \[4, 0\]"),
+    ({"device": "cuda"}, "unknown device 'cuda'; known: cpu, gpu, auto"),
+    ({"backend": "tensorflow"}, "unknown backend 'tensorflow'"),
+    ({"solver": "lbfgs", "dropout": 0.5}, "solver='lbfgs' cannot take dropout"),
+    ({"solver": "lbfgs", "learning_rate": Cosine()}, "solver='lbfgs' cannot take a schedule"),
+]
+
+
+def fitted():
+    X, y = data("multiclass")
+    return MLPClassifier(max_iter=2, random_state=0).fit(X, y), X, y
+
+
+def assert_unchanged(model, before):
+    now = vars(model)
+    assert now.keys() == before.keys()
+    for name, value in before.items():
+        assert now[name] is value or now[name] == value, name
+
+
+@pytest.mark.parametrize(("params", "message"), BAD_PARAMETERS, ids=str)
+def test_bad_parameters(params, message):
+    model, X, y = fitted()
+    model.set_params(**params)
+    before, weights = dict(vars(model)), [w.copy() for w in model.coefs_]
+    with pytest.raises(ValueError, match=message):
+        model.fit(X, y)
+    assert_unchanged(model, before)
+    assert all(np.array_equal(a, b) for a, b in zip(model.coefs_, weights, strict=True))
+
+
+def with_value(X, value):
+    X = X.copy()
+    X[3, 2] = value
+    return X
+
+
+BAD_DATA = {
+    "NaN": (lambda X, y: (with_value(X, np.nan), y), "NaN"),
+    "infinity": (lambda X, y: (with_value(X, np.inf), y), "infinity"),
+    "one dimension": (lambda X, y: (X[:, 0], y), "2D array"),
+    "no rows": (lambda X, y: (X[:0], y[:0]), "0 sample"),
+    "no columns": (lambda X, y: (X[:, :0], y), "0 feature"),
+    "lengths": (lambda X, y: (X, y[:-1]), r"inconsistent numbers of samples"),
+    "objects": (lambda X, y: (np.array([[object()] * 8] * 120), y), "float"),
+    "complex": (lambda X, y: (X + 1j, y), "[Cc]omplex data not supported"),
+    "continuous labels": (lambda X, y: (X, X[:, 0]), "Unknown label type: continuous"),
+    "NaN labels": (lambda X, y: (X, np.where(y == 0, np.nan, y)), "NaN"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_before_any_training(name):
+    make, message = BAD_DATA[name]
+    model, X, y = fitted()
+    before = dict(vars(model))
+    with pytest.raises((ValueError, TypeError), match=message):
+        model.fit(*make(X, y))
+    assert_unchanged(model, before)
+
+
+BAD_ARRAYS = {
+    "NaN": (lambda X: with_value(X, np.nan), "NaN or infinity"),
+    "one dimension": (lambda X: X[:, 0], "expected a 2-D array, got 1"),
+    "no rows": (lambda X: X[:0], r"shape \(0, 8\)"),
+    "width": (lambda X: X[:, :5], "X has 5 features, but MLPClassifier is expecting 8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+@pytest.mark.parametrize("library", [t for t in TARGETS if not t.startswith("numpy")])
+def test_bad_device_arrays(name, library, request):
+    target = get_target(library, request)
+    make, message = BAD_ARRAYS[name]
+    X, y = data("multiclass")
+    with target.scope():
+        model = MLPClassifier(max_iter=1).fit(target.array(X), y)
+        with pytest.raises(ValueError, match=message):
+            model.predict(target.array(make(X)))
+
+
+def test_width_at_predict_names_expected_and_got():
+    model, X, _ = fitted()
+    with pytest.raises(ValueError, match="X has 5 features, but MLPClassifier is expecting 8"):
+        model.predict(X[:, :5])
+
+
+def test_unseen_labels():
+    model, X, y = fitted()
+    with pytest.raises(ValueError, match="`y` has classes not in `self.classes_`"):
+        model.partial_fit(X, y + 1)
+    model.set_params(warm_start=True)
+    with pytest.raises(ValueError, match="same classes as in the previous call to fit"):
+        model.fit(X, y + 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.zeros(120), "zero for every row"),
+        (-np.ones(120), "not negative"),
+        (np.full(120, np.nan), "finite"),
+        (np.ones(119), r"expected shape \(120,\), got \(119,\)"),
+    ],
+)
+def test_bad_weights(weights, message):
+    X, y = data("binary")
+    with pytest.raises(ValueError, match=message):
+        MLPClassifier().fit(X, y, sample_weight=weights)
+
+
+def test_diverging_fit_raises_and_leaves_the_model():
+    model, X, y = fitted()
+    model.set_params(solver="sgd", learning_rate_init=1e12, max_iter=50)
+    before = dict(vars(model))
+    with pytest.raises(DivergenceError, match="non-finite parameter weights.*Epoch"):
+        model.fit(X * 1e6, y)
+    assert_unchanged(model, before)
+
+
+def test_negative_counts_for_poisson():
+    X, y = data("regression")
+    with pytest.raises(ValueError, match="must not be negative for loss='poisson'"):
+        MLPRegressor("poisson").fit(X, y)
+
+
+def test_continuing_with_other_layers():
+    model, X, y = fitted()
+    model.set_params(warm_start=True, hidden_layer_sizes=(3,))
+    with pytest.raises(ValueError, match="continuing needs the same layers"):
+        model.fit(X, y)
+
+
+def test_named_rate_schedule_without_sgd_says_so():
+    X, y = data("binary")
+    with pytest.warns(UserWarning, match="has no effect with solver='adam'"):
+        MLPClassifier(learning_rate="adaptive", max_iter=1).fit(X, y)
+
+
+def test_not_converged_says_so():
+    X, y = data("binary")
+    with pytest.warns(ConvergenceWarning, match=r"Maximum iterations \(2\) reached"):
+        MLPClassifier(max_iter=2).fit(X, y)

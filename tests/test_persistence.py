@@ -1,0 +1,113 @@
+"""Model files: what is saved is what is loaded, on any backend, and nothing is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from conftest import get_target
+from sklearn.datasets import load_diabetes, load_iris, make_multilabel_classification
+from sklearn.preprocessing import StandardScaler
+
+from portable_mlp import MLPClassifier, MLPRegressor, load, save
+from portable_mlp.layers import Layer
+from portable_mlp.losses import Huber
+from portable_mlp.optimizers import AdamW
+from portable_mlp.schedules import Cosine
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+
+def models():
+    X, y = load_iris(return_X_y=True)
+    names = np.array(["setosa", "versicolor", "virginica"])
+    yield "strings", MLPClassifier((8,), max_iter=5, random_state=0), X, names[y]
+    yield "binary", MLPClassifier(max_iter=5, random_state=0), X, y == 0
+    yield "multilabel", MLPClassifier(max_iter=5), *make_multilabel_classification(random_state=0)
+    X, y = load_diabetes(return_X_y=True)
+    objects = {"solver": AdamW(weight_decay=0.1), "learning_rate": Cosine(0.1), "max_iter": 3}
+    yield "objects", MLPRegressor(Huber(2.0), (5, 4), ("tanh", "selu"), **objects), X, y
+    yield "lbfgs", MLPRegressor(solver="lbfgs", max_iter=5), X, y
+    yield "float32", MLPRegressor(early_stopping=True, max_iter=3), X.astype("float32"), y
+
+
+@pytest.mark.parametrize("case", list(models()), ids=lambda case: case[0])
+def test_loaded_model_is_the_saved_one(case, tmp_path):
+    _, model, X, y = case
+    model.fit(X, y)
+    again = load(save(model, tmp_path / "model.safetensors"))
+    assert type(again) is type(model)
+    assert again.get_params() == model.get_params()
+    wanted = model.predict(X)
+    got = again.predict(X)
+    assert got.dtype == wanted.dtype
+    assert np.array_equal(got, wanted)
+    if hasattr(model, "predict_proba"):
+        assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
+    assert again.score(X, y) == model.score(X, y)
+    assert all(w.flags.writeable for w in again.coefs_)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_trained_anywhere_loads_as_numpy(backend, tmp_path, request):
+    target = get_target(backend, request)
+    X, y = load_iris(return_X_y=True)
+    with target.scope():
+        there = target.array(X)
+        model = MLPClassifier((9, 7), max_iter=5, random_state=0).fit(there, y)
+        wanted = target.backend.to_host(model.predict_proba(there))
+    again = load(save(model, tmp_path / "model.safetensors"))
+    assert type(again.coefs_[0]) is np.ndarray
+    np.testing.assert_allclose(again.predict_proba(X), wanted, rtol=1e-12)
+
+
+def test_transposed_weights_are_stored_right(tmp_path):
+    """safetensors' NumPy writer takes memory as it lies; ours must not let it."""
+    X, y = load_iris(return_X_y=True)
+    model = MLPClassifier(max_iter=3, random_state=0).fit(X, y)
+    wanted = model.predict_proba(X)
+    model.coefs_ = [np.asfortranarray(w) for w in model.coefs_]
+    again = load(save(model, tmp_path / "model.safetensors"))
+    np.testing.assert_allclose(again.predict_proba(X), wanted, rtol=1e-14)
+
+
+def test_preprocessing_travels_along(tmp_path):
+    X, y = load_iris(return_X_y=True)
+    scaler = StandardScaler().fit(X)
+    model = MLPClassifier(max_iter=5, random_state=0).fit(scaler.transform(X), y)
+    again = load(save(model, tmp_path / "model.safetensors", scaler))
+    assert np.array_equal(again.predict_proba(X), model.predict_proba(scaler.transform(X)))
+
+
+@dataclass(frozen=True)
+class Foreign(Layer):
+    def forward(self, p, x, xp):
+        return x, None
+
+    def backward(self, p, residual, dy, xp):
+        return dy
+
+
+def test_what_cannot_be_written_is_said(tmp_path):
+    X, y = load_iris(return_X_y=True)
+    model = MLPClassifier((4,), (Foreign(),), max_iter=1).fit(X, y)
+    with pytest.raises(TypeError, match="activation=Foreign.*cannot be written to a model file"):
+        save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\xff" * 100])
+def test_not_a_model_file(content, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors is not a model"):
+        load(path)
+
+
+def test_another_library_s_safetensors(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.ones(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="is not a model of format 'portable_mlp/1'"):
+        load(tmp_path / "other.safetensors")

@@ -1,0 +1,243 @@
+"""The loop: order, batches, stopping, interruption, divergence."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from portable_mlp import DivergenceError, mlp
+from portable_mlp.backends import NumPyBackend
+from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.losses import SquaredError
+from portable_mlp.optimizers import SGD, AdamW, SklearnAdam
+from portable_mlp.schedules import OneCycle, ReduceOnPlateau
+from portable_mlp.training import ArraySource, Batch, Trainer
+
+BACKEND = NumPyBackend()
+
+
+def problem(n=50, d=4, seed=0):
+    rng = np.random.RandomState(seed)
+    x = rng.standard_normal((n, d))
+    return x, x[:, :1] - 2 * x[:, 1:2]
+
+
+def trainer(**settings):
+    defaults = {"learning_rate": 0.01, "batch_size": 16, "tol": 0.0, "patience": np.inf}
+    return Trainer(
+        mlp([4, 8, 1], "tanh"), SquaredError(), SklearnAdam(), BACKEND, "float64",
+        **{**defaults, **settings},
+    )  # fmt: skip
+
+
+def start(t, seed=1):
+    return t.start(t.network.init(np.random.RandomState(seed)))
+
+
+def source(x, y, rows=None):
+    return ArraySource(Batch(x, y), BACKEND, rows)
+
+
+def test_batches_cover_all_rows_once_in_order():
+    x, y = problem()
+    order = np.random.RandomState(3).permutation(50)
+    for rows in (None, np.arange(0, 50, 2)):
+        wanted = x if rows is None else x[rows]
+        some = order if rows is None else np.argsort(order[:25])
+        for given_order, expected in ((None, wanted), (some, wanted[some])):
+            seen = list(source(x, y, rows).batches(16, given_order))
+            assert np.array_equal(np.concatenate([b.x for b, _ in seen]), expected)
+            assert [n for _, n in seen] == ([16, 16, 16, 2] if rows is None else [16, 9])
+
+
+def test_reported_loss_is_the_mean_over_rows():
+    """At learning rate ~0 the epoch's loss is that of all rows at once, short batch included."""
+    x, y = problem()
+    t = trainer(learning_rate=1e-30, alpha=0.0)
+    state = start(t)
+    params = [p.copy() for p in t.params(state.arrays.leaves)]
+    t.fit(state, source(x, y), 1, np.random.RandomState(0))
+    prediction = np.tanh(x @ params[0] + params[1]) @ params[2] + params[3]
+    assert state.history[0].loss == pytest.approx(0.5 * np.mean((prediction - y) ** 2), rel=1e-12)
+
+
+def test_full_batch_gradient_descent_by_hand():
+    x, y = problem()
+    t = trainer(batch_size=50)
+    t = replace(t, optimizer=SGD(), network=mlp([4, 1]), learning_rate=0.1)
+    state = start(t)
+    w, b = [p.copy() for p in t.params(state.arrays.leaves)]
+    t.fit(state, source(x, y), 30, np.random.RandomState(0))
+    for _ in range(30):
+        error = (x @ w + b - y) / len(x)
+        w, b = w - 0.1 * x.T @ error, b - 0.1 * error.sum(0)
+    got = t.params(state.arrays.leaves)
+    np.testing.assert_allclose(got[0], w, rtol=1e-12)
+    np.testing.assert_allclose(got[1], b, rtol=1e-12)
+
+
+def test_start_copies_and_training_changes_no_input():
+    x, y = problem()
+    t = trainer()
+    params = t.network.init(np.random.RandomState(0))
+    before = [p.copy() for p in params] + [x.copy(), y.copy()]
+    t.fit(t.start(params), source(x, y), 3, np.random.RandomState(0))
+    for now, then in zip([*params, x, y], before, strict=True):
+        assert np.array_equal(now, then)
+
+
+def test_early_stopping_restores_the_best_weights():
+    x, y = problem()
+    scores = iter([1.0, 3.0, 2.0, 1.5, 1.0, 0.5])
+    seen = []
+
+    def validate(params):
+        seen.append([p.copy() for p in params])
+        return next(scores)
+
+    t = trainer(patience=2)
+    state = start(t)
+    reason = t.fit(state, source(x, y), 6, np.random.RandomState(0), validate=validate)
+    assert reason == "converged"
+    assert [e.validation_score for e in state.history] == [1.0, 3.0, 2.0, 1.5, 1.0]
+    for got, best in zip(t.params(state.arrays.leaves), seen[1], strict=True):
+        assert np.array_equal(got, best)
+
+
+def test_stops_when_the_loss_does():
+    x, y = problem()
+    t = trainer(tol=1e9, patience=3)
+    state = start(t)
+    assert t.fit(state, source(x, y), 100, np.random.RandomState(0)) == "converged"
+    # The first epoch beats infinity, and then 3 + 1 do not improve
+    assert len(state.history) == 5
+
+
+def test_divergence_names_the_epoch_and_what_to_try():
+    x, y = problem()
+    t = replace(trainer(), optimizer=SGD(), learning_rate=1e6)
+    with pytest.raises(DivergenceError, match=r"Epoch \d+, loss (nan|inf).*learning rate below"):
+        t.fit(start(t), source(x, y), 100, np.random.RandomState(0))
+
+
+def test_divergence_with_held_out_rows_warns_and_restores():
+    x, y = problem()
+    t = replace(trainer(), optimizer=SGD(), learning_rate=1e6)
+    state = start(t)
+    with pytest.warns(RuntimeWarning, match="training diverged"):
+        reason = t.fit(state, source(x, y), 100, np.random.RandomState(0), validate=lambda p: -1.0)
+    assert reason == "diverged"
+    assert np.isnan(state.history[-1].validation_score)
+    assert all(np.isfinite(leaf).all() for leaf in state.arrays.leaves)
+
+
+def test_clipping_keeps_a_run_that_diverges_without_it():
+    x, y = problem()
+    wild = replace(trainer(), optimizer=SGD(), learning_rate=100.0, network=mlp([4, 1]))
+    with pytest.raises(DivergenceError):
+        wild.fit(start(wild), source(x, y), 100, np.random.RandomState(0))
+    tame = replace(wild, clip_norm=1e-5)
+    state = start(tame)
+    tame.fit(state, source(x, y), 100, np.random.RandomState(0))
+    assert state.history[-1].loss < state.history[0].loss
+
+
+@dataclass(frozen=True)
+class Sends(SquaredError):
+    """Presses Ctrl-C in the middle of the third batch."""
+
+    calls: tuple = ()
+
+    def per_row(self, z, y, xp):
+        counter = CALLS.setdefault(id(self), [0])
+        counter[0] += 1
+        if counter[0] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().per_row(z, y, xp)
+
+
+CALLS: dict[int, list[int]] = {}
+
+
+def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state():
+    x, y = problem()
+    t = replace(trainer(), loss=Sends())
+    state = start(t)
+    before = signal.getsignal(signal.SIGINT)
+    assert t.fit(state, source(x, y), 10, np.random.RandomState(0)) == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert state.steps == 3
+    assert not state.history
+    # The very parameters of a run that was asked for three batches
+    whole = trainer(batch_size=16)
+    same = start(whole)
+    order = np.random.RandomState(0)
+    draw = np.arange(50)
+    order.shuffle(draw)
+    short = ArraySource(Batch(x, y), BACKEND, draw[:48])
+    replace(whole, shuffle=False).fit(same, short, 1, np.random.RandomState(0))
+    for a, b in zip(state.arrays.leaves, same.arrays.leaves, strict=True):
+        assert np.array_equal(a, b)
+
+
+class Impatient(Callback):
+    def on_epoch_end(self, epoch: Epoch) -> None:
+        if epoch.epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_interrupt_from_a_callback():
+    x, y = problem()
+    t = trainer()
+    state = start(t)
+    reason = t.fit(state, source(x, y), 10, np.random.RandomState(0), callbacks=[Impatient()])
+    assert (reason, len(state.history)) == ("interrupted", 2)
+
+
+def test_schedule_reaches_the_steps():
+    x, y = problem()
+    t = trainer(schedule=OneCycle(), learning_rate=0.04)
+    state = start(t)
+    t.fit(state, source(x, y), 10, np.random.RandomState(0))
+    rates = [e.learning_rate for e in state.history]
+    assert max(rates) == pytest.approx(0.04, rel=0.05)
+    assert rates[-1] == pytest.approx(0.04 / 250_000, rel=1e-9)
+
+
+def test_plateau_lowers_the_rate():
+    x, y = problem()
+    t = trainer(schedule=ReduceOnPlateau(gamma=0.5, patience=0, threshold=10.0))
+    state = start(t)
+    t.fit(state, source(x, y), 4, np.random.RandomState(0))
+    assert [e.learning_rate for e in state.history] == [0.01, 0.01, 0.005, 0.0025]
+
+
+def test_decay_without_biases_leaves_them_alone():
+    """With a zero gradient AdamW only decays."""
+    x, y = np.zeros((8, 4)), np.zeros((8, 1))
+    decay = AdamW(weight_decay=0.5, decay_biases=False)
+    t = replace(trainer(), optimizer=decay, network=mlp([4, 1]), learning_rate=0.1)
+    state = t.start([np.ones((4, 1)), np.zeros(1)])
+    t.fit(state, source(x, y), 1, np.random.RandomState(0))
+    w, b = t.params(state.arrays.leaves)
+    np.testing.assert_allclose(w, (1 - 0.1 * 0.5) * np.ones((4, 1)))
+    assert b == 0.0
+
+
+def test_packed_and_unpacked_runs_agree():
+    x, y = problem()
+    runs = []
+    for below in (0, np.inf):
+        backend = NumPyBackend()
+        backend.pack_below = below
+        t = replace(trainer(alpha=0.1), backend=backend)
+        state = start(t)
+        t.fit(state, ArraySource(Batch(x, y), backend), 5, np.random.RandomState(0))
+        runs.append((len(state.arrays.leaves), t.params(state.arrays.leaves)))
+    assert [n for n, _ in runs] == [4, 2]
+    for a, b in zip(runs[0][1], runs[1][1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
