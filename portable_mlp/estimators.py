@@ -166,11 +166,11 @@ class _MultilayerPerceptron(BaseEstimator):
     def _check_y(self, y: Any, X: Array) -> NDArray[Any]:
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but y is None")
-        y = np.asarray(check_array(to_host(y), ensure_2d=False, dtype=None, input_name="y"))
-        check_consistent_length(np.empty((X.shape[0], 0)), y)
-        if y.ndim == 2 and y.shape[1] == 1:
-            y = column_or_1d(y, warn=True)
-        return y
+        host: NDArray[Any] = check_array(to_host(y), ensure_2d=False, dtype=None, input_name="y")
+        check_consistent_length(np.empty((X.shape[0], 0)), host)
+        if host.ndim == 2 and host.shape[1] == 1:
+            host = column_or_1d(host, warn=True)
+        return host
 
     @staticmethod
     def _check_weights(sample_weight: Any, X: Array) -> NDArray[np.float64] | None:
@@ -559,7 +559,8 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
     >>> from portable_mlp import MLPClassifier
     >>> from sklearn.datasets import load_iris
     >>> X, y = load_iris(return_X_y=True)
-    >>> model = MLPClassifier(solver="lbfgs", alpha=0.1, random_state=0).fit(X, y)
+    >>> model = MLPClassifier(solver="lbfgs", alpha=1.0, max_iter=1000, random_state=0)
+    >>> model = model.fit(X, y)
     >>> model.score(X, y) > 0.95
     True
     """

@@ -46,7 +46,7 @@ class HeNormal:
     def __call__(
         self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int
     ) -> NDArray[np.float64]:
-        return np.sqrt(2.0 / fan_in) * rng.normal(size=shape)
+        return rng.normal(0.0, np.sqrt(2.0 / fan_in), shape)
 
 
 @dataclass(frozen=True)

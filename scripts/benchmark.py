@@ -98,7 +98,7 @@ class Contestant(ABC):
         self.dtype = dtype
         self.X, self.y = workload.data(dtype)
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027 (not all have a state)
         """Begin anew, untimed.
 
         Trained for ever, units die and their moments decay to subnormal numbers,
@@ -265,16 +265,12 @@ class JaxStep(Contestant):
         import numpy as np
 
         rng = np.random.default_rng(0)
-        params = [
-            (
-                (rng.standard_normal((n_in, n_out)) * (2 / n_in) ** 0.5).astype(self.dtype),
-                np.zeros(n_out, self.dtype),
-            )
-            for n_in, n_out in pairwise(self.workload.sizes)
-        ]
-        moments = ()
-        if self.workload.solver == "adam":
-            moments = tuple(self.jax.tree.map(np.zeros_like, params) for _ in range(2))
+        params: Any = []
+        for n_in, n_out in pairwise(self.workload.sizes):
+            w = rng.standard_normal((n_in, n_out)) * (2 / n_in) ** 0.5
+            params.append((w.astype(self.dtype), np.zeros(n_out, self.dtype)))
+        zeros = self.jax.tree.map(np.zeros_like, params)
+        moments = (zeros, zeros) if self.workload.solver == "adam" else ()
         state = params, moments, np.zeros((), np.int32)
         self.state = self.jax.block_until_ready(self.jax.tree.map(self.jax.numpy.array, state))
 
@@ -298,27 +294,21 @@ class JaxStep(Contestant):
 
     def step(self, state: Any, X: Any, y: Any, start: Any) -> tuple[Any, Any]:
         """From (parameters, moments, steps done) to the next, and the loss before."""
-        # Slicing outside of the compiled function would be a dispatch of its own
+        map_, sqrt, rate = self.jax.tree.map, self.jax.numpy.sqrt, self.workload.rate
+        # Sliced in here: outside of the compiled function it is a dispatch of its own
         cut = partial(
             self.jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=self.workload.batch
         )
         params, moments, t = state
         loss, grads = self.jax.value_and_grad(self.objective)(params, cut(X), cut(y))
-        t, tree_map, rate = t + 1, self.jax.tree.map, self.workload.rate
-        if moments:
-            m, v = moments
-            m = tree_map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
-            v = tree_map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
-            moments = m, v
-            # In float32 whatever the default: a weak type follows that of the arrays
-            scale = rate * self.jax.numpy.sqrt(1 - 0.999**t) / (1 - 0.9**t)
-            scale = scale.astype(self.dtype)
-            params = tree_map(
-                lambda p, m, v: p - scale * m / (self.jax.numpy.sqrt(v) + 1e-8), params, m, v
-            )
-        else:
-            params = tree_map(lambda p, g: p - rate * g, params, grads)
-        return (params, moments, t), loss
+        t = t + 1
+        if not moments:
+            return (map_(lambda p, g: p - rate * g, params, grads), (), t), loss
+        m = map_(lambda m, g: 0.9 * m + 0.1 * g, moments[0], grads)
+        v = map_(lambda v, g: 0.999 * v + 0.001 * g * g, moments[1], grads)
+        scale = rate * sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        params = map_(lambda p, m, v: p - scale * m / (sqrt(v) + 1e-8), params, m, v)
+        return (params, (m, v), t), loss
 
 
 class JaxScan(JaxStep):
@@ -402,9 +392,9 @@ class ContestantError(Exception):
 
 
 def serve(name: str, pipe: Connection) -> None:
-    """Answer, in a child process, what a `Worker` asks, until it closes the pipe."""
+    """Do, in a child process, what a `Worker` asks, until it closes the pipe."""
     make, _ = CONTESTANTS[name]
-    contestant: Contestant | None = None
+    contestant: Any = None
     while True:
         try:
             request = pipe.recv()
@@ -412,9 +402,8 @@ def serve(name: str, pipe: Connection) -> None:
             return
         try:
             if isinstance(request, int):
-                assert contestant is not None
                 contestant.reset()
-                time.sleep(0.05)  # the idle threads of the one before may still spin
+                time.sleep(0.05)  # idle threads of the one before may still spin
                 began = time.perf_counter()
                 contestant.train(request)
                 pipe.send(time.perf_counter() - began)
@@ -423,22 +412,19 @@ def serve(name: str, pipe: Connection) -> None:
                 contestant = make(*request)
                 pipe.send(0.0)
         except Exception as error:
-            unavailable = type(error).__name__ == "BackendError"
-            pipe.send(f"{'unavailable' if unavailable else type(error).__name__}: {error}")
+            kind = type(error).__name__
+            pipe.send(f"{'unavailable' if kind == 'BackendError' else kind}: {error}")
 
 
 class Worker:
     """A contestant in a process of its own, which lives until it is closed."""
 
     def __init__(self, name: str) -> None:
-        _, module = CONTESTANTS[name]
-        if find_spec(module) is None:
-            raise ContestantError(f"missing: {module} is not installed")
         context = get_context("spawn")  # a fork would share what BLAS has started
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(name, theirs), daemon=True)
         self._process.start()
-        theirs.close()  # so that its end is noticed here
+        theirs.close()  # else the child's end would go unnoticed
 
     def enter(self, workload: Workload, dtype: str, seconds: float) -> int:
         """Set up a workload; returns how many epochs take about this many seconds."""
@@ -462,124 +448,116 @@ class Worker:
             self._pipe.send(request)
             reply = self._pipe.recv()
         except (EOFError, OSError) as error:
-            self._process.join()
-            raise ContestantError(f"its process died ({self._process.exitcode})") from error
+            raise ContestantError("its process died") from error
         if isinstance(reply, str):
             raise ContestantError(reply)
         return float(reply)
 
 
-@dataclass
-class Results:
-    """Microseconds a step, [contestant][workload] of every round, and what went wrong."""
+Samples = dict[str, dict[int, list[float]]]
+"""Microseconds a step in every round, by contestant and workload."""
 
-    samples: dict[str, dict[int, list[float]]]
-    failures: dict[str, dict[int, str]]
-
-    def medians(self, name: str) -> dict[int, float]:
-        """Of a contestant, by workload, where it did not fail."""
-        return {
-            number: median(samples)
-            for number, samples in self.samples[name].items()
-            if number not in self.failures[name]
-        }
+Failures = dict[str, dict[int, str]]
+"""What went wrong, by contestant and workload."""
 
 
-def measure(
-    names: Sequence[str], numbers: Sequence[int], rounds: int, seconds: float, dtype: str
-) -> Results:
-    """Time all contestants on all workloads."""
-    results = Results({name: {} for name in names}, {name: {} for name in names})
+def measure(args: argparse.Namespace) -> tuple[Samples, Failures]:
+    """Time all contestants on all workloads, a workload after the other."""
+    names = args.only
+    samples: Samples = {name: {} for name in names}
+    failures: Failures = {name: {} for name in names}
     workers: dict[str, Worker] = {}
     for name in names:
-        try:
+        if find_spec(module := CONTESTANTS[name][1]):
             workers[name] = Worker(name)
-        except ContestantError as error:
-            results.failures[name] = dict.fromkeys(numbers, str(error))
-    try:
-        for number in numbers:
-            workload = WORKLOADS[number]
-            epochs: dict[str, int] = {}
-            for i in range(-1, rounds):  # the first time round only prepares
-                print(f"workload {number}, round {i + 1} of {rounds}", file=sys.stderr)
-                turn = max(i, 0) % len(names)
-                for name in [*names[turn:], *names[:turn]]:
-                    if name not in workers or number in results.failures[name]:
-                        continue
-                    try:
-                        if i < 0:
-                            epochs[name] = workers[name].enter(workload, dtype, seconds)
-                        else:
-                            step = workers[name].time(epochs[name]) / epochs[name] / workload.steps
-                            results.samples[name].setdefault(number, []).append(1e6 * step)
-                    except ContestantError as error:
-                        results.failures[name][number] = str(error)
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return results
+        else:
+            failures[name] = dict.fromkeys(args.workloads, f"missing: {module} is not installed")
+    for number in args.workloads:
+        workload, epochs = WORKLOADS[number], {}
+        for i in range(args.rounds + 1):  # the first only prepares
+            print(f"workload {number}, round {i} of {args.rounds}", file=sys.stderr)
+            turn = i % len(names)
+            for name in [*names[turn:], *names[:turn]]:
+                if number in failures[name]:
+                    continue
+                try:
+                    if i == 0:
+                        epochs[name] = workers[name].enter(workload, args.dtype, args.seconds)
+                        samples[name][number] = []
+                    else:
+                        steps = epochs[name] * workload.steps
+                        elapsed = workers[name].time(epochs[name])
+                        samples[name][number].append(1e6 * elapsed / steps)
+                except ContestantError as error:
+                    failures[name][number] = " ".join(str(error).split())
+                    samples[name].pop(number, None)
+    for worker in workers.values():
+        worker.close()
+    return samples, failures
 
 
 # ---------------------------------------------------------------- the report
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns, but for the first, are aligned to the right."""
-    columns = [
-        [text.ljust(max(map(len, column))) if i == 0 else text.rjust(max(map(len, column)))
-         for text in column]
-        for i, column in enumerate(zip(header, *rows, strict=True))
-    ]  # fmt: skip
-    lines = ["| " + " | ".join(line) + " |" for line in zip(*columns, strict=True)]
-    rule = ["-" * len(columns[0][0]), *("-" * (len(c[0]) - 1) + ":" for c in columns[1:])]
-    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown, columns but the first aligned to the right; None is a dash."""
+
+    def text(cell: Any) -> str:
+        if isinstance(cell, float):  # three digits, or all before the point
+            return f"{cell:.{2 if cell < 10 else 1 if cell < 100 else 0}f}"
+        return "–" if cell is None else str(cell)
+
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(map(text, row))} |" for row in (header, rule, *rows))
 
 
-def significant(value: float | None) -> str:
-    """Three digits, or all before the point; a dash for nothing."""
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def report(args: argparse.Namespace, samples: Samples, failures: Failures) -> Iterator[str]:
+    """Paragraphs of Markdown."""
+    numbers = args.workloads
+    medians = {name: {n: median(s) for n, s in own.items()} for name, own in samples.items()}
+    yield (
+        f"Microseconds a training step in {args.dtype}: medians of {args.rounds} interleaved"
+        f" rounds of about {args.seconds:g} s."
+    )
+    yield "\n".join(f"{number}. {WORKLOADS[number]}" for number in numbers)
+    yield table(
+        ["µs a step", *numbers], [[name, *map(m.get, numbers)] for name, m in medians.items()]
+    )
 
-
-def time_table(results: Results, numbers: Sequence[int]) -> str:
-    rows = []
-    for name in results.samples:
-        medians = results.medians(name)
-        rows.append([name, *(significant(medians.get(n)) for n in numbers)])
-    return markdown(["µs a step", *map(str, numbers)], rows)
-
-
-def ratio_table(results: Results, numbers: Sequence[int]) -> str:
-    own = results.medians(REFERENCE)
-    rows = []
-    for name in results.samples:
-        peer = results.medians(name)
+    own = medians.pop(REFERENCE, {})
+    rows: list[list[Any]] = []
+    for name, peer in medians.items():
         ratios = {n: own[n] / peer[n] for n in numbers if n in own and n in peer}
-        if name == REFERENCE or not ratios:
-            continue
-        mean = geometric_mean(ratios.values())
-        rows.append([name, *(significant(ratios.get(n)) for n in numbers), significant(mean)])
-    return markdown([f"{REFERENCE} ÷", *map(str, numbers), "geometric mean"], rows)
+        if ratios:
+            rows.append([name, *map(ratios.get, numbers), geometric_mean(ratios.values())])
+    if rows:
+        yield f"Time of {REFERENCE} ÷ time of the peer; below 1, {REFERENCE} is faster."
+        yield table([f"{REFERENCE} ÷", *numbers, "geometric mean"], rows)
 
-
-def failure_list(results: Results) -> str:
-    """One line for each contestant and reason."""
-    lines = []
-    for name, failures in results.failures.items():
-        for reason in dict.fromkeys(failures.values()):
-            where = ", ".join(str(n) for n, r in failures.items() if r == reason)
-            lines.append(f"- {name}: {' '.join(reason.split())} (workloads {where})")
-    return "\n".join(lines)
+    notes = [
+        f"- {name}: {reason} (workloads {', '.join(str(n) for n in bad if bad[n] == reason)})"
+        for name, bad in failures.items()
+        for reason in dict.fromkeys(bad.values())
+    ]
+    # What else the machine computes slows the threads of one product several times over
+    notes += [
+        f"- {name}, workload {n}: unsteady, {min(s):.3g} to {max(s):.3g} µs"
+        for name, own_samples in samples.items()
+        for n, s in own_samples.items()
+        if max(s) > 1.5 * min(s)
+    ]
+    if notes:
+        yield "\n".join(notes)
+    yield "; ".join(f"{key} {value}" for key, value in machine().items())
 
 
 def machine() -> dict[str, str]:
     """What the numbers hold for."""
     cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     facts = {
         "date": date.today().isoformat(),
@@ -602,22 +580,28 @@ def machine() -> dict[str, str]:
 
 
 def parse_args() -> argparse.Namespace:
+    def chosen(known: dict[Any, Any]) -> Callable[[str], list[Any]]:
+        by_name = {str(key): key for key in known}
+
+        def parse(text: str) -> list[Any]:
+            names = [name.strip() for name in text.split(",")]
+            if unknown := set(names) - set(by_name):
+                raise argparse.ArgumentTypeError(f"{unknown}; known: {', '.join(by_name)}")
+            return [by_name[name] for name in names]
+
+        return parse
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each timed run, about")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here too")
-    parser.add_argument("--workloads", metavar="1,2,...", default=",".join(map(str, WORKLOADS)))
-    parser.add_argument("--only", metavar="NAME,...", default=",".join(CONTESTANTS))
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    add = parser.add_argument
+    add("--rounds", type=int, default=5)
+    add("--seconds", type=float, default=1.0, help="of each timed run, about")
+    add("--json", type=Path, metavar="FILE", help="write every sample here too")
+    add("--workloads", type=chosen(WORKLOADS), metavar="1,2,...", default=list(WORKLOADS))
+    add("--only", type=chosen(CONTESTANTS), metavar="NAME,...", default=list(CONTESTANTS))
+    add("--dtype", choices=("float32", "float64"), default="float32")
     args = parser.parse_args()
-    args.workloads = [int(n) if n.isdecimal() else n for n in args.workloads.split(",")]
-    args.only = [name.strip() for name in args.only.split(",")]
-    for option, known in (("workloads", WORKLOADS), ("only", CONTESTANTS)):
-        for choice in getattr(args, option):
-            if choice not in known:
-                parser.error(f"--{option}: unknown {choice!r}; known: {', '.join(map(str, known))}")
     if args.rounds < 1 or args.seconds <= 0.0:
         parser.error("--rounds must be at least 1, and --seconds above 0")
     return args
@@ -625,30 +609,17 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    results = measure(args.only, args.workloads, args.rounds, args.seconds, args.dtype)
-    facts = machine()
-    print(
-        f"Microseconds a training step, {args.dtype}: medians of {args.rounds} interleaved"
-        f" rounds of about {args.seconds:g} s.\n"
-    )
-    for number in args.workloads:
-        print(f"{number}. {WORKLOADS[number]}")
-    print("\n" + time_table(results, args.workloads))
-    if results.samples.get(REFERENCE):
-        print(f"\nTime of {REFERENCE} over the peer's; below 1, {REFERENCE} is faster.\n")
-        print(ratio_table(results, args.workloads))
-    if failures := failure_list(results):
-        print("\nWithout a result:\n\n" + failures)
-    print("\n" + "; ".join(f"{key} {value}" for key, value in facts.items()))
+    samples, failures = measure(args)
+    print("\n\n".join(report(args, samples, failures)))
     if args.json:
-        report = {
-            "machine": facts,
+        document = {
+            "machine": machine(),
             "settings": {key: getattr(args, key) for key in ("rounds", "seconds", "dtype")},
             "workloads": {number: str(WORKLOADS[number]) for number in args.workloads},
-            "microseconds": results.samples,
-            "failures": results.failures,
+            "microseconds": samples,
+            "failures": failures,
         }
-        args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        args.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

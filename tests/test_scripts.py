@@ -14,6 +14,10 @@ from conftest import get_target
 from portable_mlp import load
 from portable_mlp.data import read_csv
 
+pytest.importorskip("polars")
+pytest.importorskip("skops")
+pytest.importorskip("matplotlib")
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
