@@ -9,10 +9,8 @@ vector, or a single large one as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from math import prod
-
-import numpy as np
 
 from portable_mlp.layers import Param
 from portable_mlp.typing import Array, Namespace, Params
@@ -74,7 +72,18 @@ class Layout:
             if len(members) == 1:
                 arrays[members[0]] = leaf
                 continue
-            ends = np.cumsum([0] + [prod(self.shapes[i]) for i in members]).tolist()
-            for i, (start, end) in zip(members, pairwise(ends), strict=True):
-                arrays[i] = xp.reshape(leaf[start:end], self.shapes[i])
+            for i in members:
+                arrays[i] = xp.reshape(leaf[self._spans[i]], self.shapes[i])
         return arrays
+
+    @cached_property
+    def _spans(self) -> dict[int, slice]:
+        """For each parameter, its place in its leaf."""
+        spans = {}
+        for members in self.leaves:
+            start = 0
+            for i in members:
+                end = start + prod(self.shapes[i])
+                spans[i] = slice(start, end)
+                start = end
+        return spans

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil, inf, isfinite, nan
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -247,7 +248,7 @@ class Trainer:
     patience: float = 10
     loss_scale: float = 1.0
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         layout = Layout.plan(self.network.params, self.backend.pack_below)
         return Recipe(

@@ -429,7 +429,7 @@ class Worker:
     def enter(self, workload: Workload, dtype: str, seconds: float) -> int:
         """Set up a workload; returns how many epochs take about this many seconds."""
         self._ask((workload, dtype))
-        self.time(1)  # compiles
+        self.time(2)  # JAX compiles in the first call, and anew when fed its own results
         epochs = 1
         while (elapsed := self.time(epochs)) < seconds / 4:
             epochs = ceil(epochs * min(seconds / elapsed, 10.0))
