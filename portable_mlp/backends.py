@@ -7,7 +7,6 @@ of any other library that follows the standard work through the base class.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -43,9 +42,12 @@ class Backend:
         Parameters of fewer elements are packed into one vector (see
         `portable_mlp.packing`): few large calls beat many small ones where a
         vector has views.
+    block : float
+        Larger arrays are updated in blocks of so many elements.
     """
 
     name: ClassVar[str] = ""
+    block: float = inf
     pack_below: float = inf
 
     def __init__(self, xp: Namespace, device: Any = None) -> None:
@@ -54,7 +56,7 @@ class Backend:
 
     def __repr__(self) -> str:
         name = self.name or getattr(self.xp, "__name__", str(self.xp))
-        return f"<backend {name} on {self.device or 'its default device'}>"
+        return name if self.device is None else f"{name} on {self.device}"
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -123,9 +125,9 @@ class NumPyBackend(Backend):
     """NumPy arrays, on the CPU."""
 
     name = "numpy"
-    # Above the size of a core's cache a copy into the packed vector costs more
-    # than a call saves (measured: scripts/benchmark.py).
-    pack_below = 65_536
+    # Five arrays of this size, which is what Adam reads and writes, stay in a core's
+    # cache; and above it a copy into a packed vector costs more than a call saves.
+    block = pack_below = 65_536
 
     def __init__(self, device: Any = None) -> None:
         # NumPy follows the standard by itself since 2.1; wrappers would cost time
@@ -214,8 +216,10 @@ class TorchBackend(Backend):
     def asarray(self, x: Any, dtype: str | None = None, copy: bool | None = None) -> Array:
         if isinstance(x, self._torch.Tensor):
             x = x.detach()
-        elif not x.flags.writeable:
-            copy = True  # torch warns of memory it must not write to
+        else:
+            x = np.asarray(x)
+            if not x.flags.writeable or any(stride < 0 for stride in x.strides):
+                x = x.copy()  # torch shares neither read-only nor reversed memory
         return super().asarray(x, dtype, copy)
 
     def to_host(self, x: Array) -> NDArray[Any]:
@@ -408,12 +412,5 @@ def _check_cuda() -> None:
     try:
         probe = cupy.ones((2, 2)) * 2.0  # compiles a kernel (NVRTC)
         probe @ probe  # calls cuBLAS
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # CuPy's own errors have no base of their own
         raise BackendError(libraries.format(error)) from error
-
-
-def installed() -> list[str]:
-    """Names of the backends whose library is installed (usable or not)."""
-    from importlib.util import find_spec
-
-    return [name for name in BACKENDS if name in sys.modules or find_spec(name)]

@@ -385,6 +385,7 @@ class _MultilayerPerceptron(BaseEstimator):
             rng,
             validate=validate,
             callbacks=callbacks,
+            planned_epochs=self.max_iter,
         )
         if reason == "interrupted":
             warnings.warn("Training interrupted by user.", UserWarning, stacklevel=4)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
+from portable_mlp.functions import in_blocks
 from portable_mlp.typing import Array, Namespace, Params
 
 Moments = tuple[Array, ...]
@@ -40,11 +41,14 @@ class Optimizer(ABC):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, bool) and not value >= 0.0:
-                raise ValueError(f"{name} must be at least 0, got {value!r}")
-        for name in ("momentum", "beta_1", "beta_2", "rho"):
+            if not isinstance(value, bool) and not 0.0 <= value < inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
+        for name in ("momentum", "rho"):
             if not getattr(self, name, 0.0) <= 1.0:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
+        for name in ("beta_1", "beta_2"):
+            if not getattr(self, name, 0.0) < 1.0:
+                raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
 
     n_moments = 0
     """Number of arrays of a parameter's shape that the rule remembers, first zero."""
@@ -75,6 +79,7 @@ class Optimizer(ABC):
         c: Coefficients,
         xp: Namespace,
         groups: tuple[str, ...] | None = None,
+        block: float = inf,
     ) -> tuple[list[Array], list[Moments]]:
         """One step of all parameters.
 
@@ -87,6 +92,9 @@ class Optimizer(ABC):
         xp : namespace
         groups : tuple of str, optional
             The parameters' groups; needed only to tell biases from weights.
+        block : float, default=inf
+            Update larger arrays in blocks of so many elements, where they are: for
+            arrays that have views, so that what a rule reads again is still in cache.
 
         Returns
         -------
@@ -97,9 +105,14 @@ class Optimizer(ABC):
         for p, g, m, group in zip(params, grads, moments, groups, strict=True):
             if self.decays(group):
                 p *= 1.0 - c[0] * self.weight_decay
-            p, m = self.update(p, g, m, c, xp)
+
+            def rule(p: Array, g: Array, *m: Array) -> tuple[Array, ...]:
+                p, m = self.update(p, g, m, c, xp)
+                return p, g, *m
+
+            p, _, *new = in_blocks(rule, (p, g, *m), block, xp)
             new_params.append(p)
-            new_moments.append(m)
+            new_moments.append(tuple(new))
         return new_params, new_moments
 
 
@@ -190,8 +203,8 @@ class Adam(Optimizer):
 
     Parameters
     ----------
-    beta_1 : float in [0, 1], default=0.9
-    beta_2 : float in [0, 1], default=0.999
+    beta_1 : float in [0, 1), default=0.9
+    beta_2 : float in [0, 1), default=0.999
     epsilon : float >= 0, default=1e-8
     """
 

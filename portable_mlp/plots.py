@@ -27,6 +27,7 @@ def plot_learning_curve(model: Any, path: str | Path) -> Path:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "plots need matplotlib: pip install 'portable_mlp[plot]'"
@@ -36,7 +37,9 @@ def plot_learning_curve(model: Any, path: str | Path) -> Path:
     axes = figure.subplots()
     epochs = range(1, len(model.loss_curve_) + 1)
     axes.plot(epochs, model.loss_curve_, color="C0", marker="." if len(epochs) < 30 else "")
-    axes.set(xlabel="epoch", yscale="log" if min(model.loss_curve_) > 0 else "linear")
+    low, high = min(model.loss_curve_), max(model.loss_curve_)
+    axes.set(xlabel="epoch", yscale="log" if 0 < 10 * low < high else "linear")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("training loss", color="C0")
     if model.validation_scores_ is not None:
         right = axes.twinx()

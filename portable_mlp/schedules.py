@@ -75,12 +75,17 @@ class Step(Schedule):
     every: int
     gamma: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every!r}")
+
     def factor(self, clock: Clock, state: Any) -> float:
         return float(self.gamma ** (clock.epoch // self.every))
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
-    """Half a cosine wave from start (progress 0) to end (progress 1)."""
+    """Half a cosine wave from start (progress 0) to end (progress 1 and beyond)."""
+    progress = min(progress, 1.0)
     return end + (start - end) * (1.0 + cos(pi * progress)) / 2.0
 
 
@@ -100,6 +105,10 @@ class Cosine(Schedule):
 
     warmup: float = 0.0
     final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup < 1.0:
+            raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
 
     def factor(self, clock: Clock, state: Any) -> float:
         up = self.warmup * clock.total_steps
@@ -125,6 +134,10 @@ class OneCycle(Schedule):
     peak: float = 0.3
     start: float = 1.0 / 25.0
     final: float = 1.0 / 250_000.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.peak < 1.0:
+            raise ValueError(f"peak must be in (0, 1), got {self.peak!r}")
 
     def factor(self, clock: Clock, state: Any) -> float:
         last = clock.total_steps - 1.0
@@ -176,6 +189,11 @@ class ReduceOnPlateau(Schedule):
         return state._replace(factor=factor, waited=0)
 
 
+class _Divided(NamedTuple):
+    factor: float = 1.0
+    rate: float | None = None
+
+
 @dataclass(frozen=True)
 class Adaptive(Schedule):
     """Divide by 5 whenever training would stop, until the rate is at most 10⁻⁶.
@@ -183,11 +201,13 @@ class Adaptive(Schedule):
     scikit-learn's "adaptive".
     """
 
-    def init(self) -> float:
-        return 1.0
+    def init(self) -> _Divided:
+        return _Divided()
 
-    def factor(self, clock: Clock, state: float) -> float:
-        return state
+    def factor(self, clock: Clock, state: _Divided) -> float:
+        return state.factor
 
-    def stalled(self, state: float, rate: float) -> float | None:
-        return None if rate <= 1e-6 else state / 5.0
+    def stalled(self, state: _Divided, rate: float) -> _Divided | None:
+        # Divided one by one, as there: a product of factors may round across 10⁻⁶
+        rate = rate if state.rate is None else state.rate
+        return None if rate <= 1e-6 else _Divided(state.factor / 5.0, rate / 5.0)

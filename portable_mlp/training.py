@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.functions import in_blocks
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
 from portable_mlp.optimizers import Coefficients, Moments, Optimizer, clip_by_global_norm
@@ -75,6 +76,8 @@ class Recipe:
     layout : Layout
     clip_norm : float, optional
         Largest global norm of the gradients, see `optimizers.clip_by_global_norm`.
+    block : float, default=inf
+        See `Optimizer.apply`.
     """
 
     xp: Namespace
@@ -83,6 +86,7 @@ class Recipe:
     optimizer: Optimizer
     layout: Layout
     clip_norm: float | None = None
+    block: float = inf
 
 
 def objective(
@@ -105,12 +109,16 @@ def objective(
         n = xp.where(total > 0.0, total, 1.0)
     penalty: Any = 0.0
     scale = alpha / n
+
+    def shrink(g: Array, w: Array) -> tuple[Array, Array]:
+        g += scale * w
+        return g, w
+
     for i, group in enumerate(recipe.layout.groups):
         if group != "bias":
-            w = leaves[i]
-            flat = xp.reshape(w, (-1,))
+            flat = xp.reshape(leaves[i], (-1,))
             penalty = penalty + xp.vecdot(flat, flat)
-            grads[i] += scale * w
+            grads[i], _ = in_blocks(shrink, (grads[i], leaves[i]), recipe.block, xp)
     return value, 0.5 * scale * penalty, grads
 
 
@@ -128,7 +136,13 @@ def step(
         grads = clip_by_global_norm(grads, recipe.clip_norm, xp)
     arrays = Arrays(
         *recipe.optimizer.apply(
-            leaves, grads, moments, hyper.coefficients, xp, recipe.layout.groups
+            leaves,
+            grads,
+            moments,
+            hyper.coefficients,
+            xp,
+            recipe.layout.groups,
+            recipe.block,
         )
     )
     return arrays, (value, penalty)
@@ -252,7 +266,13 @@ class Trainer:
     def recipe(self) -> Recipe:
         layout = Layout.plan(self.network.params, self.backend.pack_below)
         return Recipe(
-            self.backend.xp, self.network, self.loss, self.optimizer, layout, self.clip_norm
+            self.backend.xp,
+            self.network,
+            self.loss,
+            self.optimizer,
+            layout,
+            self.clip_norm,
+            self.backend.block,
         )
 
     def start(self, params: Params) -> State:
@@ -282,6 +302,7 @@ class Trainer:
         *,
         validate: Callable[[list[Array]], float] | None = None,
         callbacks: Sequence[Callback] = (),
+        planned_epochs: int | None = None,
     ) -> StopReason:
         """Train, changing ``state``, until something stops it.
 
@@ -296,6 +317,9 @@ class Trainer:
             From parameters to a score, higher is better: early stopping watches it
             instead of the loss, and the best parameters are restored at the end.
         callbacks : sequence of Callback
+        planned_epochs : int, optional
+            What schedules take for the whole length of training, if it goes on after
+            this call; ``max_epochs`` if not given.
 
         Returns
         -------
@@ -316,7 +340,14 @@ class Trainer:
         try:
             with self.backend.scope(self.dtype), _deferred_interrupt() as interrupted:
                 reason = self._epochs(
-                    state, source, max_epochs, rng, validate, callbacks, interrupted
+                    state,
+                    source,
+                    max_epochs,
+                    planned_epochs or max_epochs,
+                    rng,
+                    validate,
+                    callbacks,
+                    interrupted,
                 )
                 if validate is not None:
                     state.arrays = state.arrays._replace(leaves=state.best_leaves or [])
@@ -337,6 +368,7 @@ class Trainer:
         state: State,
         source: ArraySource,
         max_epochs: int,
+        planned_epochs: int,
         rng: np.random.RandomState,
         validate: Callable[[list[Array]], float] | None,
         callbacks: Sequence[Callback],
@@ -352,7 +384,7 @@ class Trainer:
                 order = order[draw]
             try:
                 loss, rate = self._epoch(
-                    state, source, order if self.shuffle else None, max_epochs, rng, interrupted
+                    state, source, order if self.shuffle else None, planned_epochs, rng, interrupted
                 )
                 if interrupted.is_set():
                     return "interrupted"
@@ -385,7 +417,7 @@ class Trainer:
         state: State,
         source: ArraySource,
         order: NDArray[np.intp] | None,
-        max_epochs: int,
+        planned_epochs: int,
         rng: np.random.RandomState,
         interrupted: threading.Event,
     ) -> tuple[float, float]:
@@ -399,7 +431,7 @@ class Trainer:
         penalties: list[Array] = []
         counts: list[int] = []
         for i, (batch, n) in enumerate(source.batches(self.batch_size, order)):
-            clock = Clock(state.steps, max_epochs * n_steps, state.epochs, state.rows)
+            clock = Clock(state.steps, planned_epochs * n_steps, state.epochs, state.rows)
             rate = self.learning_rate * self.schedule.factor(clock, state.schedule)
             state.steps += 1
             hyper = Hyper(

@@ -22,7 +22,6 @@ from portable_mlp.backends import (
     TorchBackend,
     backend_of,
     get_backend,
-    installed,
     move,
     to_host,
 )
@@ -258,6 +257,14 @@ def test_gpu_without_faults_passes_the_probe(monkeypatch):
     assert created == ["gpu"]
 
 
+@pytest.mark.parametrize("like", ["strict", "strict-device1", "torch", "jax"])
+def test_auto_moves_no_array_to_a_gpu(like, monkeypatch):
+    x = ARRAYS[like]()
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
+    monkeypatch.setattr(CuPyBackend, "create", lambda device: pytest.fail("moved"))
+    assert get_backend("auto", like=x) == backend_of(x)
+
+
 def test_cupy_that_does_not_import_names_the_ctk_line(tmp_path, monkeypatch):
     (tmp_path / "cupy.py").write_text("raise ImportError('libcudart.so.12: not found')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -272,9 +279,6 @@ class CompileException(Exception):
     """As CuPy's: no RuntimeError."""
 
 
-@pytest.mark.xfail(
-    raises=CompileException, strict=True, reason="what CuPy raises without headers is not caught"
-)
 @pytest.mark.parametrize("device", ["gpu", "auto"])
 def test_missing_cuda_headers_name_the_ctk_line(device, monkeypatch):
     error = CompileException('cannot open source file "vector_types.h"')
@@ -362,11 +366,7 @@ def test_round_trip(backend, form, dtype, copy):
 
 
 @pytest.mark.parametrize("form", ["reversed", "reversed-columns", "reversed-read-only"])
-def test_round_trip_of_reversed_arrays(backend, form, request):
-    if isinstance(backend, TorchBackend):
-        request.applymarker(
-            pytest.mark.xfail(raises=ValueError, strict=True, reason="negative strides in torch")
-        )
+def test_round_trip_of_reversed_arrays(backend, form):
     a = np.arange(12.0).reshape(3, 4)
     host = {"reversed": a[::-1], "reversed-columns": a[:, ::-1]}.get(form, frozen(a)[::-1])
     with backend.scope("float64"):
@@ -528,26 +528,6 @@ def test_others_run_a_function_as_it_is(name):
 
 
 # ---------------------------------------------------------------- imports
-
-
-def test_installed_lists_what_can_be_imported():
-    found = installed()
-    assert found[0] == "numpy"
-    for name in backends.BACKENDS:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError:
-            assert name not in found
-        except ImportError:
-            assert name in found  # installed, if not usable
-        else:
-            assert name in found
-
-
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="sys.modules[name] is None counts")
-def test_installed_leaves_out_what_is_blocked(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jax", None)
-    assert "jax" not in installed()
 
 
 HEAVY = ("cupy", "torch", "jax", "matplotlib", "pandas", "polars", "sklearn")

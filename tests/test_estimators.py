@@ -277,6 +277,18 @@ def test_partial_fit_is_an_epoch_and_remembers_the_moments():
     assert ours.t_ == peer.t_
 
 
+def test_partial_fit_spreads_a_schedule_over_max_iter_calls():
+    X, y = data("binary")
+    whole = MLPClassifier(max_iter=4, random_state=0, learning_rate=Cosine(), batch_size=20)
+    parts = clone(whole)
+    whole.fit(X, y)
+    for _ in range(6):
+        parts.partial_fit(X, y, classes=[0, 1])
+    rates = [epoch.learning_rate for epoch in parts._state.history]
+    assert rates[:4] == [epoch.learning_rate for epoch in whole._state.history]
+    assert rates[4:] == [0.0, 0.0]
+
+
 def test_warm_start_goes_on_as_the_peer_does():
     X, y = data("binary")
     ours, peer = (

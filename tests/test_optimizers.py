@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from itertools import chain
+from importlib import import_module
+from itertools import chain, pairwise
 from math import inf, nan, prod
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn.neural_network._stochastic_optimizers import AdamOptimizer, SGDOptimizer
 
 from portable_mlp import optimizers
-from portable_mlp.backends import NumPyBackend, get_backend
+from portable_mlp.backends import BACKENDS, Backend, NumPyBackend, get_backend
 from portable_mlp.initializers import Zeros
 from portable_mlp.layers import Param
 from portable_mlp.optimizers import (
@@ -246,7 +247,7 @@ def test_clipping_of_zero_gradients_leaves_them():
     ],
 )
 def test_negative_and_nan_are_refused(optimizer, name, value):
-    with pytest.raises(ValueError, match=f"^{name} must be at least 0, got {value!r}$"):
+    with pytest.raises(ValueError, match=f"^{name} must be at least 0 and finite, got {value!r}$"):
         optimizer(**{name: value})
 
 
@@ -270,7 +271,6 @@ def test_nesterov_needs_momentum():
         SGD(nesterov=True)
 
 
-@pytest.mark.xfail(raises=ZeroDivisionError, strict=True, reason="β₁ = 1 is let through")
 def test_accepted_betas_have_coefficients():
     try:
         optimizer = Adam(beta_1=1.0)
@@ -283,22 +283,24 @@ def test_accepted_betas_have_coefficients():
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", ["numpy", "array_api_strict", "torch", "jax"])
 def test_float32_stays(name, library):
-    if library == "torch":
-        pytest.importorskip("torch", reason="the backend under test")
-    backend, optimizer = get_backend(backend=library, device="cpu"), ALL[name]
-    single = backend.xp.float32
-    params = [backend.asarray(p, "float32") for p in start()]
-    grads = [backend.asarray(g, "float32") for g in gradient(start())]
-    moments = optimizer.init(params, backend.xp)
-    for step in (1, 2):
-        c = optimizer.coefficients(step, 0.01)
-        assert all(type(value) is float for value in c)
-        params, moments = optimizer.apply(params, grads, moments, c, backend.xp, GROUPS)
+    """On NumPy and torch in place; where assignments rebind, nothing but the rule holds it."""
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    known = library in BACKENDS
+    backend = get_backend("cpu", library) if known else Backend(import_module(library))
+    optimizer = ALL[name]
+    with backend.scope("float64"):
+        params = [backend.asarray(p, "float32") for p in start()]
+        grads = [backend.asarray(g, "float32") for g in gradient(start())]
+        moments = optimizer.init(params, backend.xp)
+        for step in (1, 2):
+            c = optimizer.coefficients(step, 0.01)
+            assert all(type(value) is float for value in c)
+            params, moments = optimizer.apply(params, grads, moments, c, backend.xp, GROUPS)
+        clipped = clip_by_global_norm(grads, 0.5, backend.xp)
     assert all(len(m) == optimizer.n_moments for m in moments)
-    clipped = clip_by_global_norm(grads, 0.5, backend.xp)
-    assert all(a.dtype == single for a in chain(params, clipped, *moments))
+    assert all(a.dtype == backend.dtype("float32") for a in chain(params, clipped, *moments))
 
 
 def layout(shapes, groups, pack_below):
@@ -334,7 +336,7 @@ def test_packing_changes_no_update(name):
         min_size=1,
         max_size=8,
     ),
-    pack_below=st.sampled_from([0, 1, 5, 17, inf]),
+    pack_below=st.sampled_from([0, 1, 4, 6, 12, inf]),
 )
 def test_packing_keeps_values_shapes_and_order(params, pack_below):
     shapes, groups = zip(*params, strict=True)
@@ -354,8 +356,11 @@ def test_packing_keeps_values_shapes_and_order(params, pack_below):
         if len(members) > 1:
             assert leaf.ndim == 1
             assert all(arrays[i].size < pack_below for i in members)
-    if pack_below == inf:
-        assert len(leaves) == len(set(groups))
+    # No two neighbours of a group are both small: they would be one
+    small = [
+        (g, arrays[m[0]].size < pack_below) for m, g in zip(plan.leaves, plan.groups, strict=True)
+    ]
+    assert not any(one == other and one[1] for one, other in pairwise(small))
     for array, back in zip(arrays, plan.unpack(leaves, XP), strict=True):
         assert back.shape == array.shape
         np.testing.assert_array_equal(back, array)

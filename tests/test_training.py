@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from portable_mlp import DivergenceError, mlp
+from portable_mlp import DivergenceError, Network, mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import SGD, AdamW, SklearnAdam
 from portable_mlp.schedules import OneCycle, ReduceOnPlateau
@@ -240,4 +241,32 @@ def test_packed_and_unpacked_runs_agree():
         runs.append((len(state.arrays.leaves), t.params(state.arrays.leaves)))
     assert [n for n, _ in runs] == [4, 2]
     for a, b in zip(runs[0][1], runs[1][1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+@dataclass(frozen=True)
+class Transposing(Linear):
+    """A user's layer whose gradient is a transposed view."""
+
+    def gradients(self, p, x, dz, xp):
+        dw, db = super().gradients(p, x, dz, xp)
+        return np.asfortranarray(dw), db
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_update_in_blocks_whatever_the_layout(order):
+    """Flattening what is not contiguous copies; the update must not be lost in the copy."""
+    x, y = problem()
+    runs = []
+    for block in (np.inf, 7):
+        backend = NumPyBackend()
+        backend.pack_below, backend.block = 0, block
+        network = Network((Transposing(4, 8), Linear(8, 1)))
+        t = replace(trainer(alpha=0.1), backend=backend, network=network)
+        params = [np.asarray(p, order=order) for p in network.init(np.random.RandomState(0))]
+        state = t.start(params)
+        t.fit(state, ArraySource(Batch(x, y), backend), 5, np.random.RandomState(0))
+        runs.append(t.params(state.arrays.leaves))
+        assert not np.array_equal(runs[-1][0], params[0])
+    for a, b in zip(*runs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
