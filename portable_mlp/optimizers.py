@@ -197,9 +197,10 @@ class Adam(Optimizer):
     m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²;
     p ← p − rate · m̂ / (√v̂ + ε)  with  m̂ = m / (1 − β₁ᵗ),  v̂ = v / (1 − β₂ᵗ).
 
-    Both corrections are moved to the host:
-    p ← p − rateₜ · m / (√v + εₜ)  with  rateₜ = rate √(1 − β₂ᵗ) / (1 − β₁ᵗ)  and
-    εₜ = ε √(1 − β₂ᵗ).
+    What is constant in a step is moved to the host.  With the moments kept as
+    m′ = m / (1 − β₁) and v′ = v / (1 − β₂),  m′ ← β₁ m′ + g,  v′ ← β₂ v′ + g²,
+    p ← p − rateₜ · m′ / (√v′ + εₜ),  where, with c = √((1 − β₂ᵗ) / (1 − β₂)),
+    rateₜ = rate · c (1 − β₁) / (1 − β₁ᵗ)  and  εₜ = ε c.
 
     Parameters
     ----------
@@ -214,8 +215,9 @@ class Adam(Optimizer):
     n_moments = 2
 
     def coefficients(self, step: int, rate: float) -> Coefficients:
-        root = sqrt(1.0 - self.beta_2**step)
-        return rate, rate * root / (1.0 - self.beta_1**step), self.epsilon * root
+        c = sqrt((1.0 - self.beta_2**step) / (1.0 - self.beta_2))
+        corrected = rate * c * (1.0 - self.beta_1) / (1.0 - self.beta_1**step)
+        return rate, corrected, self.epsilon * c
 
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
@@ -223,9 +225,9 @@ class Adam(Optimizer):
         _, rate, epsilon = c
         m, v = moments
         m *= self.beta_1
-        m += (1.0 - self.beta_1) * g
+        m += g
         v *= self.beta_2
-        v += (1.0 - self.beta_2) * (g * g)
+        v += g * g
         denominator = xp.sqrt(v)
         denominator += epsilon
         step = m / denominator
@@ -243,11 +245,14 @@ class AdamW(Adam):
 
 @dataclass(frozen=True, kw_only=True)
 class SklearnAdam(Adam):
-    """Adam as in scikit-learn: εₜ = ε, the "ε̂" form at the end of Kingma and Ba's section 2."""
+    """Adam as in scikit-learn: ε is added to √v, not to √v̂.
+
+    The "ε̂" form at the end of Kingma and Ba's section 2: εₜ = ε / √(1 − β₂).
+    """
 
     def coefficients(self, step: int, rate: float) -> Coefficients:
         rate, corrected, _ = super().coefficients(step, rate)
-        return rate, corrected, self.epsilon
+        return rate, corrected, self.epsilon / sqrt(1.0 - self.beta_2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,8 @@ class Recipe:
         Largest global norm of the gradients, see `optimizers.clip_by_global_norm`.
     block : float, default=inf
         See `Optimizer.apply`.
+    penalised : bool, default=True
+        Whether the penalty is computed; without it α is taken for 0.
     """
 
     xp: Namespace
@@ -87,6 +89,7 @@ class Recipe:
     layout: Layout
     clip_norm: float | None = None
     block: float = inf
+    penalised: bool = True
 
 
 def objective(
@@ -103,23 +106,25 @@ def objective(
     value, dz = recipe.loss(z, batch.y, xp, batch.weights)
     grads = recipe.layout.pack(network.backward(params, residuals, dz, xp), xp)
 
+    if not recipe.penalised:
+        return value, 0.0, grads
     n: Any = batch.x.shape[0]
     if batch.weights is not None:
         total = xp.sum(batch.weights)
         n = xp.where(total > 0.0, total, 1.0)
-    penalty: Any = 0.0
     scale = alpha / n
 
     def shrink(g: Array, w: Array) -> tuple[Array, Array]:
         g += scale * w
         return g, w
 
+    squares: Any = 0.0
     for i, group in enumerate(recipe.layout.groups):
         if group != "bias":
             flat = xp.reshape(leaves[i], (-1,))
-            penalty = penalty + xp.vecdot(flat, flat)
+            squares = squares + xp.vecdot(flat, flat)
             grads[i], _ = in_blocks(shrink, (grads[i], leaves[i]), recipe.block, xp)
-    return value, 0.5 * scale * penalty, grads
+    return value, 0.5 * scale * squares, grads
 
 
 def step(
@@ -273,6 +278,7 @@ class Trainer:
             layout,
             self.clip_norm,
             self.backend.block,
+            self.alpha > 0.0,
         )
 
     def start(self, params: Params) -> State:
@@ -448,8 +454,10 @@ class Trainer:
         state.epochs += 1
         state.rows += source.n_rows
         share = np.asarray(counts) / source.n_rows
-        fetch = self.backend.fetch
-        return float(share @ (self.loss_scale * fetch(losses) + fetch(penalties))), rate
+        loss = float(share @ self.backend.fetch(losses)) * self.loss_scale
+        if recipe.penalised:
+            loss += float(share @ self.backend.fetch(penalties))
+        return loss, rate
 
     def _watch(self, state: State, value: float, *, early: bool) -> bool:
         """Note whether ``value``, lower is better, improved; true if it has stalled.
@@ -534,9 +542,11 @@ def fit_lbfgs(
 
     def value_and_grad(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alpha, ())
-        loss, l2 = backend.fetch([value, penalty])
+        loss = trainer.loss_scale * backend.fetch([value])[0]
+        if recipe.penalised:
+            loss += backend.fetch([penalty])[0]
         flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]
-        return float(trainer.loss_scale * loss + l2), np.concatenate(flat)
+        return float(loss), np.concatenate(flat)
 
     with backend.scope(trainer.dtype):
         shapes = [backend.to_host(leaf) for leaf in trainer.load(params)]

@@ -4,8 +4,8 @@
     python scripts/benchmark.py --workloads 1,4 --only "portable_mlp numpy,scikit-learn"
 
 Prints Markdown.  Every contestant trains the same networks on the same rows in the
-same order, on the CPU unless its name says otherwise, with its library's default
-number of threads.  Each lives in a process of its own, so that no thread pool disturbs
+same order, without an L2 penalty, on the CPU unless its name says otherwise, with its
+library's default number of threads.  Each lives in a process of its own, so that no thread pool disturbs
 another, and only one computes at a time.  Rounds are interleaved: what disturbs the
 machine for a while disturbs all alike.
 """
@@ -111,7 +111,7 @@ class Contestant(ABC):
 
 
 class PortableMLP(Contestant):
-    """`Trainer.fit` as the estimators call it, with the L2 penalty and all checks."""
+    """`Trainer.fit` as the estimators call it, with all checks."""
 
     def __init__(self, workload: Workload, dtype: str, backend: str) -> None:
         import numpy as np
@@ -132,7 +132,6 @@ class PortableMLP(Contestant):
             self.backend,
             dtype,
             workload.rate,
-            alpha=1e-4,
             batch_size=workload.batch,
             shuffle=False,
             tol=0.0,
@@ -167,6 +166,7 @@ class ScikitLearn(Contestant):
             solver=self.workload.solver,
             learning_rate_init=self.workload.rate,
             momentum=0.0,
+            alpha=0.0,
             batch_size=self.workload.batch,
             max_iter=epochs,
             tol=0.0,
@@ -180,7 +180,7 @@ class ScikitLearn(Contestant):
 
 
 class TorchEager(Contestant):
-    """The usual training loop, with autograd, not compiled, without penalty."""
+    """The usual training loop, with autograd, not compiled."""
 
     def __init__(self, workload: Workload, dtype: str) -> None:
         import torch
@@ -212,7 +212,7 @@ class TorchEager(Contestant):
 
 
 class Thinc(Contestant):
-    """Thinc's layers on `NumpyOps`, without clipping, averages or penalty.
+    """Thinc's layers on `NumpyOps`, without clipping or averages.
 
     Only the gradient of the loss is computed, as in Thinc's own examples: its value is
     never needed.
