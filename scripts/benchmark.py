@@ -5,9 +5,9 @@
 
 Prints Markdown.  Every contestant trains the same networks on the same rows in the
 same order, without an L2 penalty, on the CPU unless its name says otherwise, with its
-library's default number of threads.  Each lives in a process of its own, so that no thread pool disturbs
-another, and only one computes at a time.  Rounds are interleaved: what disturbs the
-machine for a while disturbs all alike.
+library's default number of threads.  Each lives in a process of its own, so that no
+thread pool disturbs another, and only one computes at a time.  Rounds are interleaved:
+what disturbs the machine for a while disturbs all alike.
 """
 
 from __future__ import annotations

@@ -227,6 +227,18 @@ def test_any_form_of_input_gives_the_same_model(form):
     assert np.array_equal(model.predict(given), wanted.predict(X))
 
 
+def test_data_frames_compute_on_numpy_and_keep_their_names():
+    pl = pytest.importorskip("polars")
+    X, y = data("multiclass")
+    frame = pl.DataFrame({f"column {i}": X[:, i] for i in range(X.shape[1])})
+    model = MLPClassifier(max_iter=3, random_state=0).fit(frame, y)
+    wanted = MLPClassifier(max_iter=3, random_state=0).fit(X, y)
+    assert list(model.feature_names_in_) == frame.columns
+    assert np.array_equal(model.predict_proba(frame), wanted.predict_proba(X))
+    with pytest.raises(ValueError, match="feature names"):
+        model.predict(frame.rename({"column 0": "other"}))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_dtype_follows_x_throughout(dtype):
     X, y = data("binary")
