@@ -191,6 +191,11 @@ def get_activation(activation: Any) -> Layer:
         given is neither a name nor a layer without parameters.
     """
     layer: Layer = lookup("activation", activation, ACTIVATIONS, Layer)
+    if layer.params:
+        raise ValueError(
+            f"activation={layer!r} has parameters of its own: it can be a layer of a"
+            " Network, but not an activation"
+        )
     return layer
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_MISSING = ["", "NA", "N/A", "NaN", "nan", "null"]
+
 BUNDLED = ("digits", "breast_cancer", "iris", "wine", "diabetes")
 """Data sets that ship with scikit-learn; the last is a regression."""
 
@@ -24,7 +26,9 @@ def load_bundled(name: str) -> tuple[Any, NDArray[Any]]:
 def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any]]:
     """Read a CSV file and split off the target column.
 
-    The first line is a header unless all of its fields but the target's are numbers.
+    Columns are separated by commas, semicolons or tabs, whatever the first line has most
+    of.  The first line is a header unless all of its fields but the target's are numbers.
+    Empty fields and NA, N/A, NaN, nan, null are missing values.
 
     Parameters
     ----------
@@ -40,7 +44,7 @@ def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any
     Raises
     ------
     ValueError
-        If the file is empty, has no such column, or holds the target alone.
+        If the file is empty or malformed, has no such column, or holds the target alone.
     """
     try:
         import polars as pl
@@ -50,14 +54,27 @@ def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any
         ) from error
 
     with open(path, newline="", encoding="utf-8-sig") as file:
-        first = next(csv.reader(file), [])
-    if not first:
-        raise ValueError(f"{path} is empty")
+        line = file.readline()
+    if not line.strip():
+        raise ValueError(f"{path} is empty, or begins with an empty line")
+    separator = max(",;\t", key=line.count)
+    first = next(csv.reader([line], delimiter=separator))
     skip = target % len(first) if isinstance(target, int) and -len(first) <= target else None
     has_header = isinstance(target, str) or not all(
         _is_number(field) for i, field in enumerate(first) if i != skip
     )
-    table = pl.read_csv(path, has_header=has_header, infer_schema_length=None)
+    try:
+        table = pl.read_csv(
+            path,
+            separator=separator,
+            has_header=has_header,
+            null_values=_MISSING,
+            infer_schema_length=None,
+        )
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if table.height == 0:
+        raise ValueError(f"{path} has a header and no rows")
     if isinstance(target, int):
         if not -table.width <= target < table.width:
             raise ValueError(f"{path} has {table.width} columns; there is no column {target}")

@@ -32,7 +32,14 @@ from portable_mlp.callbacks import Callback, Progress
 from portable_mlp.functions import log_softmax, sigmoid, softplus
 from portable_mlp.initializers import GlorotUniform
 from portable_mlp.layers import Layer
-from portable_mlp.losses import LOSSES, BinaryCrossEntropy, Loss, SoftmaxCrossEntropy, SquaredError
+from portable_mlp.losses import (
+    LOSSES,
+    BinaryCrossEntropy,
+    Loss,
+    Poisson,
+    SoftmaxCrossEntropy,
+    SquaredError,
+)
 from portable_mlp.network import Network, mlp
 from portable_mlp.optimizers import SGD, AdamW, Optimizer, RMSprop, SklearnAdam, SklearnSGD
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
@@ -110,16 +117,19 @@ class _MultilayerPerceptron(BaseEstimator):
             return Schedule()
         return schedule
 
-    def _network(self, n_features: int, n_outputs: int) -> Network:
-        hidden = np.atleast_1d(np.asarray(self.hidden_layer_sizes)).tolist()
+    def _hidden(self) -> list[int]:
+        hidden: list[int] = np.atleast_1d(np.asarray(self.hidden_layer_sizes)).tolist()
         if any(not isinstance(n, int) or n < 1 for n in hidden):
             raise ValueError(f"hidden_layer_sizes must be > 0, got {hidden}.")
+        return hidden
+
+    def _network(self, sizes: list[int]) -> Network:
         init = GlorotUniform(2.0 if self.activation == "logistic" else 6.0)
         activation = self.activation
         if not isinstance(activation, str | Layer):
             activation = tuple(activation)
         return mlp(
-            [n_features, *hidden, n_outputs],
+            sizes,
             activation,
             dropout=self.dropout,
             weight_init=init,
@@ -133,6 +143,12 @@ class _MultilayerPerceptron(BaseEstimator):
             given["a schedule"] = isinstance(self.learning_rate, Schedule)
             for name in (name for name, is_given in given.items() if is_given):
                 raise ValueError(f"solver='lbfgs' cannot take {name}: it has no steps of its own")
+            if self.early_stopping:
+                warnings.warn(
+                    "early_stopping has no effect with solver='lbfgs', as in scikit-learn",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
     # -------------------------------------------------------- input
 
@@ -149,7 +165,8 @@ class _MultilayerPerceptron(BaseEstimator):
         if xp.isdtype(X.dtype, "complex floating"):
             raise ValueError("X: complex data not supported")
         if not xp.isdtype(X.dtype, "real floating"):
-            X = xp.astype(X, xp.float32)
+            known = xp.__array_namespace_info__().dtypes(device=backend_of(X).device)
+            X = xp.astype(X, known.get("float64", xp.float32))
         elif not bool(xp.all(xp.isfinite(X))):
             raise ValueError(f"X contains NaN or infinity, which {name} does not accept")
         if reset:
@@ -211,7 +228,8 @@ class _MultilayerPerceptron(BaseEstimator):
         ValueError
             If a parameter or the data is not as it must be; the model is unchanged.
         DivergenceError
-            If training leads to NaN or infinite values; the model is unchanged.
+            If training leads to NaN or infinite values; the model is unchanged.  With
+            early stopping it is a RuntimeWarning instead, and the best weights are kept.
         BackendError
             If the device or backend asked for cannot be used.
         """
@@ -241,7 +259,9 @@ class _MultilayerPerceptron(BaseEstimator):
         weights = self._check_weights(sample_weight, X)
         target, loss, attributes = self._encode(self._check_y(y, X), X, again, incremental)
         n_outputs = target.shape[1] if target.ndim == 2 else attributes.pop("n_outputs_", 1)
-        network = self._network(X.shape[1], n_outputs)
+        network = self._network([X.shape[1], *self._hidden(), n_outputs])
+        for name, value in attributes.items():
+            setattr(self, name, value)
         if again:
             self._check_shapes(network)
         dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
@@ -286,7 +306,7 @@ class _MultilayerPerceptron(BaseEstimator):
         self.n_layers_ = len(self.coefs_) + 1
         self.out_activation_ = loss.link_name
         self._loss = loss
-        for name, value in {**attributes, **fitted}.items():
+        for name, value in fitted.items():
             setattr(self, name, value)
         return self
 
@@ -294,12 +314,13 @@ class _MultilayerPerceptron(BaseEstimator):
         return [p for pair in zip(self.coefs_, self.intercepts_, strict=True) for p in pair]
 
     def _check_shapes(self, network: Network) -> None:
-        for param, own in zip(network.params, self._flat_params(), strict=False):
-            if param.shape != tuple(own.shape):
-                raise ValueError(
-                    f"continuing needs the same layers: a {param.name} of shape {param.shape}"
-                    f" is asked for, but the fitted one has {tuple(own.shape)}"
-                )
+        wanted = [param.shape for param in network.params]
+        fitted = [tuple(own.shape) for own in self._flat_params()]
+        if wanted != fitted:
+            raise ValueError(
+                f"continuing needs the same layers: asked for are weights and biases of"
+                f" shapes {wanted}, fitted are {fitted}"
+            )
 
     def _run_lbfgs(
         self, trainer: Trainer, params: list[Array], data: Batch
@@ -366,8 +387,7 @@ class _MultilayerPerceptron(BaseEstimator):
         if old is not None:
             # A warm start forgets the moments and the schedule, partial_fit does not
             if incremental:
-                state = replace(old, arrays=state.arrays._replace(moments=old.arrays.moments))
-                state.history = list(old.history)
+                state = trainer.resume(old, state)
             else:
                 state = replace(
                     state,
@@ -460,7 +480,8 @@ class _MultilayerPerceptron(BaseEstimator):
         X = self._check_X(X, reset=False)
         params = self._flat_params()
         dtype = str(params[0].dtype).split(".")[-1]
-        network = self._network(self.n_features_in_, self.n_outputs_)
+        # The layers as they were fitted, whatever hidden_layer_sizes says by now
+        network = self._network([self.n_features_in_, *(w.shape[1] for w in params[::2])])
         with backend.scope(dtype):
             params = [move(p, backend, dtype) for p in params]
             z = _logits(network, params, move(X, backend, dtype), backend)
@@ -707,6 +728,8 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         if isinstance(loss, SoftmaxCrossEntropy):
             return xp.argmax(z, axis=1)
         yes = xp.astype(z > 0.0, xp.int32)
+        if not self._multilabel and len(self.classes_) == 1:
+            yes = xp.zeros_like(yes)
         return yes[:, 0] if yes.shape[1] == 1 else yes
 
     def predict(self, X: Any) -> Array:
@@ -719,16 +742,19 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         Returns
         -------
         y : array (n_samples,) or, for several labels, (n_samples, n_labels)
-            In the namespace and on the device of X; labels that are not numbers as
-            NumPy.
+            In the namespace and on the device of X; labels that it has no data type
+            for as NumPy.
         """
         codes, home = self._predict_with(self._decide, X)
         if self._multilabel:
-            return codes
-        if isinstance(home, NumPyBackend) or self.classes_.dtype.kind not in "biuf":
-            return self.classes_[home.to_host(codes)]
-        move_labels = home.indices if self.classes_.dtype.kind in "iu" else home.asarray
-        return home.xp.take(move_labels(self.classes_), codes, axis=0)
+            return codes.astype(np.int64) if isinstance(home, NumPyBackend) else codes
+        classes = self.classes_
+        if not isinstance(home, NumPyBackend) and classes.dtype.kind in "biuf":
+            labels = home.indices(classes) if classes.dtype.kind in "iu" else home.asarray(classes)
+            # Large integers may have no place there (JAX has 32 bits by default)
+            if np.array_equal(home.to_host(labels), classes):
+                return home.xp.take(labels, codes, axis=0)
+        return classes[home.to_host(codes)]
 
     def predict_proba(self, X: Any) -> Array:
         """Probabilities of the classes.
@@ -893,8 +919,10 @@ feature_names_in_, out_activation_
     ) -> tuple[NDArray[Any], Loss, dict[str, Any]]:
         names = ("squared_error", "poisson", "huber", "quantile")
         loss = lookup("loss", self.loss, {name: LOSSES[name] for name in names}, Loss)
+        if isinstance(loss, BinaryCrossEntropy | SoftmaxCrossEntropy):
+            raise ValueError(f"loss={loss!r} is for labels: use MLPClassifier")
         y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
-        if self.loss == "poisson" and (y < 0).any():
+        if isinstance(loss, Poisson) and (y < 0).any():
             raise ValueError("y must not be negative for loss='poisson'")
         return y, loss, {}
 

@@ -3,7 +3,7 @@
 A loss defines ``per_row``: the loss ℓᵢ of each row and its derivative ∂ℓᵢ/∂zᵢ.  The
 base class turns that into the mean (or weighted mean) over the rows and its gradient,
 so the gradient is always that of the reported value.  To add a loss, subclass `Loss`
-and list it in `LOSSES`; `portable_mlp.check_loss` verifies one's own.
+and list it in `LOSSES`, where the tests look; `portable_mlp.check_loss` verifies one's own.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ augmented assignments below work in place; on JAX they rebind): callers use only
 comes back.  What changes from step to step is computed on the host in float64 by
 ``coefficients`` and handed in, so a traced step is compiled once.
 
-To add one, subclass `Optimizer` and list it in `OPTIMIZERS`.
+To add one, subclass `Optimizer` and list it in `OPTIMIZERS`, where the tests look; an
+instance of it is a solver for the estimators, whose names for solvers are their own.
 """
 
 from __future__ import annotations

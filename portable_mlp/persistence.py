@@ -7,6 +7,7 @@ rides along as the bytes of a skops file, which loads known types only.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from sklearn.utils.validation import check_is_fitted
 
 from portable_mlp import activations, estimators, losses, optimizers, schedules
 from portable_mlp.backends import to_host
@@ -57,8 +59,17 @@ def save(model: Any, path: str | Path, preprocessing: Any = None) -> Path:
     Raises
     ------
     TypeError
-        If a parameter of the model cannot be written as JSON.
+        If a parameter of the model cannot be written as JSON, or the model is of
+        another class.
+    FileNotFoundError
+        If the folder does not exist.
     """
+    check_is_fitted(model)
+    path = Path(path)
+    if _ESTIMATORS.get(type(model).__name__) is not type(model):
+        raise TypeError(f"only {' and '.join(_ESTIMATORS)} can be saved, got {type(model)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to save {path.name} in")
     host = {f"coefs.{i}": to_host(w) for i, w in enumerate(model.coefs_)}
     host |= {f"intercepts.{i}": to_host(b) for i, b in enumerate(model.intercepts_)}
     meta: dict[str, Any] = {
@@ -76,7 +87,6 @@ def save(model: Any, path: str | Path, preprocessing: Any = None) -> Path:
         from skops.io import dumps
 
         host["preprocessing"] = np.frombuffer(dumps(preprocessing), dtype=np.uint8)
-    path = Path(path)
     # Contiguous: safetensors would store a transposed array's memory as it lies
     contiguous = {name: np.ascontiguousarray(array) for name, array in host.items()}
     save_file(contiguous, path, metadata={"portable_mlp": json.dumps(meta)})
@@ -130,12 +140,15 @@ def load(path: str | Path) -> Any:
 
 
 def _encode(name: str, value: Any) -> Any:
-    if is_dataclass(value) and type(value).__name__ in _CLASSES:
+    if is_dataclass(value) and _CLASSES.get(type(value).__name__) is type(value):
         return {"class": type(value).__name__, **asdict(value)}  # type: ignore[arg-type]
     if isinstance(value, list | tuple):
         return [_encode(name, v) for v in value]
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.random.RandomState):
+        warnings.warn(f"{name}: a generator's state is not stored", UserWarning, stacklevel=3)
+        return None
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise TypeError(

@@ -166,13 +166,14 @@ class ReduceOnPlateau(Schedule):
     patience : int >= 0, default=10
         Epochs without improvement that are let pass.
     threshold : float >= 0, default=1e-4
-    min_factor : float >= 0, default=0
+    min_factor : float >= 0, default=1e-4
+        When the factor is there, training may stop for lack of progress.
     """
 
     gamma: float = 0.1
     patience: int = 10
     threshold: float = 1e-4
-    min_factor: float = 0.0
+    min_factor: float = 1e-4
 
     def init(self) -> _Plateau:
         return _Plateau()
@@ -187,6 +188,11 @@ class ReduceOnPlateau(Schedule):
             return state._replace(waited=state.waited + 1)
         factor = max(state.factor * self.gamma, self.min_factor)
         return state._replace(factor=factor, waited=0)
+
+    def stalled(self, state: _Plateau, rate: float) -> _Plateau | None:
+        # A rate lowered in this very epoch deserves its chance
+        lowered = state.waited == 0 and state.factor > self.min_factor
+        return state if lowered else None
 
 
 class _Divided(NamedTuple):

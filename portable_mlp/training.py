@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, inf, isfinite, nan
 from types import FrameType
@@ -211,10 +211,12 @@ class State:
 
     arrays: Arrays
     schedule: Any
+    origin: Any = None
     steps: int = 0
     rows: int = 0
     epochs: int = 0
     stalled_for: int = 0
+    watched: str = "loss"
     best: float = inf
     best_leaves: list[Array] | None = None
     history: list[Epoch] = field(default_factory=list)
@@ -284,7 +286,27 @@ class Trainer:
     def start(self, params: Params) -> State:
         """The state before the first step; the parameters, from anywhere, are copied."""
         with self.backend.scope(self.dtype):
-            return State(Arrays(*self._fresh(params)), self.schedule.init())
+            origin = (self.optimizer, self.recipe.layout, repr(self.backend), self.dtype)
+            return State(Arrays(*self._fresh(params)), self.schedule.init(), origin)
+
+    def resume(self, old: State, fresh: State) -> State:
+        """``old`` with the parameters of ``fresh``, and its own moments if they fit.
+
+        The moments are copied: if training fails, ``old`` is as it was.
+        """
+        state = replace(old, arrays=fresh.arrays, history=list(old.history), origin=fresh.origin)
+        if old.origin == fresh.origin:
+            with self.backend.scope(self.dtype):
+                moments = [tuple(self._copy(m)) for m in old.arrays.moments]
+            state.arrays = fresh.arrays._replace(moments=moments)
+        else:
+            warnings.warn(
+                "optimizer, backend or data type are not those of the last call: the"
+                " optimizer's moments start anew",
+                UserWarning,
+                stacklevel=5,
+            )
+        return state
 
     def _fresh(self, params: Params) -> tuple[list[Array], list[Moments]]:
         leaves = self.load(params)
@@ -338,7 +360,11 @@ class Trainer:
         DivergenceError
             If the loss or a parameter is not finite and there is nothing to restore.
         """
-        if validate is not None and state.best_leaves is None:
+        watched = "loss" if validate is None else "score"
+        if state.watched != watched:
+            # What was best of the one says nothing of the other
+            state.watched, state.best, state.stalled_for = watched, inf, 0
+        if validate is not None:
             state.best_leaves = self._copy(state.arrays.leaves)
         for callback in callbacks:
             callback.on_fit_begin(max_epochs)
@@ -452,7 +478,7 @@ class Trainer:
             if interrupted.is_set():
                 break
         state.epochs += 1
-        state.rows += source.n_rows
+        state.rows += sum(counts)
         share = np.asarray(counts) / source.n_rows
         loss = float(share @ self.backend.fetch(losses)) * self.loss_scale
         if recipe.penalised:
@@ -473,7 +499,7 @@ class Trainer:
                 state.best_leaves = self._copy(state.arrays.leaves)
         return state.stalled_for > self.patience
 
-    def _copy(self, leaves: list[Array]) -> list[Array]:
+    def _copy(self, leaves: Sequence[Array]) -> list[Array]:
         # Copied, not aliased: the next step overwrites what it is handed
         return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
 

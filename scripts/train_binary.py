@@ -39,7 +39,7 @@ try:
     else:
         X, labels = load_bundled("iris")
         y = labels == 0  # setosa against the rest
-except (BackendError, OSError, ValueError) as error:
+except (BackendError, ModuleNotFoundError, OSError, ValueError) as error:
     sys.exit(f"error: {error}")
 
 # ------------------------------------------------------------------ the network

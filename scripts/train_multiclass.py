@@ -41,7 +41,7 @@ try:
     else:
         X, labels = load_bundled("digits")
         X, labels = X[labels < 4], labels[labels < 4]
-except (BackendError, OSError, ValueError) as error:
+except (BackendError, ModuleNotFoundError, OSError, ValueError) as error:
     sys.exit(f"error: {error}")
 classes, y = np.unique(labels, return_inverse=True)
 
