@@ -137,9 +137,10 @@ def _compare(
     """Largest relative error over points and directions; raises above ``tol``."""
     worst = 0.0
     for i, (point, name, grad) in enumerate(zip(points, names, grads, strict=True)):
-        if getattr(grad, "shape", None) != point.shape:
+        shape = getattr(grad, "shape", None)
+        if shape != point.shape:
             raise GradientError(
-                f"{where}: the gradient by {name} has shape {grad.shape}, expected {point.shape}"
+                f"{where}: the gradient by {name} has shape {shape}, expected {point.shape}"
             )
 
         def slope(u: Floats, i: int = i) -> float:

@@ -392,6 +392,7 @@ class _MultilayerPerceptron(BaseEstimator):
                 state = replace(
                     state,
                     rows=old.rows,
+                    watched=old.watched,
                     best=old.best,
                     stalled_for=old.stalled_for,
                     history=list(old.history),

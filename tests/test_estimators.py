@@ -27,9 +27,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from portable_mlp import DivergenceError, MLPClassifier, MLPRegressor
-from portable_mlp.losses import Quantile, SquaredError
+from portable_mlp.backends import to_host
+from portable_mlp.layers import Linear
+from portable_mlp.losses import BinaryCrossEntropy, Quantile, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import AdamW
-from portable_mlp.schedules import Cosine, Step
+from portable_mlp.schedules import Cosine, ReduceOnPlateau, Step
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
@@ -578,3 +580,107 @@ def test_not_converged_says_so():
     X, y = data("binary")
     with pytest.warns(ConvergenceWarning, match=r"Maximum iterations \(2\) reached"):
         MLPClassifier(max_iter=2).fit(X, y)
+
+
+# ---------------------------------------------------------------- continuing, and odd cases
+
+
+def test_one_class_is_predicted(target):
+    X = np.random.RandomState(0).standard_normal((30, 4))
+    with target.scope():
+        there = target.array(X)
+        model = MLPClassifier(max_iter=3, random_state=0).fit(there, np.full(30, 7))
+        assert set(to_host(model.predict(there)).tolist()) == {7}
+        assert model.score(there, np.full(30, 7)) == 1.0
+
+
+def test_labels_too_large_for_the_namespace_come_back_as_numpy(request):
+    target = get_target("jax", request)
+    X, y = data("multiclass")
+    large = y.astype(np.int64) + 3_000_000_000
+    model = MLPClassifier(max_iter=3, random_state=0)
+    wanted = model.fit(X.astype(np.float32), large).predict(X.astype(np.float32))
+    there = target.backend.asarray(X, "float32")
+    assert np.array_equal(to_host(clone(model).fit(there, large).predict(there)), wanted)
+
+
+def test_integers_on_a_device_are_computed_in_float64(request):
+    target = get_target("torch", request)
+    X, y = data("binary")
+    whole = np.round(4 * X).astype(np.int64)
+    model = MLPClassifier(max_iter=3, random_state=0).fit(target.array(whole), y)
+    wanted = MLPClassifier(max_iter=3, random_state=0).fit(whole, y)
+    assert str(model.coefs_[0].dtype) == "torch.float64"
+    np.testing.assert_allclose(to_host(model.coefs_[0]), wanted.coefs_[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["sgd", "adam"])
+def test_failed_partial_fit_leaves_no_trace(solver):
+    X, y = data("multiclass")
+    params = {"random_state": 0, "solver": solver}
+    hurt, well = (MLPClassifier(**params).partial_fit(X, y, classes=[0, 1, 2]) for _ in "12")
+    with pytest.raises(DivergenceError):
+        hurt.partial_fit(X * 1e307, y)
+    for model in (hurt, well):
+        model.partial_fit(X, y)
+    assert np.array_equal(hurt.coefs_[0], well.coefs_[0])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_switching_early_stopping_forgets_the_other_measure(first):
+    X, y = data("multiclass")
+    model = MLPClassifier(warm_start=True, early_stopping=first, max_iter=15, random_state=0)
+    model.fit(X, y).set_params(early_stopping=not first, n_iter_no_change=3).fit(X, y)
+    assert model.n_iter_ > 4
+    if first:
+        assert model.best_loss_ == min(model.loss_curve_[-model.n_iter_ :])
+    else:
+        assert model.best_validation_score_ == np.nanmax(model.validation_scores_)
+
+
+@pytest.mark.parametrize("hidden", [(5,), (5, 3, 2), (4, 3)])
+def test_warm_start_with_other_layers(hidden):
+    X, y = data("multiclass")
+    model = MLPClassifier((5, 3), max_iter=2, warm_start=True, random_state=0).fit(X, y)
+    with pytest.raises(ValueError, match="continuing needs the same layers"):
+        model.set_params(hidden_layer_sizes=hidden).fit(X, y)
+
+
+def test_predict_uses_the_layers_that_were_fitted():
+    model, X, _ = fitted()
+    wanted = model.predict_proba(X)
+    assert np.array_equal(model.set_params(hidden_layer_sizes=(7, 7)).predict_proba(X), wanted)
+
+
+@pytest.mark.parametrize("change", [{"solver": "sgd"}, {"backend": "jax"}, {"backend": "torch"}])
+def test_partial_fit_after_a_change_says_that_moments_start_anew(change, request):
+    if "backend" in change:
+        get_target(change["backend"], request)
+    X, y = data("multiclass")
+    model = MLPClassifier(random_state=0).partial_fit(X, y, classes=[0, 1, 2])
+    with pytest.warns(UserWarning, match="moments start anew"):
+        model.set_params(**change).partial_fit(X, y)
+    assert len(model.loss_curve_) == 2
+
+
+def test_reduce_on_plateau_gets_its_chance_before_training_stops():
+    X, y = data("binary")
+    model = MLPClassifier(
+        learning_rate=ReduceOnPlateau(), learning_rate_init=1e-7, max_iter=100, random_state=0
+    ).fit(X, y)
+    rates = {epoch.learning_rate for epoch in model._state.history}
+    np.testing.assert_allclose(sorted(rates), [1e-11, 1e-10, 1e-9, 1e-8, 1e-7])
+    assert model.n_iter_ < 100
+
+
+def test_activation_with_parameters_is_refused():
+    X, y = data("binary")
+    with pytest.raises(ValueError, match="has parameters of its own"):
+        MLPClassifier(activation=Linear(5, 5)).fit(X, y)
+
+
+@pytest.mark.parametrize("loss", [SoftmaxCrossEntropy(), BinaryCrossEntropy()])
+def test_regressor_refuses_losses_for_labels(loss):
+    X, y = data("regression")
+    with pytest.raises(ValueError, match="is for labels: use MLPClassifier"):
+        MLPRegressor(loss).fit(X, y)

@@ -60,6 +60,11 @@ def test_layer_meets_finite_differences(name, rng, record_property):
     record_property("gradient checks: largest relative error", f"layer {name:24s} {error:.1e}")
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e8])
+def test_right_layers_pass_at_any_scale(size, rng):
+    check_layer(ACTIVATIONS["gelu"], size * inputs(rng, (N, D)))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("name", ALL_LOSSES)
@@ -211,6 +216,12 @@ class Mutating(Layer):
 
 
 @dataclass(frozen=True)
+class Silent(WrongActivation):
+    def backward(self, p, y, dy, xp):
+        return None
+
+
+@dataclass(frozen=True)
 class SharedScale(Layer):
     """One's own layer with a parameter of its own: y = s x."""
 
@@ -240,6 +251,7 @@ def test_own_layer_passes(rng):
         (WrongShape(D, 3), r"by parameter 'bias' has shape \(1, 3\), expected \(3,\)"),
         (Forgetful(D, 3), "returns 1 arrays for 2 parameters"),
         (Mutating(), "changes an array it was given"),
+        (Silent(), r"by the input has shape None, expected \(17, 5\)"),
     ],
 )
 def test_checker_finds_planted_layer_bug(layer, message, rng):

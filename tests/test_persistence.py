@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import get_target
 from sklearn.datasets import load_diabetes, load_iris, make_multilabel_classification
+from sklearn.exceptions import NotFittedError
 from sklearn.preprocessing import StandardScaler
 
 from portable_mlp import MLPClassifier, MLPRegressor, load, save
@@ -112,3 +113,49 @@ def test_another_library_s_safetensors(tmp_path):
     save_file({"a": np.ones(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is not a model of format 'portable_mlp/1'"):
         load(tmp_path / "other.safetensors")
+
+
+@dataclass(frozen=True)
+class Tanh(Layer):
+    """A user's layer with the name of one of the library's."""
+
+    def forward(self, p, x, xp):
+        return x**3, x
+
+    def backward(self, p, x, dy, xp):
+        return 3 * x**2 * dy
+
+
+class Heir(MLPClassifier):
+    """A subclass, which a file could not name."""
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (MLPClassifier((4,), Tanh(), max_iter=1), "activation=Tanh"),
+        (Heir(max_iter=1), "only MLPClassifier and MLPRegressor can be saved"),
+    ],
+)
+def test_what_would_come_back_as_something_else_is_refused(model, message, tmp_path):
+    model.fit(*load_iris(return_X_y=True))
+    with pytest.raises(TypeError, match=message):
+        save(model, tmp_path / "model.safetensors")
+
+
+def test_save_unfitted_or_into_no_folder(tmp_path):
+    with pytest.raises(NotFittedError):
+        save(MLPClassifier(), tmp_path / "model.safetensors")
+    model = MLPClassifier(max_iter=1).fit(*load_iris(return_X_y=True))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        save(model, tmp_path / "none" / "model.safetensors")
+
+
+def test_generators_are_not_stored_and_arrays_become_tuples(tmp_path):
+    X, y = load_iris(return_X_y=True)
+    model = MLPClassifier(np.array([3, 4]), max_iter=1, random_state=np.random.RandomState(0))
+    model.fit(X, y)
+    with pytest.warns(UserWarning, match="a generator's state is not stored"):
+        again = load(save(model, tmp_path / "model.safetensors"))
+    assert again.hidden_layer_sizes == (3, 4)
+    assert np.array_equal(again.predict(X), model.predict(X))

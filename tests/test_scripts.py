@@ -132,3 +132,31 @@ def test_empty_and_single_column_files(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has 2 columns; there is no column 7"):
         read_csv(path, 7)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators_and_missing_values(separator, tmp_path):
+    path = tmp_path / "table.csv"
+    lines = ["a,b,kind", "1.5,NA,x", "nan,2,y", ",3,x"]
+    path.write_text("\n".join(lines).replace(",", separator) + "\n")
+    X, y = read_csv(path)
+    assert X.columns == ["a", "b"]
+    assert all(kind.is_numeric() for kind in X.dtypes)
+    assert X.null_count().row(0) == (2, 1)
+    assert y.tolist() == ["x", "y", "x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b,c\n1,2,3\n1,2,3,4,5\n", "cannot be read"),
+        ("a,b,c\n", "has a header and no rows"),
+        ("a,b\n1,2\n3,NA\n", "target 'b' is missing in 1 rows"),
+    ],
+)
+@pytest.mark.parametrize("script", ["train.py", "train_binary.py", "train_multiclass.py"])
+def test_malformed_files_are_one_line(script, content, message, tmp_path):
+    (tmp_path / "table.csv").write_text(content)
+    done = run(script, "--data", "table.csv", code=2 if script == "train.py" else 1, cwd=tmp_path)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
