@@ -617,10 +617,11 @@ def test_integers_on_a_device_are_computed_in_float64(request):
 @pytest.mark.parametrize("solver", ["sgd", "adam"])
 def test_failed_partial_fit_leaves_no_trace(solver):
     X, y = data("multiclass")
-    params = {"random_state": 0, "solver": solver}
+    params = {"random_state": 0, "solver": solver, "batch_size": 20}
     hurt, well = (MLPClassifier(**params).partial_fit(X, y, classes=[0, 1, 2]) for _ in "12")
     with pytest.raises(DivergenceError):
-        hurt.partial_fit(X * 1e307, y)
+        hurt.set_params(learning_rate_init=1e308).partial_fit(X, y)
+    hurt.set_params(learning_rate_init=1e-3)
     for model in (hurt, well):
         model.partial_fit(X, y)
     assert np.array_equal(hurt.coefs_[0], well.coefs_[0])
