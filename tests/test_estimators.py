@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -685,3 +687,26 @@ def test_regressor_refuses_losses_for_labels(loss):
     X, y = data("regression")
     with pytest.raises(ValueError, match="is for labels: use MLPClassifier"):
         MLPRegressor(loss).fit(X, y)
+
+
+@dataclass(frozen=True)
+class PressesCtrlC(SquaredError):
+    """Sends the signal once, when told to."""
+
+    due: ClassVar[list[bool]] = []
+
+    def per_row(self, z, y, xp):
+        if self.due:
+            self.due.pop()
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().per_row(z, y, xp)
+
+
+def test_ctrl_c_leaves_a_model_that_predicts():
+    X, y = data("regression")
+    PressesCtrlC.due.append(True)
+    model = MLPRegressor(PressesCtrlC(), batch_size=30, max_iter=1000, random_state=0)
+    with pytest.warns(UserWarning, match="Training interrupted by user"):
+        model.fit(X, y)
+    assert model.t_ == 30
+    assert np.isfinite(model.predict(X)).all()
