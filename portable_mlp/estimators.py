@@ -353,11 +353,8 @@ class _MultilayerPerceptron(BaseEstimator):
         rows, validate = None, None
         if self.early_stopping:
             # Binary labels alone are stratified, as in scikit-learn
-            stratify = (
-                target
-                if isinstance(trainer.loss, BinaryCrossEntropy) and (target.ndim == 1)
-                else None
-            )
+            binary = isinstance(trainer.loss, BinaryCrossEntropy) and target.ndim == 1
+            stratify = target.astype(bool) if binary else None
             rows, held_out = train_test_split(
                 np.arange(data.x.shape[0]),
                 test_size=self.validation_fraction,
@@ -681,8 +678,8 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
             classes = self.classes_
         elif again and not np.array_equal(classes, self.classes_):
             raise ValueError(
-                "warm_start can only be used where `self.classes_` has the same classes as"
-                f" in the previous call to fit. Previously got {self.classes_}, `y` has {classes}"
+                "warm_start can only be used where `y` has the same classes as in the previous"
+                f" call to fit. Previously got {self.classes_}, `y` has {classes}"
             )
         binary = BinaryCrossEntropy(self.label_smoothing)
         attributes: dict[str, Any] = {"classes_": classes}
