@@ -354,7 +354,7 @@ class _MultilayerPerceptron(BaseEstimator):
         if self.early_stopping:
             # Binary labels alone are stratified, as in scikit-learn
             binary = isinstance(trainer.loss, BinaryCrossEntropy) and target.ndim == 1
-            stratify = target.astype(bool) if binary else None
+            stratify = target.astype(bool)[:, None] if binary else None
             rows, held_out = train_test_split(
                 np.arange(data.x.shape[0]),
                 test_size=self.validation_fraction,
