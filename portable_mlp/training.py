@@ -286,7 +286,8 @@ class Trainer:
     def start(self, params: Params) -> State:
         """The state before the first step; the parameters, from anywhere, are copied."""
         with self.backend.scope(self.dtype):
-            origin = (self.optimizer, self.recipe.layout, repr(self.backend), self.dtype)
+            how = (self.optimizer, self.schedule, self.recipe.layout)
+            origin = (*how, repr(self.backend), self.dtype)
             return State(Arrays(*self._fresh(params)), self.schedule.init(), origin)
 
     def resume(self, old: State, fresh: State) -> State:
@@ -294,19 +295,27 @@ class Trainer:
 
         The moments are copied: if training fails, ``old`` is as it was.
         """
-        state = replace(old, arrays=fresh.arrays, history=list(old.history), origin=fresh.origin)
+        history = list(old.history)
         if old.origin == fresh.origin:
             with self.backend.scope(self.dtype):
                 moments = [tuple(self._copy(m)) for m in old.arrays.moments]
-            state.arrays = fresh.arrays._replace(moments=moments)
-        else:
-            warnings.warn(
-                "optimizer, backend or data type are not those of the last call: the"
-                " optimizer's moments start anew",
-                UserWarning,
-                stacklevel=5,
-            )
-        return state
+            arrays = fresh.arrays._replace(moments=moments)
+            return replace(old, arrays=arrays, history=history)
+        warnings.warn(
+            "optimizer, schedule, backend or data type are not those of the last call: the"
+            " optimizer's moments and the schedule start anew",
+            UserWarning,
+            stacklevel=5,
+        )
+        # Steps too: they correct the bias of moments that began at zero
+        return replace(
+            old,
+            arrays=fresh.arrays,
+            history=history,
+            origin=fresh.origin,
+            schedule=fresh.schedule,
+            steps=0,
+        )
 
     def _fresh(self, params: Params) -> tuple[list[Array], list[Moments]]:
         leaves = self.load(params)
@@ -389,7 +398,7 @@ class Trainer:
                     xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.arrays.leaves
                 ]
                 if not self.backend.fetch(finite).all():
-                    raise DivergenceError(self._divergence(state, nan))
+                    raise DivergenceError(self._divergence(state.epochs, nan))
         finally:
             for callback in callbacks:
                 callback.on_fit_end()
@@ -414,27 +423,25 @@ class Trainer:
                 draw = np.arange(source.n_rows)
                 rng.shuffle(draw)
                 order = order[draw]
+            loss, rate = self._epoch(
+                state, source, order if self.shuffle else None, planned_epochs, rng, interrupted
+            )
+            if interrupted.is_set():
+                return "interrupted"
+            score = nan
+            if validate is not None and isfinite(loss):
+                score = validate(self.params(state.arrays.leaves))
+            record = Epoch(state.epochs, loss, score, rate, time.perf_counter() - began)
+            state.history.append(record)
             try:
-                loss, rate = self._epoch(
-                    state, source, order if self.shuffle else None, planned_epochs, rng, interrupted
-                )
-                if interrupted.is_set():
-                    return "interrupted"
-                score = (
-                    nan
-                    if validate is None or not isfinite(loss)
-                    else (validate(self.params(state.arrays.leaves)))
-                )
-                record = Epoch(state.epochs, loss, score, rate, time.perf_counter() - began)
-                state.history.append(record)
                 for callback in callbacks:
                     callback.on_epoch_end(record)
-            except KeyboardInterrupt:  # raised by a callback
+            except KeyboardInterrupt:
                 return "interrupted"
             if not isfinite(loss):
                 if validate is None:
-                    raise DivergenceError(self._divergence(state, loss))
-                warnings.warn(self._divergence(state, loss), RuntimeWarning, stacklevel=5)
+                    raise DivergenceError(self._divergence(state.epochs, loss))
+                warnings.warn(self._divergence(state.epochs, loss), RuntimeWarning, stacklevel=5)
                 return "diverged"
             if self._watch(state, -score if validate else loss, early=validate is not None):
                 remembered = self.schedule.stalled(state.schedule, rate)
@@ -503,11 +510,11 @@ class Trainer:
         # Copied, not aliased: the next step overwrites what it is handed
         return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
 
-    def _divergence(self, state: State, loss: float) -> str:
+    def _divergence(self, epoch: int, loss: float) -> str:
         return (
             "Solver produced non-finite parameter weights. The input data may contain"
             " large values and need to be preprocessed."
-            f" (Epoch {state.epochs}, loss {loss}: training diverged. Try a learning rate"
+            f" (Epoch {epoch}, loss {loss}: training diverged. Try a learning rate"
             f" below {self.learning_rate:g}, inputs scaled to unit variance, or clip_norm.)"
         )
 
@@ -516,7 +523,8 @@ class Trainer:
 def _deferred_interrupt() -> Iterator[threading.Event]:
     """Turn Ctrl-C into an event that the loop looks at between batches.
 
-    A second Ctrl-C interrupts at once.  Only the main thread receives signals.
+    A second Ctrl-C raises KeyboardInterrupt at once.  Only the main thread receives
+    signals.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -585,7 +593,6 @@ def fit_lbfgs(
             options={"maxfun": max_fun, "maxiter": max_iter, "gtol": trainer.tol},
         )
         if not np.isfinite(result.x).all() or not isfinite(result.fun):
-            state = State(Arrays([], []), None, epochs=int(result.nit))
-            raise DivergenceError(trainer._divergence(state, float(result.fun)))
+            raise DivergenceError(trainer._divergence(int(result.nit), float(result.fun)))
         message = None if result.status == 0 else str(result.message)
         return trainer.params(split(result.x)), float(result.fun), int(result.nit), message

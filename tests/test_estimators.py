@@ -655,13 +655,21 @@ def test_predict_uses_the_layers_that_were_fitted():
     assert np.array_equal(model.set_params(hidden_layer_sizes=(7, 7)).predict_proba(X), wanted)
 
 
-@pytest.mark.parametrize("change", [{"solver": "sgd"}, {"backend": "jax"}, {"backend": "torch"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"solver": "sgd"},
+        {"backend": "jax"},
+        {"backend": "torch"},
+        {"learning_rate": ReduceOnPlateau()},
+    ],
+)
 def test_partial_fit_after_a_change_says_that_moments_start_anew(change, request):
     if "backend" in change:
         get_target(change["backend"], request)
     X, y = data("multiclass")
     model = MLPClassifier(random_state=0).partial_fit(X, y, classes=[0, 1, 2])
-    with pytest.warns(UserWarning, match="moments start anew"):
+    with pytest.warns(UserWarning, match="moments and the schedule start anew"):
         model.set_params(**change).partial_fit(X, y)
     assert len(model.loss_curve_) == 2
 
@@ -710,3 +718,48 @@ def test_ctrl_c_leaves_a_model_that_predicts():
         model.fit(X, y)
     assert model.t_ == 30
     assert np.isfinite(model.predict(X)).all()
+
+
+def test_moments_that_start_anew_start_at_step_one():
+    """Adam's bias correction counts from when its moments were zero."""
+    X, y = data("binary")
+    model = MLPClassifier(random_state=0, tol=0).partial_fit(X, y, classes=[0, 1])
+    for _ in range(5):
+        model.partial_fit(X, y)
+    weights = model.coefs_[0]
+    with pytest.warns(UserWarning, match="moments and the schedule start anew"):
+        model.set_params(solver="adamw").partial_fit(X, y)
+    # The first step of Adam moves every weight with a gradient by about the rate
+    assert np.median(np.abs(model.coefs_[0] - weights)) == pytest.approx(1e-3, rel=0.02)
+
+
+def test_second_ctrl_c_raises_and_leaves_the_model():
+    @dataclass(frozen=True)
+    class Twice(SquaredError):
+        def per_row(self, z, y, xp):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().per_row(z, y, xp)
+
+    X, y = data("regression")
+    model = MLPRegressor(max_iter=2, random_state=0).fit(X, y)
+    before = dict(vars(model.set_params(loss=Twice())))
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, y)
+    assert_unchanged(model, before)
+
+
+def test_lbfgs_keeps_float32_and_says_what_it_ignores():
+    X, y = data("binary")
+    model = MLPClassifier(solver="lbfgs", early_stopping=True, max_iter=5)
+    with pytest.warns(UserWarning, match="early_stopping has no effect with solver='lbfgs'"):
+        model.fit(X.astype(np.float32), y)
+    assert {p.dtype for p in model.coefs_ + model.intercepts_} == {np.dtype("float32")}
+
+
+def test_log_probabilities_stay_finite_where_probabilities_vanish():
+    X, y = data("binary")
+    model = MLPClassifier(max_iter=5, random_state=0).fit(X, y)
+    with np.errstate(divide="ignore"):
+        assert np.isneginf(np.log(model.predict_proba(1e6 * X))).any()
+    assert np.isfinite(model.predict_log_proba(1e6 * X)).all()

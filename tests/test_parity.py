@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import GPU, TARGETS, get_target
+from conftest import TARGETS, get_target
 
 from portable_mlp import mlp
 from portable_mlp.backends import NumPyBackend
@@ -56,8 +56,6 @@ def test_backends_agree_after_200_steps(name, dtype, activation, request, record
     target = get_target(name, request)
     if name == "strict-no_x64" and dtype == "float64":
         pytest.skip("no_x64 has no float64, by design")
-    if name in ("torch", "jax") and name in GPU:
-        pytest.fail("a CPU target must not be a GPU one")
     wanted = train(NumPyBackend(), dtype, activation)
     found = difference(train(target.backend, dtype, activation), wanted)
     allowed = 1e-10 if dtype == "float64" else 1e-4

@@ -151,8 +151,6 @@ def test_clipping_keeps_a_run_that_diverges_without_it():
 class Sends(SquaredError):
     """Presses Ctrl-C in the middle of the third batch."""
 
-    calls: tuple = ()
-
     def per_row(self, z, y, xp):
         counter = CALLS.setdefault(id(self), [0])
         counter[0] += 1
