@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
-from math import inf
 from typing import Any, ClassVar, TypeVar
 
 import array_api_compat
@@ -38,17 +37,16 @@ class Backend:
 
     Attributes
     ----------
-    pack_below : float
-        Parameters of fewer elements are packed into one vector (see
-        `portable_mlp.packing`): few large calls beat many small ones where a
-        vector has views.
-    block : float
-        Larger arrays are updated in blocks of so many elements.
+    packs : bool
+        Whether parameters are packed into vectors (see `portable_mlp.packing`): few
+        large calls beat many small ones where a vector has views.
+    engine : str
+        What runs a step over batches, see `portable_mlp.engines`.
     """
 
     name: ClassVar[str] = ""
-    block: float = inf
-    pack_below: float = inf
+    packs: bool = True
+    engine: str = "eager"
 
     def __init__(self, xp: Namespace, device: Any = None) -> None:
         self.xp = xp
@@ -125,9 +123,7 @@ class NumPyBackend(Backend):
     """NumPy arrays, on the CPU."""
 
     name = "numpy"
-    # Five arrays of this size, which is what Adam reads and writes, stay in a core's
-    # cache; and above it a copy into a packed vector costs more than a call saves.
-    block = pack_below = 65_536
+    engine = "replay"
 
     def __init__(self, device: Any = None) -> None:
         # NumPy follows the standard by itself since 2.1; wrappers would cost time
@@ -191,6 +187,7 @@ class TorchBackend(Backend):
     """Torch tensors, without a graph for autograd."""
 
     name = "torch"
+    engine = "replay"
 
     def __init__(self, device: Any = None) -> None:
         super().__init__(import_module("array_api_compat.torch"), device)
@@ -240,8 +237,9 @@ class JaxBackend(Backend):
     """JAX arrays, with the step compiled by XLA."""
 
     name = "jax"
+    engine = "scan"
     # Packing would copy: slices and concatenations of immutable arrays.
-    pack_below = 0
+    packs = False
 
     def __init__(self, device: Any = None) -> None:
         super().__init__(import_module("jax.numpy"), device)

@@ -43,7 +43,8 @@ from portable_mlp.losses import (
 from portable_mlp.network import Network, mlp
 from portable_mlp.optimizers import SGD, AdamW, Optimizer, RMSprop, SklearnAdam, SklearnSGD
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
-from portable_mlp.training import ArraySource, Batch, State, Trainer, fit_lbfgs
+from portable_mlp.steps import Batch
+from portable_mlp.training import ArraySource, State, Trainer, fit_lbfgs
 from portable_mlp.typing import Array
 
 _CHUNK = 2**22  # elements of the widest activation that prediction holds at once
@@ -368,7 +369,7 @@ class _MultilayerPerceptron(BaseEstimator):
                 )
             validate = self._validation(trainer, data, target, weights, held_out)
 
-        source = ArraySource(data, trainer.backend, rows)
+        source = ArraySource(data, rows)
         batch_size = 200 if self.batch_size == "auto" else self.batch_size
         if self.batch_size != "auto" and batch_size > source.n_rows:
             warnings.warn(

@@ -6,10 +6,6 @@ namespace.  None of them overflows, warns or loses its sign at ±1e4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from array_api_compat import size
-
 from portable_mlp.typing import Array, Namespace
 
 
@@ -48,34 +44,3 @@ def sum_rows(x: Array, xp: Namespace) -> Array:
 def columns_first(x: Array, xp: Namespace) -> Array:
     """The transpose, (n, k) -> (k, n), laid out in memory row by row."""
     return xp.reshape(xp.reshape(x.T, (-1,)), (x.shape[1], x.shape[0]))
-
-
-def in_blocks(
-    function: Callable[..., tuple[Array, ...]],
-    arrays: tuple[Array, ...],
-    block: float,
-    xp: Namespace,
-) -> tuple[Array, ...]:
-    """``function(*arrays)``, block by block where the arrays are larger than that.
-
-    Parameters
-    ----------
-    function : callable
-        Elementwise; takes arrays of one shape and returns their new values, in order.
-    arrays : tuple of arrays of one shape
-        Overwritten, where they are larger than a block; use only what comes back.
-    block : float
-        Number of elements; a block of all arrays should fit into a core's cache.
-    xp : namespace
-    """
-    n = size(arrays[0])
-    if n is None or n <= block:
-        return function(*arrays)
-    flat = [xp.reshape(a, (-1,)) for a in arrays]
-    for start in range(0, n, int(block)):
-        views = [a[start : start + int(block)] for a in flat]
-        for view, new in zip(views, function(*views), strict=True):
-            if new is not view:
-                view[...] = new
-    # Where an array's memory is not one row after the other, flattening it was a copy
-    return tuple(xp.reshape(a, arrays[0].shape) for a in flat)

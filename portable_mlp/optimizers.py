@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from math import inf, sqrt
 from typing import Any
 
-from portable_mlp.functions import in_blocks
 from portable_mlp.typing import Array, Namespace, Params
 
 Moments = tuple[Array, ...]
@@ -80,7 +79,6 @@ class Optimizer(ABC):
         c: Coefficients,
         xp: Namespace,
         groups: tuple[str, ...] | None = None,
-        block: float = inf,
     ) -> tuple[list[Array], list[Moments]]:
         """One step of all parameters.
 
@@ -93,9 +91,6 @@ class Optimizer(ABC):
         xp : namespace
         groups : tuple of str, optional
             The parameters' groups; needed only to tell biases from weights.
-        block : float, default=inf
-            Update larger arrays in blocks of so many elements, where they are: for
-            arrays that have views, so that what a rule reads again is still in cache.
 
         Returns
         -------
@@ -106,14 +101,9 @@ class Optimizer(ABC):
         for p, g, m, group in zip(params, grads, moments, groups, strict=True):
             if self.decays(group):
                 p *= 1.0 - c[0] * self.weight_decay
-
-            def rule(p: Array, g: Array, *m: Array) -> tuple[Array, ...]:
-                p, m = self.update(p, g, m, c, xp)
-                return p, g, *m
-
-            p, _, *new = in_blocks(rule, (p, g, *m), block, xp)
-            new_params.append(p)
-            new_moments.append(tuple(new))
+            new_p, new_m = self.update(p, g, m, c, xp)
+            new_params.append(new_p)
+            new_moments.append(new_m)
         return new_params, new_moments
 
 

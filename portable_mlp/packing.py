@@ -2,12 +2,13 @@
 
 An update rule is elementwise, so it does not care whether it sees one parameter or
 many laid end to end; what differs is the number of calls (kernels, on a GPU).  A
-*leaf* is what the rule is applied to: small parameters of one group packed into one
-vector, or a single large one as it is.
+*leaf* is what the rule is applied to: parameters packed into one vector, or a single
+one as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -26,7 +27,7 @@ class Layout:
     leaves : tuple of tuples of int
         For each leaf, the parameters it holds.
     groups : tuple of str
-        For each leaf, the group of its parameters.
+        For each leaf, the group of its first parameter.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -34,27 +35,31 @@ class Layout:
     groups: tuple[str, ...]
 
     @classmethod
-    def plan(cls, params: tuple[Param, ...], pack_below: float) -> Layout:
-        """Pack parameters of fewer than ``pack_below`` elements, group by group.
+    def plan(cls, params: tuple[Param, ...], treatment: Callable[[str], Hashable] | None) -> Layout:
+        """Pack parameters whose groups are treated alike.
 
-        The order is that of the groups' first appearance (weights, then biases),
-        and in each group that of the parameters, as scikit-learn's L-BFGS packs.
+        In a leaf the order is that of the groups' first appearance (weights, then
+        biases), and in each group that of the parameters, as scikit-learn's L-BFGS
+        packs.
+
+        Parameters
+        ----------
+        params : tuple of Param
+        treatment : callable, optional
+            From a group to anything; groups with equal results share a leaf.  None:
+            every parameter is a leaf.
         """
-        leaves: list[tuple[int, ...]] = []
-        groups: list[str] = []
+        shapes = tuple(p.shape for p in params)
+        if treatment is None:
+            alone = tuple((i,) for i in range(len(params)))
+            return cls(shapes, alone, tuple(p.group for p in params))
+        together: dict[Hashable, tuple[int, ...]] = {}
         for group in dict.fromkeys(p.group for p in params):
-            small: tuple[int, ...] = ()
-            for i, param in enumerate(params):
-                if param.group != group:
-                    continue
-                if prod(param.shape) < pack_below:
-                    small += (i,)
-                else:
-                    leaves += [small, (i,)] if small else [(i,)]
-                    small = ()
-            leaves += [small] if small else []
-            groups += [group] * (len(leaves) - len(groups))
-        return cls(tuple(p.shape for p in params), tuple(leaves), tuple(groups))
+            members = tuple(i for i, p in enumerate(params) if p.group == group)
+            key = treatment(group)
+            together[key] = together.get(key, ()) + members
+        leaves = tuple(together.values())
+        return cls(shapes, leaves, tuple(params[leaf[0]].group for leaf in leaves))
 
     def pack(self, arrays: Params, xp: Namespace) -> list[Array]:
         """Arrays in the order of the parameters -> leaves."""

@@ -1,8 +1,7 @@
-"""Training: the step, the epoch, the fit.
+"""Training: the epoch, the fit.
 
-``fit`` asks a source for batches and repeats ``step``, a pure function of arrays that
-a backend may compile.  The host does what needs no array: the order of the rows, the
-learning rate, when to stop.
+``fit`` asks a source for rows and has an engine repeat the step over their batches.  The
+host does what needs no array: the order of the rows, the learning rate, when to stop.
 """
 
 from __future__ import annotations
@@ -17,189 +16,59 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, inf, isfinite, nan
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, Epoch
-from portable_mlp.functions import in_blocks
+from portable_mlp.engines import ENGINES, Engine
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
-from portable_mlp.optimizers import Coefficients, Moments, Optimizer, clip_by_global_norm
+from portable_mlp.optimizers import Moments, Optimizer
 from portable_mlp.packing import Layout
 from portable_mlp.schedules import Clock, Schedule
-from portable_mlp.typing import Array, Namespace, Params
+from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, objective
+from portable_mlp.typing import Array, Params
 
 
 class DivergenceError(ValueError):
     """Training produced NaN or infinite values."""
 
 
-# ---------------------------------------------------------------- the step
-
-
-class Batch(NamedTuple):
-    """Rows to learn from: x (n, d), y (n,) or (n, k), weights (n,) or None."""
-
-    x: Array
-    y: Array
-    weights: Array | None = None
-
-
-class Arrays(NamedTuple):
-    """What a step changes: leaves of the parameters, and their moments."""
-
-    leaves: list[Array]
-    moments: list[Moments]
-
-
-class Hyper(NamedTuple):
-    """Numbers that may change from step to step without a new compilation."""
-
-    alpha: float
-    coefficients: Coefficients
-    keys: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a step does; static, and hashable, so that a compiled step is found again.
-
-    Parameters
-    ----------
-    xp : namespace
-    network : Network
-    loss : Loss
-    optimizer : Optimizer
-    layout : Layout
-    clip_norm : float, optional
-        Largest global norm of the gradients, see `optimizers.clip_by_global_norm`.
-    block : float, default=inf
-        See `Optimizer.apply`.
-    penalised : bool, default=True
-        Whether the penalty is computed; without it α is taken for 0.
-    """
-
-    xp: Namespace
-    network: Network
-    loss: Loss
-    optimizer: Optimizer
-    layout: Layout
-    clip_norm: float | None = None
-    block: float = inf
-    penalised: bool = True
-
-
-def objective(
-    recipe: Recipe, leaves: Params, batch: Batch, alpha: float, keys: Sequence[int]
-) -> tuple[Array, Array, list[Array]]:
-    """The mean loss, the L2 penalty, and the gradient of their sum by the leaves.
-
-    The penalty is α / (2 n) Σ w² over the weights, not the biases, with n the number
-    of rows or the sum of their weights, as in scikit-learn.
-    """
-    xp, network = recipe.xp, recipe.network
-    params = recipe.layout.unpack(leaves, xp)
-    z, residuals = network.forward(params, batch.x, xp, keys)
-    value, dz = recipe.loss(z, batch.y, xp, batch.weights)
-    grads = recipe.layout.pack(network.backward(params, residuals, dz, xp), xp)
-
-    if not recipe.penalised:
-        return value, 0.0, grads
-    n: Any = batch.x.shape[0]
-    if batch.weights is not None:
-        total = xp.sum(batch.weights)
-        n = xp.where(total > 0.0, total, 1.0)
-    scale = alpha / n
-
-    def shrink(g: Array, w: Array) -> tuple[Array, Array]:
-        g += scale * w
-        return g, w
-
-    squares: Any = 0.0
-    for i, group in enumerate(recipe.layout.groups):
-        if group != "bias":
-            flat = xp.reshape(leaves[i], (-1,))
-            squares = squares + xp.vecdot(flat, flat)
-            grads[i], _ = in_blocks(shrink, (grads[i], leaves[i]), recipe.block, xp)
-    return value, 0.5 * scale * squares, grads
-
-
-def step(
-    recipe: Recipe, arrays: Arrays, batch: Batch, hyper: Hyper
-) -> tuple[Arrays, tuple[Array, Array]]:
-    """One update; returns the new arrays, and the loss and penalty before it.
-
-    The arrays handed in are donated: only what comes back may be used.
-    """
-    xp = recipe.xp
-    leaves, moments = arrays
-    value, penalty, grads = objective(recipe, leaves, batch, hyper.alpha, hyper.keys)
-    if recipe.clip_norm is not None:
-        grads = clip_by_global_norm(grads, recipe.clip_norm, xp)
-    arrays = Arrays(
-        *recipe.optimizer.apply(
-            leaves,
-            grads,
-            moments,
-            hyper.coefficients,
-            xp,
-            recipe.layout.groups,
-            recipe.block,
-        )
-    )
-    return arrays, (value, penalty)
-
-
 # ---------------------------------------------------------------- batches
 
 
 class ArraySource:
-    """Batches from arrays in memory.
+    """Rows to learn from, in arrays in memory.
 
     Parameters
     ----------
     data : Batch
         All rows, on the backend.
-    backend : Backend
     rows : array of int, optional
         The rows to use, on the host; all if not given.
     """
 
-    def __init__(self, data: Batch, backend: Backend, rows: NDArray[np.intp] | None = None) -> None:
+    def __init__(self, data: Batch, rows: NDArray[np.intp] | None = None) -> None:
         self._data = data
-        self._backend = backend
         self._rows = rows
         self.n_rows: int = data.x.shape[0] if rows is None else len(rows)
 
-    def batches(
+    def parts(
         self, batch_size: int, order: NDArray[np.intp] | None = None
-    ) -> Iterator[tuple[Batch, int]]:
-        """All rows once, with the number in each batch.
+    ) -> Iterator[tuple[Batch, NDArray[np.intp] | None]]:
+        """All rows once: arrays, and which of their rows in which order (None: all).
 
         ``order`` is a permutation; the rows' own order if not given.  A batch of all
         rows is handed out as it is: a mean does not depend on the order.
         """
-        if self._rows is None and batch_size >= self.n_rows:
-            yield self._data, self.n_rows
-            return
         if self._rows is not None:
             order = self._rows if order is None else self._rows[order]
-        indices = None if order is None else self._backend.indices(order)
-        for start in range(0, self.n_rows, batch_size):
-            rows = slice(start, min(start + batch_size, self.n_rows))
-            yield self._batch(rows if indices is None else indices[rows]), rows.stop - start
-
-    def _batch(self, rows: slice | Array) -> Batch:
-        take = self._backend.xp.take
-
-        def select(a: Array) -> Array:
-            return a[rows, ...] if isinstance(rows, slice) else take(a, rows, axis=0)
-
-        x, y, weights = self._data
-        return Batch(select(x), select(y), None if weights is None else select(weights))
+        elif batch_size >= self.n_rows:
+            order = None
+        yield self._data, order
 
 
 # ---------------------------------------------------------------- the fit
@@ -271,7 +140,9 @@ class Trainer:
 
     @cached_property
     def recipe(self) -> Recipe:
-        layout = Layout.plan(self.network.params, self.backend.pack_below)
+        layout = Layout.plan(
+            self.network.params, self.optimizer.decays if self.backend.packs else None
+        )
         return Recipe(
             self.backend.xp,
             self.network,
@@ -279,7 +150,6 @@ class Trainer:
             self.optimizer,
             layout,
             self.clip_norm,
-            self.backend.block,
             self.alpha > 0.0,
         )
 
@@ -324,7 +194,10 @@ class Trainer:
     def load(self, params: Params) -> list[Array]:
         """Leaves of our own from parameters on the host or on the backend."""
         arrays = [self.backend.asarray(p, self.dtype, copy=True) for p in params]
-        return self.recipe.layout.pack(arrays, self.backend.xp)
+        # Laid out row by row, whatever came in: engines take a leaf for one run of memory
+        xp = self.backend.xp
+        arrays = [xp.reshape(xp.reshape(a, (-1,)), a.shape) for a in arrays]
+        return self.recipe.layout.pack(arrays, xp)
 
     def params(self, leaves: list[Array]) -> list[Array]:
         """Parameters in order, from leaves; views where arrays have them."""
@@ -416,6 +289,7 @@ class Trainer:
         interrupted: threading.Event,
     ) -> StopReason:
         began = time.perf_counter()
+        engine = ENGINES[self.backend.engine](self.backend, self.recipe)
         order = np.arange(source.n_rows)
         for _ in range(max_epochs):
             if self.shuffle:
@@ -424,7 +298,13 @@ class Trainer:
                 rng.shuffle(draw)
                 order = order[draw]
             loss, rate = self._epoch(
-                state, source, order if self.shuffle else None, planned_epochs, rng, interrupted
+                state,
+                source,
+                engine,
+                order if self.shuffle else None,
+                planned_epochs,
+                rng,
+                interrupted,
             )
             if interrupted.is_set():
                 return "interrupted"
@@ -455,42 +335,37 @@ class Trainer:
         self,
         state: State,
         source: ArraySource,
+        engine: Engine,
         order: NDArray[np.intp] | None,
         planned_epochs: int,
         rng: np.random.RandomState,
         interrupted: threading.Event,
     ) -> tuple[float, float]:
         """All batches once; mean reported loss over the rows, and the last rate."""
-        recipe = self.recipe
-        run = self.backend.compile(step, static=(0,), donated=(1,))
         n_steps = ceil(source.n_rows / self.batch_size)
         n_random = self.network.n_random
         keys = rng.randint(2**31, size=(n_steps, n_random)).tolist() if n_random else None
-        losses: list[Array] = []
-        penalties: list[Array] = []
-        counts: list[int] = []
-        for i, (batch, n) in enumerate(source.batches(self.batch_size, order)):
-            clock = Clock(state.steps, planned_epochs * n_steps, state.epochs, state.rows)
+        hypers = []
+        rate = nan
+        for i in range(n_steps):
+            seen = state.rows + i * self.batch_size
+            clock = Clock(state.steps + i, planned_epochs * n_steps, state.epochs, seen)
             rate = self.learning_rate * self.schedule.factor(clock, state.schedule)
-            state.steps += 1
-            hyper = Hyper(
-                self.alpha,
-                self.optimizer.coefficients(state.steps, rate),
-                tuple(keys[i]) if keys else (),
+            coefficients = self.optimizer.coefficients(state.steps + i + 1, rate)
+            hypers.append(Hyper(self.alpha, coefficients, tuple(keys[i]) if keys else ()))
+        loss, left = 0.0, source.n_rows
+        for data, rows in source.parts(self.batch_size, order):
+            state.arrays, values = engine.run(
+                state.arrays, data, rows, self.batch_size, hypers, interrupted.is_set
             )
-            state.arrays, (loss, penalty) = run(recipe, state.arrays, batch, hyper)
-            losses.append(loss)
-            penalties.append(penalty)
-            counts.append(n)
-            if interrupted.is_set():
-                break
+            for value, penalty in values:
+                n = min(self.batch_size, left)
+                loss += n * (self.loss_scale * value + penalty)
+                left -= n
+            state.steps += len(values)
         state.epochs += 1
-        state.rows += sum(counts)
-        share = np.asarray(counts) / source.n_rows
-        loss = float(share @ self.backend.fetch(losses)) * self.loss_scale
-        if recipe.penalised:
-            loss += float(share @ self.backend.fetch(penalties))
-        return loss, rate
+        state.rows += source.n_rows - left
+        return loss / source.n_rows, rate
 
     def _watch(self, state: State, value: float, *, early: bool) -> bool:
         """Note whether ``value``, lower is better, improved; true if it has stalled.

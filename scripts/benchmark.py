@@ -119,7 +119,8 @@ class PortableMLP(Contestant):
         from portable_mlp import get_backend, mlp
         from portable_mlp.losses import SoftmaxCrossEntropy
         from portable_mlp.optimizers import SGD, SklearnAdam
-        from portable_mlp.training import ArraySource, Batch, Trainer
+        from portable_mlp.steps import Batch
+        from portable_mlp.training import ArraySource, Trainer
 
         self.backend = get_backend("gpu" if backend == "cupy" else "cpu", backend)
         super().__init__(workload, dtype)
@@ -140,7 +141,7 @@ class PortableMLP(Contestant):
         self.params = network.init(self.rng)
         with self.backend.scope(dtype):
             data = Batch(self.backend.asarray(self.X, dtype), self.backend.asarray(self.y, "int32"))
-        self.source = ArraySource(data, self.backend)
+        self.source = ArraySource(data)
 
     def reset(self) -> None:
         self.state = self.trainer.start(self.params)

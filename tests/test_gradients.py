@@ -136,7 +136,7 @@ def test_network_meets_autograd_and_differences(activation, loss_name, weighted,
     params = [0.7 * p for p in network.init(rng)]
     x, y = rng.standard_normal((N, D)), targets(loss, rng, k)
     w = rng.uniform(0, 2, N) if weighted else None
-    layout = Layout.plan(network.params, 0)
+    layout = Layout.plan(network.params, None)
     recipe = Recipe(xp, network, loss, SGD(), layout)
 
     def packed(params: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:

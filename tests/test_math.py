@@ -14,7 +14,7 @@ from portable_mlp.layers import Dropout, random_bits
 from portable_mlp.losses import BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import OPTIMIZERS, SGD, SklearnAdam, SklearnSGD
 from portable_mlp.packing import Layout
-from portable_mlp.training import Arrays, Batch, Hyper, Recipe, step
+from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 
 N, D = 17, 5
 XP = NumPyBackend().xp
@@ -79,7 +79,7 @@ def test_step_matches_numpy(optimizer, target, rng):
     hyper = Hyper(0.1, optimizer.coefficients(1, 0.01), (77,))
 
     def one(xp):
-        layout = Layout.plan(network.params, 0)
+        layout = Layout.plan(network.params, None)
         recipe = Recipe(xp, network, SoftmaxCrossEntropy(), optimizer, layout, clip_norm=0.1)
 
         def run(params, x, y, w):

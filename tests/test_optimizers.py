@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
-from itertools import chain, pairwise
-from math import inf, nan, prod
+from itertools import chain
+from math import nan, prod
 
 import numpy as np
 import pytest
@@ -303,18 +303,19 @@ def test_float32_stays(name, library):
     assert all(a.dtype == backend.dtype("float32") for a in chain(params, clipped, *moments))
 
 
-def layout(shapes, groups, pack_below):
+def layout(shapes, groups, treatment):
     params = [Param("p", s, Zeros(), 1, 1, g) for s, g in zip(shapes, groups, strict=True)]
-    return Layout.plan(tuple(params), pack_below)
+    return Layout.plan(tuple(params), treatment)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_packing_changes_no_update(name):
-    """Elementwise rules: the same bits, whether 4 arrays or one vector a group."""
+    """Elementwise rules: the same bits, whether 4 arrays or one vector, or two."""
     optimizer, results = ALL[name], []
-    for pack_below in (0, inf):
-        plan = layout(SHAPES, GROUPS, pack_below)
-        assert len(plan.leaves) == (2 if pack_below else 4)
+    for treatment in (None, optimizer.decays):
+        plan = layout(SHAPES, GROUPS, treatment)
+        apart = optimizer.decays("weight") != optimizer.decays("bias")
+        assert len(plan.leaves) == (4 if treatment is None else 1 + apart)
         leaves = plan.pack(start(), XP)
         moments = optimizer.init(leaves, XP)
         for step in range(1, 6):
@@ -331,43 +332,38 @@ def test_packing_changes_no_update(name):
     params=st.lists(
         st.tuples(
             hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=4),
-            st.sampled_from(["weight", "bias"]),
+            st.sampled_from(["weight", "bias", "scale"]),
         ),
         min_size=1,
         max_size=8,
     ),
-    pack_below=st.sampled_from([0, 1, 4, 6, 12, inf]),
+    treatment=st.sampled_from([None, str, len, bool]),
 )
-def test_packing_keeps_values_shapes_and_order(params, pack_below):
+def test_packing_keeps_values_shapes_and_order(params, treatment):
     shapes, groups = zip(*params, strict=True)
     numbers = iter(range(10_000))
     arrays = [np.reshape([next(numbers) for _ in range(prod(s))], s).astype(float) for s in shapes]
-    plan = layout(shapes, groups, pack_below)
+    plan = layout(shapes, groups, treatment)
     leaves = plan.pack(arrays, XP)
 
-    # Group after group, in the order of their first appearance
-    order = sorted(range(len(params)), key=lambda i: (groups.index(groups[i]), i))
-    assert list(chain(*plan.leaves)) == order
-    in_order = np.concatenate([arrays[i].ravel() for i in order])
+    if treatment is None:
+        assert plan.leaves == tuple((i,) for i in range(len(params)))
+    else:
+        # One leaf for each treatment, in it group after group
+        assert len(plan.leaves) == len({treatment(g) for g in groups})
+        for members, group in zip(plan.leaves, plan.groups, strict=True):
+            assert {treatment(groups[i]) for i in members} == {treatment(group)}
+            assert list(members) == sorted(members, key=lambda i: (groups.index(groups[i]), i))
+    assert sorted(chain(*plan.leaves)) == list(range(len(params)))
+    in_order = np.concatenate([arrays[i].ravel() for i in chain(*plan.leaves)])
     np.testing.assert_array_equal(np.concatenate([leaf.ravel() for leaf in leaves]), in_order)
-
-    for leaf, members, group in zip(leaves, plan.leaves, plan.groups, strict=True):
-        assert {groups[i] for i in members} == {group}
-        if len(members) > 1:
-            assert leaf.ndim == 1
-            assert all(arrays[i].size < pack_below for i in members)
-    # No two neighbours of a group are both small: they would be one
-    small = [
-        (g, arrays[m[0]].size < pack_below) for m, g in zip(plan.leaves, plan.groups, strict=True)
-    ]
-    assert not any(one == other and one[1] for one, other in pairwise(small))
     for array, back in zip(arrays, plan.unpack(leaves, XP), strict=True):
         assert back.shape == array.shape
         np.testing.assert_array_equal(back, array)
 
 
 def test_unpacked_parameters_are_views_of_the_vector():
-    plan = layout(SHAPES, GROUPS, inf)
+    plan = layout(SHAPES, GROUPS, str)
     leaves = plan.pack(start(), XP)
     leaves[0][...] = 7.0
     weights, biases = plan.unpack(leaves, XP)[:2], plan.unpack(leaves, XP)[2:]

@@ -12,7 +12,8 @@ from portable_mlp import mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.losses import SoftmaxCrossEntropy
 from portable_mlp.optimizers import SGD, SklearnAdam
-from portable_mlp.training import ArraySource, Batch, Trainer
+from portable_mlp.steps import Batch
+from portable_mlp.training import ArraySource, Trainer
 
 N, D, K = 400, 12, 3
 TABLE = "parity after 200 steps: max |Δ| / max |parameter| against NumPy"
@@ -37,9 +38,7 @@ def train(backend, dtype, activation, optimizer=None, nudge=False):
         params = [p * (1.0 + eps * sign.choice([-1.0, 1.0], p.shape)) for p in params]
     state = trainer.start(params)
     with backend.scope(dtype):
-        source = ArraySource(
-            Batch(backend.asarray(x, dtype), backend.asarray(y.astype(np.int32))), backend
-        )
+        source = ArraySource(Batch(backend.asarray(x, dtype), backend.asarray(y.astype(np.int32))))
     trainer.fit(state, source, 20, rng)
     assert state.steps == 200
     return [backend.to_host(p).astype(np.float64) for p in trainer.params(state.arrays.leaves)]

@@ -1,0 +1,751 @@
+"""A recorded program as a list of calls that write into fixed buffers.
+
+What a plain step costs beyond its matrix products is, in about equal parts, memory
+(each operation makes a new array) and calls.  Here every result has its place
+beforehand: in the memory of an operand that nobody needs any more, in a part of the
+array it will be concatenated into, or in a buffer that an earlier result has left.
+Chains of elementwise operations on arrays larger than a core's cache run block by
+block.  The calls are written out as Python source and compiled once, with the buffers,
+their views and the constants as the function's free variables.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import CodeType
+from typing import Any, ClassVar
+
+import numpy as np
+
+from portable_mlp.backends import Backend
+from portable_mlp.recording import NUMBERS, REDUCTIONS, VIEWS, Node, Program
+from portable_mlp.typing import Array
+
+
+class NumPyDialect:
+    """How operations are spelled for NumPy."""
+
+    # Bytes of an array; chains of operations on larger ones run in blocks of so many, so
+    # that what stands between them is small
+    block = 1 << 20
+    # Elements of a row; shorter ones are added a vector several at a time
+    wide: int = 256
+    # With a scalar operand, NumPy has no vector instructions for these
+    vectors: tuple[str, ...] = ("maximum", "minimum")
+    wider: int = 4096
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def gather(self, x: Array, rows: Array, out: Array) -> Array:
+        """Rows of x, into a buffer."""
+        return x.take(rows, 0, out, "clip")
+
+    def buffer(self, x: Array, n: int) -> Array:
+        """Room for n rows of x."""
+        return np.empty((n, *x.shape[1:]), x.dtype)
+
+    def globals(self) -> dict[str, Any]:
+        return {"np": np, "empty": self._empty}
+
+    @staticmethod
+    def _empty(n_bytes: int) -> Array:
+        """Uninitialised bytes, aligned for the widest vector instructions."""
+        raw = np.empty(n_bytes + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        return raw[start : start + n_bytes]
+
+    @classmethod
+    def dtype(cls, dtype: Any) -> str:
+        return f"np.{dtype}"
+
+    @classmethod
+    def constant(cls, value: Any, shape: Any, dtype: Any) -> str:
+        return f"np.full({shape}, {value}, {cls.dtype(dtype)})"
+
+    @classmethod
+    def arange(cls, bounds: str, dtype: Any) -> str:
+        return f"np.arange({bounds}, dtype={cls.dtype(dtype)})"
+
+    @classmethod
+    def bytes_of(cls, x: str) -> str:
+        return f"{x}.reshape(-1).view(np.uint8)"
+
+    @classmethod
+    def transpose(cls, x: str, axes: tuple[int, ...]) -> str:
+        return f"{x}.transpose{axes}"
+
+    @classmethod
+    def broadcast(cls, x: str, shape: Any) -> str:
+        return f"np.broadcast_to({x}, {shape})"
+
+    @classmethod
+    def copy(cls, x: str) -> str:
+        return f"{x}.copy()"
+
+    @classmethod
+    def result(cls, x: str, shape: Any) -> str:
+        return f"{x}.copy()" if shape else f"{x}.item()"
+
+    @classmethod
+    def assign(cls, out: str, x: str) -> str:
+        return f"{out}[...] = {x}"
+
+    @classmethod
+    def where(cls, out: str, condition: str, a: str, b: str) -> str:
+        return f"{out}[...] = {b}; np.copyto({out}, {a}, where={condition})"
+
+    @classmethod
+    def elementwise(cls, function: str) -> str:
+        return f"np.{function}"
+
+    @classmethod
+    def reduction(cls, function: str) -> str:
+        return f"np.{REDUCTIONS[function]}.reduce"
+
+    @classmethod
+    def reduce(cls, f: str, x: str, axes: tuple[int, ...], keepdims: bool, out: str) -> str:
+        axis = axes[0] if len(axes) == 1 else axes
+        return f"{f}({x}, {axis}, None, {out}, {keepdims})"
+
+    @classmethod
+    def matmul(cls, a: str, b: str, out: str, ndims: tuple[int, int]) -> str:
+        # dot costs half of matmul's overhead, and is the same product
+        return f"{a}.dot({b}, {out})" if max(ndims) <= 2 else f"np.matmul({a}, {b}, out={out})"
+
+
+class TorchDialect(NumPyDialect):
+    """How operations are spelled for torch."""
+
+    block = 0  # torch works on several cores; blocks would be too short for that
+    wide = wider = 0
+    vectors = ()
+
+    _NAMES: ClassVar[dict[str, str]] = {
+        "absolute": "abs", "power": "pow", "equal": "eq", "not_equal": "ne",
+        "left_shift": "bitwise_left_shift", "right_shift": "bitwise_right_shift",
+        "invert": "bitwise_not",
+    }  # fmt: skip
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.torch, self.device = import_module("torch"), backend.device
+
+    def gather(self, x: Array, rows: Array, out: Array) -> Array:
+        return self.torch.index_select(x, 0, rows, out=out)
+
+    def buffer(self, x: Array, n: int) -> Array:
+        return self.torch.empty((n, *x.shape[1:]), dtype=x.dtype, device=x.device)
+
+    def globals(self) -> dict[str, Any]:
+        def empty(n_bytes: int) -> Array:
+            return self.torch.empty(n_bytes, dtype=self.torch.uint8, device=self.device)
+
+        return {"torch": self.torch, "empty": empty, "device": self.device}
+
+    @classmethod
+    def dtype(cls, dtype: Any) -> str:
+        return f"torch.{dtype}"
+
+    @classmethod
+    def constant(cls, value: Any, shape: Any, dtype: Any) -> str:
+        # Scalars stay on the host: kernels take them as arguments
+        where = ", device=device" if shape else ""
+        return f"torch.full({shape}, {value}, dtype={cls.dtype(dtype)}{where})"
+
+    @classmethod
+    def arange(cls, bounds: str, dtype: Any) -> str:
+        return f"torch.arange({bounds}, dtype={cls.dtype(dtype)}, device=device)"
+
+    @classmethod
+    def bytes_of(cls, x: str) -> str:
+        return f"{x}.reshape(-1).view(torch.uint8)"
+
+    @classmethod
+    def transpose(cls, x: str, axes: tuple[int, ...]) -> str:
+        return f"{x}.permute{axes}"
+
+    @classmethod
+    def broadcast(cls, x: str, shape: Any) -> str:
+        return f"{x}.expand({shape})"
+
+    @classmethod
+    def copy(cls, x: str) -> str:
+        return f"{x}.clone()"
+
+    @classmethod
+    def result(cls, x: str, shape: Any) -> str:
+        return f"{x}.clone()"
+
+    @classmethod
+    def assign(cls, out: str, x: str) -> str:
+        return f"{out}.copy_({x})"
+
+    @classmethod
+    def where(cls, out: str, condition: str, a: str, b: str) -> str:
+        return f"torch.where({condition}, {a}, {b}, out={out})"
+
+    @classmethod
+    def elementwise(cls, function: str) -> str:
+        return f"torch.{cls._NAMES.get(function, function)}"
+
+    @classmethod
+    def reduction(cls, function: str) -> str:
+        return "torch." + {"max": "amax", "min": "amin"}.get(function, function)
+
+    @classmethod
+    def reduce(cls, f: str, x: str, axes: tuple[int, ...], keepdims: bool, out: str) -> str:
+        return f"{f}({x}, {axes}, {keepdims}, out={out})"
+
+    @classmethod
+    def matmul(cls, a: str, b: str, out: str, ndims: tuple[int, int]) -> str:
+        # torch.matmul costs more, and warns where an operand is a vector
+        if ndims == (1, 2):
+            return f"torch.mv({b}.T, {a}, out={out})"
+        function = {(1, 1): "dot", (2, 1): "mv", (2, 2): "mm"}.get(ndims, "matmul")
+        return f"torch.{function}({a}, {b}, out={out})"
+
+
+DIALECTS: dict[str, type[NumPyDialect]] = {"numpy": NumPyDialect, "torch": TorchDialect}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Source of the calls that a program is, see `lower`.
+
+    Attributes
+    ----------
+    source : str
+        To be read: ``print(replay.source)``.
+    """
+
+    source: str
+    code: CodeType
+
+    def bind(self, donated: list[Array], dialect: NumPyDialect) -> Callable[..., tuple[Any, ...]]:
+        """Allocate, and return the function of the remaining arguments.
+
+        Parameters
+        ----------
+        donated : list of arrays, C-contiguous
+            Overwritten at each call by the program's first results.
+        dialect : NumPyDialect
+        """
+        scope = dialect.globals()
+        exec(self.code, scope)
+        run: Callable[..., tuple[Any, ...]] = scope["bind"](*donated)
+        return run
+
+
+def lower(program: Program, n_donated: int, dialect: type[NumPyDialect]) -> Replay:
+    """Plan the memory of a program, and write its calls.
+
+    Parameters
+    ----------
+    program : Program
+    n_donated : int
+        So many inputs, the first, are overwritten by as many outputs, the first.
+    dialect : type of NumPyDialect
+    """
+    plan = _Plan(program, n_donated, dialect.block)
+    source = _Writer(plan, dialect).source()
+    return Replay(source, compile(source, "<replay>", "exec"))
+
+
+# What reads each operand's elements where it writes the result's
+_NOT_ELEMENTWISE = {"matmul", "concat", "copy", "full", "arange", *REDUCTIONS, *VIEWS}
+
+
+class _Plan:
+    """Where each result of a program lies in memory.
+
+    Attributes
+    ----------
+    segments : list of lists of Node
+        What is calculated, in order; a segment of more than one is a chain of
+        elementwise operations that run block by block.
+    place : dict
+        For each calculated node, its memory's number and its offset there in bytes.
+        Negative numbers are scratch memories, as large as a block.
+    sizes : list of int
+        Bytes of the memories; the first are the donated arrays'.
+    homes : dict
+        For a result that is written straight into the array it will be joined in,
+        that array's node and the offset there.
+    """
+
+    def __init__(self, program: Program, n_donated: int, block: int) -> None:
+        self.program = program
+        self.donated = program.inputs[:n_donated]
+        self.passed = program.inputs[n_donated:]
+        self.block = block
+        self.fixed = self._fixed()
+        calculated = [
+            x for x in program.nodes
+            if x.op not in VIEWS and x not in self.fixed and not x.is_number
+        ]  # fmt: skip
+        self.place: dict[Node, tuple[int, int]] = {}
+        self.sizes: list[int] = []
+        self.scratch: list[int] = []
+        self.homes = self._homes(calculated)
+        self.segments = self._segments(calculated)
+        self._assign()
+
+    def _fixed(self) -> set[Node]:
+        """What depends on no input: computed once."""
+        fixed: set[Node] = set()
+        for x in self.program.nodes:
+            if all(o in fixed for o in x.operands if isinstance(o, Node)):
+                fixed.add(x)
+        return fixed
+
+    def _homes(self, calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
+        homes: dict[Node, tuple[Node, int]] = {}
+        known = set(calculated)
+        for x in calculated:
+            offset = 0
+            for part in x.operands if x.op == "concat" and x.ndim == 1 else ():
+                root = part.root
+                whole = part.contiguous and part.size == root.size
+                if whole and root in known and root not in homes and root.op != "concat":
+                    homes[root] = x, offset
+                offset += part.n_bytes
+        return homes
+
+    def _segments(self, calculated: list[Node]) -> list[list[Node]]:
+        segments: list[list[Node]] = []
+        chained: tuple[int, ...] | None = None
+        for x in calculated:
+            blockwise = (
+                0 < self.block < x.n_bytes and x.op not in _NOT_ELEMENTWISE
+                and all(a.shape in ((), x.shape) for a in x.arrays)
+            )  # fmt: skip
+            if blockwise and x.shape == chained:
+                segments[-1].append(x)
+            else:
+                segments.append([x])
+            chained = x.shape if blockwise else None
+        return segments
+
+    def rows(self, segment: list[Node]) -> int:
+        """Rows of a block; 0 if the segment is not to be cut."""
+        (first, *more) = segment
+        n_bytes = max(x.n_bytes for x in segment)
+        if not more or n_bytes <= self.block:
+            return 0
+        return max(1, first.shape[0] * self.block // n_bytes)
+
+    # ------------------------------------------------------------ memory
+
+    def _assign(self) -> None:
+        uses: dict[Node, list[int]] = defaultdict(list)  # by segment
+        for i, segment in enumerate(self.segments):
+            for x in segment:
+                for operand in x.arrays:
+                    uses[operand.root].append(i)
+        end = len(self.segments)
+        for output in self.program.outputs:
+            if isinstance(output, Node):
+                uses[output.root].append(end)
+        last = {x: max(segments) for x, segments in uses.items()}
+        until: dict[int, int] = {}  # the segment after which a memory is free
+        for x in self.donated:
+            self.place[x] = self._new(x.n_bytes), 0
+            until[self.place[x][0]] = last.get(x, 0)
+        n_given = len(self.sizes)
+        free: list[int] = []
+        for now, segment in enumerate(self.segments):
+            rows = self.rows(segment)
+            left = {x: len([o for y in segment for o in y.arrays if o.root is x])
+                    for x in segment}  # fmt: skip
+            spare: list[int] = []
+            for x in segment:
+                if x in self.homes:
+                    home, offset = self.homes[x]
+                    if home not in self.place:
+                        self.place[home] = self._take(free, home.n_bytes), 0
+                    memory, _ = self.place[home]
+                    self.place[x] = memory, offset
+                    until[memory] = max(last[home], last[x], until.get(memory, 0))
+                elif x not in self.place:
+                    dead = self._overwritten(x, segment, until, now)
+                    local = rows and last[x] == now
+                    if local and (dead is None or dead >= n_given):
+                        self._place_scratch(x, left, spare, rows)
+                        continue
+                    memory = self._take(free, x.n_bytes) if dead is None else dead
+                    self.place[x] = memory, 0
+                    until[memory] = last[x]
+                self._retire(x, left, spare)
+            free += [
+                m for m, done in until.items() if done == now and m >= n_given and m not in free
+            ]
+
+    def _place_scratch(self, x: Node, left: dict[Node, int], spare: list[int], rows: int) -> None:
+        """A result that only its own segment reads: a block of it is enough."""
+        self._retire(x, left, spare)
+        n_bytes = rows * (x.n_bytes // x.shape[0])
+        fits = [s for s in spare if self.scratch[s] >= n_bytes]
+        if fits:
+            number = fits[-1]
+            spare.remove(number)
+        else:
+            number = len(self.scratch)
+            self.scratch.append(n_bytes)
+        self.place[x] = -1 - number, 0
+
+    def _retire(self, x: Node, left: dict[Node, int], spare: list[int]) -> None:
+        """Scratch memory that x is the last to read; an elementwise result may go there."""
+        for operand in x.arrays:
+            root = operand.root
+            if root in left:
+                left[root] -= 1
+                memory = self.place[root][0]
+                if not left[root] and memory < 0:
+                    spare.append(-1 - memory)
+
+    def _overwritten(
+        self, x: Node, segment: list[Node], until: dict[int, int], now: int
+    ) -> int | None:
+        """A memory that nobody reads any more where x is written, if there is one.
+
+        That of an operand, where each element is read before it is written; or that of
+        the donated array which x replaces.
+        """
+        later = segment[segment.index(x) + 1 :]
+        still_read = {self.place.get(o.root, (0,))[0] for y in later for o in y.arrays}
+        candidates: dict[int, bool] = {}
+        for operand in x.arrays:
+            memory, offset = self.place.get(operand.root, (-1, 0))
+            fits = (
+                x.op not in (*_NOT_ELEMENTWISE, "where")
+                and (operand.shape, operand.dtype) == (x.shape, x.dtype) and operand.contiguous
+                and offset == 0 and memory >= 0 and self.sizes[memory] == x.n_bytes
+                and until[memory] <= now and memory not in still_read
+            )  # fmt: skip
+            # Any other view of the same memory would be read after it was overwritten
+            candidates[memory] = candidates.get(memory, True) and fits
+        for memory, output in enumerate(self.program.outputs[: len(self.donated)]):
+            if output is x and until[memory] <= now and memory not in still_read:
+                candidates.setdefault(memory, True)
+        # Donated memory first: its result is to be there in the end
+        return min((m for m, fits in candidates.items() if fits), default=None)
+
+    def _new(self, n_bytes: int) -> int:
+        self.sizes.append(n_bytes)
+        return len(self.sizes) - 1
+
+    def _take(self, free: list[int], n_bytes: int) -> int:
+        fits = [m for m in free if n_bytes <= self.sizes[m] <= 2 * n_bytes + 4096]
+        if not fits:
+            return self._new(n_bytes)
+        best = min(fits, key=lambda m: self.sizes[m])
+        free.remove(best)
+        return best
+
+
+class _Writer:
+    """Writes a plan's calls."""
+
+    def __init__(self, plan: _Plan, dialect: type[NumPyDialect]) -> None:
+        self.plan = plan
+        self.dialect = dialect
+        self.foreign = set(plan.passed)
+        self.bound: list[str] = []  # lines run once
+        self.calls: list[str] = []  # lines run at each call
+        self.names: dict[Any, str] = {}
+
+    def source(self) -> str:
+        plan = self.plan
+        donated = [self._set(x, f"state{i}") for i, x in enumerate(plan.donated)]
+        passed = [self._set(x, f"arg{i}") for i, x in enumerate(plan.passed)]
+        for m in range(len(donated), len(plan.sizes)):
+            self.bound.append(f"m{m} = empty({plan.sizes[m]})")
+        for s, n_bytes in enumerate(plan.scratch):
+            self.bound.append(f"s{s} = empty({n_bytes})")
+        for segment in plan.segments:
+            rows = plan.rows(segment)
+            if rows:
+                self._blocks(segment, rows)
+            else:
+                for x in segment:
+                    self._call(x, self.calls)
+        self._settle()
+        results = "".join(f"{self._result(y)}, " for y in plan.program.outputs[len(donated) :])
+        lines = [
+            f"def bind({', '.join(donated)}):",
+            *(f"    {line}" for line in self.bound),
+            f"    def run({', '.join(passed)}):",
+            *(f"        {line}" for line in self.calls),
+            f"        return ({results})",
+            "    return run",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _settle(self) -> None:
+        """Bring what is to be in donated memory there, if it is not."""
+        plan = self.plan
+        moves: list[str] = []
+        for x, y in zip(plan.donated, plan.program.outputs, strict=False):
+            if plan.place.get(y) != plan.place[x]:
+                self.calls.append(f"moved{len(moves)} = {self.dialect.copy(self.name(y))}")
+                moves.append(self.dialect.assign(self.name(x), f"moved{len(moves)}"))
+        self.calls += moves
+
+    def _result(self, y: Any) -> str:
+        if not isinstance(y, Node) or y.is_number:
+            return self._number(y)
+        return self.dialect.result(self.name(y), y.shape)
+
+    # ------------------------------------------------------------ names
+
+    def _set(self, key: Any, name: str) -> str:
+        self.names[key] = name
+        return name
+
+    def _fresh(self, key: Any, prefix: str) -> str:
+        return self._set(key, f"{prefix}{len(self.names)}")
+
+    def _local(self, path: str) -> str:
+        """A local name for a library's function."""
+        if path not in self.names:
+            self._set(path, path.split(".", 1)[1].replace(".", "_") + "_")
+            self.bound.append(f"{self.names[path]} = {path}")
+        return self.names[path]
+
+    def _number(self, x: Any) -> str:
+        """A number, known or changing from call to call, as an expression."""
+        if not isinstance(x, Node):
+            return repr(x) if abs(x) < float("inf") else f"float('{x}')"
+        if x in self.names:
+            return self.names[x]
+        return "(" + NUMBERS[x.op].format(*(self._number(o) for o in x.operands)) + ")"
+
+    def operand(self, x: Any, dtype: Any) -> str:
+        """An array; of a number, one without axes: half the time of a Python number."""
+        if isinstance(x, Node) and not x.is_number:
+            return self.name(x)
+        key = ("scalar", dtype, x if isinstance(x, Node) else (type(x), repr(x)))
+        if key not in self.names:
+            name = self._fresh(key, "c")
+            known = not isinstance(x, Node)
+            value = self._number(x) if known else 0
+            self.bound.append(f"{name} = {self.dialect.constant(value, (), dtype)}")
+            if not known:
+                self.calls.append(f"{name}[()] = {self._number(x)}")
+        return self.names[key]
+
+    def name(self, x: Node) -> str:
+        """A variable that holds x; made where it is asked for first."""
+        if x in self.names:
+            return self.names[x]
+        name = self._fresh(x, "v")
+        if x.op in (*VIEWS, "full", "arange"):
+            lines = self.calls if x.root in self.foreign else self.bound
+            line = self._expression(x)
+            lines.append(f"{name} = {line}")
+        elif x in self.plan.fixed:
+            array = self._array(f"empty({x.n_bytes})", 0, x.shape, x.dtype)
+            self.bound.append(f"{name} = {array}")
+            self._call(x, self.bound)
+        else:
+            memory, offset = self.plan.place[x]
+            given = memory < len(self.plan.donated)
+            where = (
+                self.dialect.bytes_of(self.name(self.plan.donated[memory]))
+                if given else f"m{memory}"
+            )  # fmt: skip
+            self.bound.append(f"{name} = {self._array(where, offset, x.shape, x.dtype)}")
+        return name
+
+    def _array(self, memory: str, offset: int, shape: tuple[int, ...], dtype: Any) -> str:
+        n_bytes = int(np.prod(shape)) * dtype.itemsize
+        where = f"{memory}[{offset}:{offset + n_bytes}]"
+        return f"{where}.view({self.dialect.dtype(dtype)}).reshape({shape})"
+
+    def _expression(self, x: Node) -> str:
+        """Views, and what is computed once."""
+        dialect = self.dialect
+        if x.op == "full":
+            return dialect.constant(self._number(x.operands[0]), x.shape, x.dtype)
+        if x.op == "arange":
+            return dialect.arange(", ".join(map(str, x.operands)), x.dtype)
+        first = self.name(x.operands[0])
+        if x.op == "reshape":
+            return f"{first}.reshape({x.shape})"
+        if x.op == "permute":
+            return dialect.transpose(first, x.attrs[0])
+        if x.op == "index":
+            return f"{first}[{', '.join(_key(k) for k in x.attrs)}]"
+        return dialect.broadcast(first, x.shape)
+
+    # ------------------------------------------------------------ calls
+
+    def _call(self, x: Node, lines: list[str]) -> None:
+        """Write the call that computes x into its place."""
+        if x.op == "concat":
+            lines += self._concat(x)
+            return
+        if x.op == "astype" and x.operands[0].is_number:
+            lines.append(self.dialect.assign(self.name(x), self._number(x.operands[0])))
+            return
+        operands = [self.operand(o, d) for o, d in zip(x.operands, _wanted(x), strict=True)]
+        out = self.name(x)
+        if lines is self.calls:
+            operands, out = self._long_rows(x, operands, out)
+        lines.append(self._compute(x, operands, out))
+
+    def _compute(self, x: Node, operands: list[str], out: str) -> str:
+        dialect = self.dialect
+        if x.op in ("astype", "copy"):
+            return dialect.assign(out, operands[0])
+        if x.op in REDUCTIONS:
+            function = self._local(dialect.reduction(x.op))
+            axes, keepdims = x.attrs
+            return dialect.reduce(function, operands[0], axes, keepdims, out)
+        if x.op == "where":
+            condition, a, b = operands
+            return dialect.where(out, condition, a, b)
+        if x.op == "matmul":
+            left, right = x.operands
+            return dialect.matmul(operands[0], operands[1], out, (left.ndim, right.ndim))
+        function = self._local(dialect.elementwise(x.op))
+        return f"{function}({', '.join(operands)}, out={out})"
+
+    def _concat(self, x: Node) -> list[str]:
+        """Copy the parts that are not there yet."""
+        lines, start = [], 0
+        (axis,) = x.attrs
+        for part in x.operands:
+            end = start + part.shape[axis]
+            # A part that stands twice is at home in one place
+            if axis or self.plan.homes.get(part.root) != (x, start * x.dtype.itemsize):
+                key = ":, " * axis + f"{start}:{end}"
+                lines.append(self.dialect.assign(f"{self.name(x)}[{key}]", self.name(part)))
+            start = end
+        return lines
+
+    def _blocks(self, segment: list[Node], rows: int) -> None:
+        """A chain of elementwise operations, a block of rows at a time."""
+        n = segment[0].shape[0]
+        views: dict[str, str] = {}  # a block's name -> the whole array's
+        passed: list[bool] = []
+
+        def cut(x: Any, dtype: Any) -> str:
+            if not isinstance(x, Node) or x.shape != segment[0].shape:
+                return self.operand(x, dtype)
+            passed.append(x.root in self.foreign)
+            memory, _ = self.plan.place.get(x, (0, 0))
+            if memory < 0:  # scratch: the whole of it is a block
+                short = (rows, *x.shape[1:])
+                whole = self.names.get(("scratch", x))
+                if whole is None:
+                    whole = self._fresh(("scratch", x), "w")
+                    self.bound.append(
+                        f"{whole} = {self._array(f's{-1 - memory}', 0, short, x.dtype)}"
+                    )
+                views[f"{whole}_"] = whole
+                return f"{whole}_"
+            whole = self.name(x)
+            views[f"{whole}_"] = whole
+            return f"{whole}_"
+
+        lines = []
+        for x in segment:
+            operands = [
+                self._vector(o, x.shape[-1], d)
+                if x.op in self.dialect.vectors and x.ndim > 1 and not isinstance(o, Node)
+                else cut(o, d)
+                for o, d in zip(x.operands, _wanted(x), strict=True)
+            ]
+            lines.append(self._compute(x, operands, cut(x, x.dtype)))
+        blocks = self._fresh(("blocks", segment[0]), "blocks")
+        parts = []
+        for start in range(0, n, rows):
+            end = min(start + rows, n)
+            parts.append(
+                ", ".join(
+                    f"{x}[:{end - start}]" if x.startswith("w") else f"{x}[{start}:{end}]"
+                    for x in views.values()
+                )
+            )
+        where = self.calls if any(passed) else self.bound
+        where.append(f"{blocks} = [{', '.join(f'({part},)' for part in parts)}]")
+        self.calls.append(f"for {', '.join(views)}, in {blocks}:")
+        self.calls += [f"    {line}" for line in lines]
+
+    def _long_rows(self, x: Node, operands: list[str], out: str) -> tuple[list[str], str]:
+        """Several short rows as one long one, where a vector is added to each of them.
+
+        NumPy's inner loop is over one row: with few columns it does little else than
+        to begin anew.
+        """
+        if x.ndim != 2 or x.op in _NOT_ELEMENTWISE or not x.size:
+            return operands, out
+        n, k = x.shape
+        arrays = [a for a in x.arrays if a.shape]
+        rows = {a for a in arrays if a.shape == (k,)}
+        repeated = x.op in self.dialect.vectors and not rows
+        wide = self.dialect.wide if rows else self.dialect.wider if repeated else 0
+        whole = all(a in rows or (a.shape == x.shape and a.contiguous) for a in arrays)
+        together = max((r for r in range(1, wide // k + 1) if n % r == 0), default=1)
+        if not whole or (together == 1 and not repeated):
+            return operands, out
+        shape = n // together, together * k
+        new = []
+        for operand, text, dtype in zip(x.operands, operands, _wanted(x), strict=True):
+            if operand in rows:
+                new.append(self._tile(operand, text, together, k))
+            elif isinstance(operand, Node) and operand.shape:
+                new.append(self._reshaped(operand, text, shape))
+            elif repeated and not isinstance(operand, Node):
+                new.append(self._vector(operand, shape[1], dtype))
+            else:
+                new.append(text)
+        return new, self._reshaped(x, out, shape)
+
+    def _tile(self, x: Node, text: str, n: int, k: int) -> str:
+        """A row, n times."""
+        tile = self._fresh(("tile", x), "t")
+        memory = self._array(f"empty({n * x.n_bytes})", 0, (n, k), x.dtype)
+        self.bound += [f"{tile} = {memory}", f"{tile}_ = {tile}.reshape(-1)"]
+        self.calls.append(self.dialect.assign(tile, text))
+        return f"{tile}_"
+
+    def _vector(self, value: Any, length: int, dtype: Any) -> str:
+        """A number, repeated."""
+        key = ("vector", length, dtype, type(value), repr(value))
+        if key not in self.names:
+            constant = self.dialect.constant(self._number(value), (length,), dtype)
+            self.bound.append(f"{self._fresh(key, 'c')} = {constant}")
+        return self.names[key]
+
+    def _reshaped(self, x: Node, text: str, shape: tuple[int, int]) -> str:
+        key = ("reshaped", x, shape)
+        if key not in self.names:
+            name = self._fresh(key, "l")
+            lines = self.calls if x.root in self.foreign else self.bound
+            lines.append(f"{name} = {text}.reshape({shape})")
+        return self.names[key]
+
+
+def _wanted(x: Node) -> tuple[Any, ...]:
+    """The data types of the operands."""
+    if x.op == "where":
+        return np.dtype(bool), x.dtype, x.dtype
+    if x.op in _NOT_ELEMENTWISE or x.op == "astype":
+        return tuple(o.dtype for o in x.operands)
+    return x.attrs
+
+
+def _key(k: Any) -> str:
+    """An index as it is written between brackets."""
+    if isinstance(k, tuple):
+        _, start, stop, step = k
+        return f"{'' if start is None else start}:{'' if stop is None else stop}" + (
+            "" if step is None else f":{step}"
+        )
+    return "..." if k is ... else repr(k)
