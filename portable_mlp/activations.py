@@ -188,14 +188,9 @@ def get_activation(activation: Any) -> Layer:
     ------
     ValueError
         If the name is unknown (the message says which comes nearest), or what was
-        given is neither a name nor a layer without parameters.
+        given is neither a name nor a layer.
     """
     layer: Layer = lookup("activation", activation, ACTIVATIONS, Layer)
-    if layer.params:
-        raise ValueError(
-            f"activation={layer!r} has parameters of its own: it can be a layer of a"
-            " Network, but not an activation"
-        )
     return layer
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isnan, nan
 from typing import Any, NamedTuple
+
+from portable_mlp.typing import Array
 
 
 class Epoch(NamedTuple):
@@ -15,8 +18,10 @@ class Epoch(NamedTuple):
         From 1.
     loss : float
         Mean over the epoch's rows of what was minimised, the penalty included.
+    validation_loss : float
+        Mean over held-out rows, without the penalty; NaN without such rows.
     validation_score : float
-        Higher is better; NaN without held-out rows.
+        Of held-out rows, higher is better; NaN without such rows.
     learning_rate : float
         In the epoch's last step.
     seconds : float
@@ -25,6 +30,7 @@ class Epoch(NamedTuple):
 
     epoch: int
     loss: float
+    validation_loss: float = nan
     validation_score: float = nan
     learning_rate: float = nan
     seconds: float = nan
@@ -36,8 +42,24 @@ class Callback:
     def on_fit_begin(self, max_epochs: int) -> None:
         """Before the first epoch."""
 
-    def on_epoch_end(self, epoch: Epoch) -> None:
-        """After each epoch."""
+    def on_epoch_begin(self, epoch: int) -> None:
+        """Before each epoch, counted from 1 (each iteration of L-BFGS)."""
+
+    def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool | None:
+        """After each epoch (each iteration of L-BFGS).
+
+        Parameters
+        ----------
+        epoch : Epoch
+        params : callable
+            Returns copies of the network's parameters as they stand.
+
+        Returns
+        -------
+        bool, optional
+            True to stop training.
+        """
+        return None
 
     def on_fit_end(self) -> None:
         """After the last epoch, whatever ended it."""
@@ -74,7 +96,7 @@ class Progress(Callback):
         self._task = self._bar.add_task("", total=max_epochs)
         self._bar.start()
 
-    def on_epoch_end(self, epoch: Epoch) -> None:
+    def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> None:
         score = epoch.validation_score
         if self._bar is not None:
             text = f"loss {epoch.loss:.4g}" + ("" if isnan(score) else f"  validation {score:.4f}")

@@ -6,35 +6,39 @@ added comes after them, keyword-only, and changes no default.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import inf, nan
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import accuracy_score, r2_score
+from sklearn.metrics import accuracy_score, check_scoring, get_scorer_names, r2_score
 from sklearn.model_selection import train_test_split
-from sklearn.utils import check_array, check_consistent_length, check_random_state
+from sklearn.utils import check_array, check_random_state, compute_sample_weight
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import type_of_target
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from portable_mlp.activations import lookup
 from portable_mlp.backends import Backend, NumPyBackend, backend_of, get_backend, move, to_host
 from portable_mlp.callbacks import Callback, Progress
 from portable_mlp.functions import log_softmax, sigmoid, softplus
 from portable_mlp.initializers import GlorotUniform
-from portable_mlp.layers import Layer
+from portable_mlp.layers import Layer, Linear
 from portable_mlp.losses import (
     LOSSES,
     BinaryCrossEntropy,
+    CallableLoss,
     Loss,
     Poisson,
     SoftmaxCrossEntropy,
@@ -42,15 +46,42 @@ from portable_mlp.losses import (
 )
 from portable_mlp.network import Network, mlp
 from portable_mlp.optimizers import SGD, AdamW, Optimizer, RMSprop, SklearnAdam, SklearnSGD
+from portable_mlp.peer import (
+    CallbackSupportMixin,
+    FitCallbacks,
+    PeerInternals,
+    check_same_namespace,
+    with_callbacks,
+)
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
-from portable_mlp.steps import Batch
-from portable_mlp.training import ArraySource, State, Trainer, fit_lbfgs
+from portable_mlp.sources import ArraySource, Source, SparseSource, on_backend
+from portable_mlp.training import State, Trainer, Validate, fit_lbfgs
 from portable_mlp.typing import Array
+from portable_mlp.validation import check_weights, check_X, check_y
+
+Mode = Literal["fit", "partial", "continue", "init"]
+
+LossFunction = Callable[[Array, Array, Any], tuple[Array, Array]]
 
 _CHUNK = 2**22  # elements of the widest activation that prediction holds at once
 
 
-class _MultilayerPerceptron(BaseEstimator):
+class _Rows(NamedTuple):
+    """Checked rows: x where it is (or CSR), y as it came and as numbers, weights."""
+
+    x: Any
+    y: NDArray[Any]
+    target: NDArray[Any]
+    weights: NDArray[np.float64] | None
+
+    def take(self, rows: NDArray[np.intp], backend: Backend) -> _Rows:
+        on_host = issparse(self.x) or isinstance(backend_of(self.x), NumPyBackend)
+        x = self.x[rows] if on_host else backend.xp.take(self.x, backend.indices(rows), axis=0)
+        weights = None if self.weights is None else self.weights[rows]
+        return _Rows(x, self.y[rows], self.target[rows], weights)
+
+
+class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
     """What classifier and regressor share."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -77,12 +108,28 @@ class _MultilayerPerceptron(BaseEstimator):
         "dtype": [StrOptions({"float32", "float64"}), None],
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), None],
+        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+        "callbacks": ["array-like", None],
     }
+
+    _results_on_host = False
+    classes_: NDArray[Any]
+
+    def _store(self, given: dict[str, Any]) -> None:
+        """Keep the constructor's arguments as they are."""
+        for name, value in given.items():
+            if name not in ("self", "__class__"):
+                setattr(self, name, value)
 
     # -------------------------------------------------------- parameters -> objects
 
-    def _optimizer(self) -> Optimizer:
+    def _make_optimizer(self) -> Optimizer:
         if isinstance(self.solver, Optimizer):
+            if self.weight_decay is not None:
+                raise ValueError(
+                    f"weight_decay is for a solver given by name: set it in {self.solver!r}"
+                )
             return self.solver
         moments = {"beta_1": self.beta_1, "beta_2": self.beta_2, "epsilon": self.epsilon}
         build = {
@@ -97,9 +144,11 @@ class _MultilayerPerceptron(BaseEstimator):
             "lbfgs": lambda: SGD(),  # never stepped
         }
         optimizer: Optimizer = lookup("solver", self.solver, build, Optimizer)()
-        return optimizer
+        if self.weight_decay is None:
+            return optimizer
+        return replace(optimizer, weight_decay=self.weight_decay)
 
-    def _schedule(self) -> Schedule:
+    def _make_schedule(self) -> Schedule:
         named = {
             "constant": Schedule(),
             "invscaling": InverseScaling(self.power_t),
@@ -113,7 +162,7 @@ class _MultilayerPerceptron(BaseEstimator):
                     f" effect with solver={self.solver!r}, as in scikit-learn; a schedule"
                     " from portable_mlp.schedules works with every solver but 'lbfgs'",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=6,
                 )
             return Schedule()
         return schedule
@@ -142,83 +191,44 @@ class _MultilayerPerceptron(BaseEstimator):
         if self.solver == "lbfgs":
             given = {"dropout": self.dropout > 0, "clip_norm": self.clip_norm is not None}
             given["a schedule"] = isinstance(self.learning_rate, Schedule)
+            given["weight_decay"] = self.weight_decay is not None
+            given["scoring"] = self.scoring is not None
             for name in (name for name, is_given in given.items() if is_given):
                 raise ValueError(f"solver='lbfgs' cannot take {name}: it has no steps of its own")
             if self.early_stopping:
                 warnings.warn(
                     "early_stopping has no effect with solver='lbfgs', as in scikit-learn",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=6,
                 )
-
-    # -------------------------------------------------------- input
-
-    def _check_X(self, X: Any, reset: bool) -> Array:
-        """X, two-dimensional, real, finite, of the width seen in fit, where it is."""
-        if isinstance(backend_of(X), NumPyBackend):
-            return validate_data(self, X, dtype=(np.float64, np.float32), reset=reset)
-        xp = backend_of(X).xp
-        name = type(self).__name__
-        if X.ndim != 2:
-            raise ValueError(f"X: expected a 2-D array, got {X.ndim} dimensions")
-        if 0 in X.shape:
-            raise ValueError(f"X: found array with shape {tuple(X.shape)}, nothing to learn from")
-        if xp.isdtype(X.dtype, "complex floating"):
-            raise ValueError("X: complex data not supported")
-        if not xp.isdtype(X.dtype, "real floating"):
-            known = xp.__array_namespace_info__().dtypes(device=backend_of(X).device)
-            X = xp.astype(X, known.get("float64", xp.float32))
-        elif not bool(xp.all(xp.isfinite(X))):
-            raise ValueError(f"X contains NaN or infinity, which {name} does not accept")
-        if reset:
-            self.n_features_in_ = int(X.shape[1])
-            if hasattr(self, "feature_names_in_"):
-                del self.feature_names_in_
-        elif X.shape[1] != self.n_features_in_:
-            raise ValueError(
-                f"X has {X.shape[1]} features, but {name} is expecting"
-                f" {self.n_features_in_} features as input"
-            )
-        return X
-
-    def _check_y(self, y: Any, X: Array) -> NDArray[Any]:
-        if y is None:
-            raise ValueError(f"{type(self).__name__} requires y to be passed, but y is None")
-        host: NDArray[Any] = check_array(to_host(y), ensure_2d=False, dtype=None, input_name="y")
-        check_consistent_length(np.empty((X.shape[0], 0)), host)
-        if host.ndim == 2 and host.shape[1] == 1:
-            host = column_or_1d(host, warn=True)
-        return host
-
-    @staticmethod
-    def _check_weights(sample_weight: Any, X: Array) -> NDArray[np.float64] | None:
-        if sample_weight is None:
-            return None
-        weights = np.asarray(to_host(sample_weight), dtype=np.float64)
-        if weights.ndim == 0:
-            weights = np.full(X.shape[0], float(weights))
-        if weights.shape != (X.shape[0],):
-            raise ValueError(f"sample_weight: expected shape {(X.shape[0],)}, got {weights.shape}")
-        if not np.isfinite(weights).all() or (weights < 0).any():
-            raise ValueError("sample_weight must be finite and not negative")
-        if not weights.any():
-            raise ValueError("sample_weight is zero for every row: nothing to learn from")
-        return weights
 
     # -------------------------------------------------------- fit
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    @with_callbacks
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> Self:
         """Fit the network to X and y.
 
         Parameters
         ----------
-        X : array-like (n_samples, n_features)
+        X : array-like or sparse matrix (n_samples, n_features)
             From any backend; computation follows it unless ``device`` or ``backend``
             say otherwise.
         y : array-like (n_samples,) or (n_samples, n_outputs)
             Labels (strings too), indicators of several labels, or real targets.
         sample_weight : array-like (n_samples,), optional
             Not negative, not all zero.
+        X_val, y_val, sample_weight_val : array-like, optional
+            Rows to validate on after each epoch, instead of a share of X where
+            ``early_stopping`` is on; their curves are kept in any case.
 
         Returns
         -------
@@ -234,8 +244,71 @@ class _MultilayerPerceptron(BaseEstimator):
         BackendError
             If the device or backend asked for cannot be used.
         """
+        validation = X_val, y_val, sample_weight_val
+        return self._guarded(X, y, sample_weight, "fit", validation=validation)
+
+    @available_if(lambda self: self._has_steps("continue_fit"))
+    @with_callbacks
+    def continue_fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        n_iter: int | None = None,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> Self:
+        """Go on exactly where the last call stopped, up to ``max_iter`` epochs in all.
+
+        Weights, the optimizer's moments, the random generator, the schedule and early
+        stopping go on as if training had never stopped: with ``max_iter=n + m``, one
+        ``fit`` and ``continue_fit`` of n and of m epochs give the same model.  (A warm
+        start, as in scikit-learn, seeds the generator and the moments anew.)  On a
+        model that is not fitted it begins.
+
+        Parameters
+        ----------
+        X, y, sample_weight, X_val, y_val, sample_weight_val
+            As in the call that is continued; see `fit`.
+        n_iter : int, optional
+            Epochs to do now; all that ``max_iter`` leaves, if not given.
+
+        Returns
+        -------
+        self
+        """
+        if n_iter is not None and n_iter < 1:
+            raise ValueError(f"n_iter must be at least 1, got {n_iter!r}")
+        validation = X_val, y_val, sample_weight_val
+        return self._guarded(X, y, sample_weight, "continue", n_iter=n_iter, validation=validation)
+
+    def init_model(self, X: Any, y: Any) -> Self:
+        """Draw the initial weights that ``fit`` would start from, and do not train.
+
+        What the model predicts then is what it begins with; `continue_fit`,
+        `partial_fit`, and ``fit`` with ``warm_start`` go on from there.
+
+        Parameters
+        ----------
+        X : array-like (n_samples, n_features)
+        y : array-like (n_samples,) or (n_samples, n_outputs)
+            All classes have to occur.
+
+        Returns
+        -------
+        self
+        """
+        return self._guarded(X, y, None, "init")
+
+    def _guarded(self, X: Any, y: Any, sample_weight: Any, mode: Mode, **how: Any) -> Self:
+        context = None
+        if hasattr(self, "_skl_callbacks") or hasattr(self, "_parent_callback_ctx"):
+            # Outside of what is undone on an error: callbacks are torn down after it
+            context = self._init_callback_context(max_subtasks=self.max_iter)
         with self._unchanged_on_error():
-            return self._fit(X, y, sample_weight, incremental=False)
+            return self._fit(X, y, sample_weight, mode, context, **how)
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
@@ -250,91 +323,206 @@ class _MultilayerPerceptron(BaseEstimator):
                 setattr(self, name, value)
             raise
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool) -> Self:
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        mode: Mode,
+        context: Any = None,
+        *,
+        validation: tuple[Any, Any, Any] = (None, None, None),
+        n_iter: int | None = None,
+    ) -> Self:
         self._check_parameters()
-        optimizer, schedule = self._optimizer(), self._schedule()
-        again = hasattr(self, "coefs_") and (self.warm_start or incremental)
+        again = hasattr(self, "coefs_") and (
+            mode in ("partial", "continue") or (mode == "fit" and self.warm_start)
+        )
         home = backend_of(X)
         backend = get_backend(self.device, self.backend, like=X)
-        X = self._check_X(X, reset=not again)
-        weights = self._check_weights(sample_weight, X)
-        target, loss, attributes = self._encode(self._check_y(y, X), X, again, incremental)
-        n_outputs = target.shape[1] if target.ndim == 2 else attributes.pop("n_outputs_", 1)
+        as_given = X, y
+        X = check_X(self, X, reset=not again)
+        weights = check_weights(sample_weight, X)
+        y = check_y(self, y, X)
+        self._loss, n_outputs = self._learn_target(y, again, mode == "partial")
+        target = self._numbers(y)
+        self.out_activation_ = self._loss.link_name
         network = self._network([X.shape[1], *self._hidden(), n_outputs])
-        for name, value in attributes.items():
-            setattr(self, name, value)
-        if again:
-            self._check_shapes(network)
         dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
         rng = check_random_state(self.random_state)
-        params = self._flat_params() if again else network.init(rng)
-
-        with backend.scope(dtype):
-            data = Batch(
-                move(X, backend, dtype),
-                backend.asarray(target, "int32" if target.dtype.kind == "i" else dtype),
-                None if weights is None else backend.asarray(weights, dtype),
-            )
-        trainer = Trainer(
-            network,
-            loss,
-            optimizer,
-            backend,
-            dtype,
-            self.learning_rate_init,
-            schedule,
-            alpha=self.alpha,
-            clip_norm=self.clip_norm,
-            shuffle=self.shuffle,
-            tol=self.tol,
-            patience=self.n_iter_no_change,
-            # scikit-learn reports the squared error's mean over the outputs
-            loss_scale=1.0 / n_outputs if isinstance(loss, SquaredError) else 1.0,
-        )
-        if self.solver == "lbfgs":
-            params, fitted = self._run_lbfgs(trainer, params, data)
+        params = self._flat_params(network) if again else network.init(rng)
+        weights = self._class_weighted(y, weights, mode)
+        if not issparse(X):
+            with backend.scope(dtype):
+                X = move(X, backend, dtype)
+        trainer = self._trainer(network, backend, dtype)
+        rows = _Rows(X, y, target, weights)
+        held_out = self._check_validation(*validation)
+        callbacks: list[Callback] = [Progress()] if self.verbose else []
+        callbacks += self.callbacks or ()
+        if context is not None:
+            attributes = partial(self._with_params, network=network)
+            callbacks.append(FitCallbacks(self, context, *as_given, attributes))
+        if mode == "init":
+            state = trainer.start(params)
+            state.generator = rng.get_state()
+            state.arrays = state.arrays._replace(leaves=[])
+            fitted = self._curves(state, 0)
+        elif self.solver == "lbfgs":
+            params, fitted = self._run_lbfgs(trainer, params, rows, callbacks)
         else:
             params, fitted = self._run_epochs(
-                trainer, params, data, target, weights, rng, again, incremental
+                trainer, params, rows, rng, again, mode, callbacks, held_out, n_iter
             )
         with backend.scope(dtype):
             if home == backend:
                 kept = [backend.asarray(p, copy=True) for p in params]
             else:
                 kept = [move(p, home, dtype) for p in params]
-        self.coefs_, self.intercepts_ = kept[::2], kept[1::2]
+        fitted |= self._with_params(kept, network)
         self.n_outputs_ = n_outputs
-        self.n_layers_ = len(self.coefs_) + 1
-        self.out_activation_ = loss.link_name
-        self._loss = loss
+        self.n_layers_ = len(fitted["coefs_"]) + 1
         for name, value in fitted.items():
             setattr(self, name, value)
         return self
 
-    def _flat_params(self) -> list[Array]:
-        return [p for pair in zip(self.coefs_, self.intercepts_, strict=True) for p in pair]
+    def _trainer(self, network: Network, backend: Backend, dtype: str) -> Trainer:
+        n_outputs = network.params[-1].shape[0]
+        return Trainer(
+            network,
+            self._loss,
+            self._make_optimizer(),
+            backend,
+            dtype,
+            self.learning_rate_init,
+            self._make_schedule(),
+            alpha=self.alpha,
+            clip_norm=self.clip_norm,
+            shuffle=self.shuffle,
+            tol=self.tol,
+            patience=self.n_iter_no_change,
+            # scikit-learn reports the squared error's mean over the outputs
+            loss_scale=1.0 / n_outputs if isinstance(self._loss, SquaredError) else 1.0,
+        )
 
-    def _check_shapes(self, network: Network) -> None:
+    # -------------------------------------------------------- parameters of the network
+
+    def _with_params(self, params: list[Array], network: Network) -> dict[str, list[Array]]:
+        """Fitted attributes that hold these parameters, in the network's order."""
+        coefs: list[Array] = []
+        intercepts: list[Array] = []
+        own: list[Array] = []
+        for layer, arrays in zip(network.layers, network.split(params), strict=True):
+            if isinstance(layer, Linear):
+                coefs.append(arrays[0])
+                intercepts.append(arrays[1])
+            else:
+                own += arrays
+        return {"coefs_": coefs, "intercepts_": intercepts, "layer_params_": own}
+
+    def _flat_params(self, network: Network) -> list[Array]:
+        """The fitted parameters in the network's order."""
+        pairs = zip(self.coefs_, self.intercepts_, strict=True)
+        own = iter(getattr(self, "layer_params_", ()))
+        found: list[Array] = []
+        for layer in network.layers:
+            if isinstance(layer, Linear):
+                found += next(pairs, ())
+            else:
+                found += [next(own) for _ in layer.params]
         wanted = [param.shape for param in network.params]
-        fitted = [tuple(own.shape) for own in self._flat_params()]
-        if wanted != fitted:
+        shapes = [tuple(array.shape) for array in found]
+        if wanted != shapes or next(pairs, None) is not None:
             raise ValueError(
                 f"continuing needs the same layers: asked for are weights and biases of"
-                f" shapes {wanted}, fitted are {fitted}"
+                f" shapes {wanted}, fitted are {[tuple(w.shape) for w in self.coefs_]}"
             )
+        return found
+
+    def _fitted_network(self) -> Network:
+        """The layers as they were fitted, whatever hidden_layer_sizes says by now."""
+        return self._network([self.coefs_[0].shape[0], *(w.shape[1] for w in self.coefs_)])
+
+    @property
+    def _first_coef(self) -> Array:
+        return self.coefs_[0]
+
+    # -------------------------------------------------------- rows
+
+    def _class_weighted(
+        self, y: NDArray[Any], weights: NDArray[np.float64] | None, mode: Mode
+    ) -> NDArray[np.float64] | None:
+        class_weight = getattr(self, "class_weight", None)
+        if class_weight is None:
+            return weights
+        if mode == "partial" and class_weight == "balanced":
+            raise ValueError(
+                "class_weight='balanced' needs all rows at once: for partial_fit compute the"
+                " weights with sklearn.utils.class_weight.compute_class_weight and pass a dict"
+            )
+        by_class: NDArray[np.float64] = compute_sample_weight(class_weight, y)
+        return by_class if weights is None else weights * by_class
+
+    def _check_validation(self, X: Any, y: Any, sample_weight: Any) -> _Rows | None:
+        if X is None and y is None and sample_weight is None:
+            return None
+        if X is None or y is None:
+            raise ValueError("X_val and y_val go together: one of them is missing")
+        if self.solver == "lbfgs":
+            raise ValueError("solver='lbfgs' cannot take X_val: it has no epochs to validate after")
+        X = check_X(self, X, reset=False)
+        y = check_y(self, y, X)
+        return _Rows(X, y, self._numbers(y), check_weights(sample_weight, X))
+
+    def _split(self, rows: _Rows, rng: np.random.RandomState) -> list[NDArray[np.intp]]:
+        """Row numbers to train on, and to validate on."""
+        # Binary labels alone are stratified, as in scikit-learn
+        binary = rows.target.ndim == 1 and self._loss.link_name == "logistic"
+        numbers = np.arange(rows.x.shape[0])
+        split: list[NDArray[np.intp]] = train_test_split(
+            numbers,
+            test_size=self.validation_fraction,
+            random_state=rng,
+            stratify=rows.target.astype(bool)[:, None] if binary else None,
+        )
+        if len(split[1]) < 2:
+            raise ValueError(
+                "The validation set is too small. Increase 'validation_fraction'"
+                " or the size of your dataset."
+            )
+        return split
+
+    # -------------------------------------------------------- solvers
 
     def _run_lbfgs(
-        self, trainer: Trainer, params: list[Array], data: Batch
+        self, trainer: Trainer, params: list[Array], rows: _Rows, callbacks: list[Callback]
     ) -> tuple[list[Array], dict[str, Any]]:
+        backend, dtype = trainer.backend, trainer.dtype
+        with backend.scope(dtype):
+            if issparse(rows.x) and not isinstance(backend, NumPyBackend):
+                raise ValueError(f"solver='lbfgs' takes sparse X on NumPy only, not on {backend!r}")
+            x = rows.x.astype(dtype, copy=False) if issparse(rows.x) else None
+            data = on_backend(
+                np.empty((0, 0)) if x is not None else rows.x,
+                rows.target,
+                rows.weights,
+                backend,
+                dtype,
+            )
         params, loss, n_iter, message = fit_lbfgs(
-            trainer, params, data, max_iter=self.max_iter, max_fun=self.max_fun
+            trainer,
+            params,
+            data if x is None else data._replace(x=x),
+            max_iter=self.max_iter,
+            max_fun=self.max_fun,
+            callbacks=callbacks,
         )
         if message is not None:
             warnings.warn(
                 f"lbfgs failed to converge after {n_iter} iteration(s): {message}."
                 " Increase max_iter, or scale the data.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
         return params, {"loss_": loss, "n_iter_": n_iter, "t_": 0}
 
@@ -342,161 +530,244 @@ class _MultilayerPerceptron(BaseEstimator):
         self,
         trainer: Trainer,
         params: list[Array],
-        data: Batch,
-        target: NDArray[Any],
-        weights: NDArray[np.float64] | None,
+        rows: _Rows,
         rng: np.random.RandomState,
         again: bool,
-        incremental: bool,
+        mode: Mode,
+        callbacks: list[Callback],
+        held_out: _Rows | None,
+        n_iter: int | None,
     ) -> tuple[list[Array], dict[str, Any]]:
-        if self.early_stopping and incremental:
+        if self.early_stopping and mode == "partial":
             raise ValueError("partial_fit does not support early_stopping=True")
-        rows, validate = None, None
-        if self.early_stopping:
-            # Binary labels alone are stratified, as in scikit-learn
-            binary = isinstance(trainer.loss, BinaryCrossEntropy) and target.ndim == 1
-            stratify = target.astype(bool)[:, None] if binary else None
-            rows, held_out = train_test_split(
-                np.arange(data.x.shape[0]),
-                test_size=self.validation_fraction,
-                random_state=rng,
-                stratify=stratify,
-            )
-            if len(held_out) < 2:
-                raise ValueError(
-                    "The validation set is too small. Increase 'validation_fraction'"
-                    " or the size of your dataset."
+        state = self._state_to_go_on(trainer, params, again, mode)
+        if mode == "continue" and state.generator is not None:
+            rng = np.random.RandomState()
+            rng.set_state(state.generator)
+        else:
+            state.generator = rng.get_state()
+        backend, dtype = trainer.backend, trainer.dtype
+        used = None
+        if self.early_stopping and held_out is None:
+            used, held = self._split(rows, rng)
+            with backend.scope(dtype):
+                held_out = rows.take(held, backend)
+        source: Source
+        with backend.scope(dtype):
+            if issparse(rows.x):
+                parts = rows.x, rows.target, rows.weights
+                source = SparseSource(*parts, backend, dtype, used)
+            else:
+                source = ArraySource(
+                    on_backend(rows.x, rows.target, rows.weights, backend, dtype), used
                 )
-            validate = self._validation(trainer, data, target, weights, held_out)
-
-        source = ArraySource(data, rows)
         batch_size = 200 if self.batch_size == "auto" else self.batch_size
         if self.batch_size != "auto" and batch_size > source.n_rows:
             warnings.warn(
                 "Got `batch_size` less than 1 or larger than sample size."
                 f" It is going to be clipped to {source.n_rows}",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
         trainer = replace(trainer, batch_size=min(batch_size, source.n_rows))
-
-        state = trainer.start(params)
-        old: State | None = getattr(self, "_state", None) if again else None
-        if old is not None:
-            # A warm start forgets the moments and the schedule, partial_fit does not
-            if incremental:
-                state = trainer.resume(old, state)
-            else:
-                state = replace(
-                    state,
-                    rows=old.rows,
-                    watched=old.watched,
-                    best=old.best,
-                    stalled_for=old.stalled_for,
-                    history=list(old.history),
-                )
-        n_before = len(state.history)
-        callbacks: list[Callback] = [Progress()] if self.verbose else []
+        before = len(state.history) if mode != "continue" else len(state.history) - state.done
+        whole = 1 if mode == "partial" else self.max_iter
         reason = trainer.fit(
             state,
             source,
-            1 if incremental else self.max_iter,
+            whole if n_iter is None else min(whole, state.done + n_iter),
             rng,
-            validate=validate,
+            validate=None if held_out is None else self._validation(trainer, held_out),
+            early_stopping=self.early_stopping,
             callbacks=callbacks,
             planned_epochs=self.max_iter,
         )
         if reason == "interrupted":
-            warnings.warn("Training interrupted by user.", UserWarning, stacklevel=4)
-        if reason == "max_epochs" and not incremental:
+            warnings.warn("Training interrupted by user.", UserWarning, stacklevel=6)
+        if reason == "max_epochs" and mode != "partial" and state.done == self.max_iter:
             warnings.warn(
                 f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and"
                 " the optimization hasn't converged yet.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
-        params = trainer.params(state.arrays.leaves)
-        state.arrays = state.arrays._replace(leaves=[])
-        losses = [epoch.loss for epoch in state.history]
-        scores = [epoch.validation_score for epoch in state.history]
-        return params, {
+        params = trainer.params(state.leaves)
+        # coefs_ and intercepts_ hold them: only what differs from those is kept
+        if state.best_leaves is None:
+            state.arrays = state.arrays._replace(leaves=[])
+        state.best_leaves = None
+        return params, self._curves(state, before)
+
+    def _state_to_go_on(
+        self, trainer: Trainer, params: list[Array], again: bool, mode: Mode
+    ) -> State:
+        state = trainer.start(params)
+        old: State | None = getattr(self, "_state", None) if again else None
+        if old is None:
+            return state
+        if mode == "partial":
+            return replace(trainer.resume(old, state), done=0)
+        if mode == "continue":
+            new = trainer.resume(old, state)
+            if old.watched == "score" and self.early_stopping and old.arrays.leaves:
+                # The fitted parameters are the best ones; training goes on from the last
+                new.best_leaves = new.arrays.leaves
+                new.arrays = new.arrays._replace(leaves=trainer.copy(old.arrays.leaves))
+            return new
+        # A warm start forgets the moments and the schedule
+        return replace(
+            state,
+            rows=old.rows,
+            watched=old.watched,
+            best=old.best,
+            stalled_for=old.stalled_for,
+            history=list(old.history),
+        )
+
+    def _curves(self, state: State, before: int) -> dict[str, Any]:
+        """Fitted attributes that tell of the training."""
+        history = state.history
+        losses = [epoch.loss for epoch in history]
+        validated = bool(history) and (
+            self.early_stopping or not np.isnan(history[-1].validation_loss)
+        )
+        early = self.early_stopping
+        return {
             "_state": state,
             "loss_": losses[-1] if losses else inf,
             "loss_curve_": losses,
-            "n_iter_": len(losses) - n_before,
+            "n_iter_": len(losses) - before,
             "t_": state.rows,
-            "best_loss_": None if self.early_stopping else state.best,
-            "validation_scores_": scores if self.early_stopping else None,
-            "best_validation_score_": -state.best if self.early_stopping else None,
+            "best_loss_": None if early else state.best,
+            "validation_loss_curve_": (
+                [epoch.validation_loss for epoch in history] if validated else None
+            ),
+            "validation_scores_": (
+                [epoch.validation_score for epoch in history] if validated else None
+            ),
+            "best_validation_score_": -state.best if early else None,
         }
 
-    def _validation(
-        self,
-        trainer: Trainer,
-        data: Batch,
-        target: NDArray[Any],
-        weights: NDArray[np.float64] | None,
-        rows: NDArray[np.intp],
-    ) -> Any:
-        """The validation score as a function of the parameters."""
-        backend, xp = trainer.backend, trainer.backend.xp
+    def _validation(self, trainer: Trainer, rows: _Rows) -> Validate:
+        """Score and loss of held-out rows as a function of the parameters."""
+        backend, network, xp = trainer.backend, trainer.network, trainer.backend.xp
         with backend.scope(trainer.dtype):
-            x = xp.take(data.x, backend.indices(rows), axis=0)
-        wanted = target[rows]
-        share = None if weights is None else weights[rows]
+            x = rows.x if issparse(rows.x) else move(rows.x, backend, trainer.dtype)
+            _, target, weights = on_backend(
+                np.empty((0, 0)), rows.target, rows.weights, backend, trainer.dtype
+            )
+        scorer = None if self.scoring is None else check_scoring(self, self.scoring)
+        given = {} if rows.weights is None else {"sample_weight": rows.weights}
 
-        def validate(params: list[Array]) -> float:
-            z = _logits(trainer.network, params, x, backend)
+        def validate(params: list[Array]) -> tuple[float, float]:
+            z = _logits(network, params, x, backend, trainer.dtype)
+            (loss,) = backend.fetch([trainer.loss(z, target, xp, weights)[0]]).tolist()
+            loss *= trainer.loss_scale
             if not bool(xp.all(xp.isfinite(z))):
-                return nan
+                return nan, loss
+            if scorer is not None:
+                return float(
+                    scorer(self._seen_by_scorer(params, network), x, rows.y, **given)
+                ), loss
             got = backend.to_host(self._decide(z, trainer.loss, xp))
-            if got.shape != wanted.shape:
-                got = got.reshape(wanted.shape)
-            return float(self._metric(wanted, got, sample_weight=share))
+            got = got.reshape(rows.target.shape)
+            return float(self._metric(rows.target, got, sample_weight=rows.weights)), loss
 
         return validate
 
-    def _has_steps(self) -> bool:
+    def _seen_by_scorer(self, params: list[Array], network: Network) -> Self:
+        """A copy with other parameters, whose results come back as NumPy."""
+        view = copy.copy(self)
+        for name, value in self._with_params(params, network).items():
+            setattr(view, name, value)
+        view._results_on_host = True
+        return view
+
+    def _has_steps(self, method: str = "partial_fit") -> bool:
         if self.solver == "lbfgs":
             raise AttributeError(
-                "partial_fit is only available for stochastic optimizers."
+                f"{method} is only available for stochastic optimizers."
                 f" {self.solver} is not stochastic."
             )
         return True
 
     # -------------------------------------------------------- predict
 
+    def hidden_activations(self, X: Any, layer: int = -1) -> Array:
+        """What a hidden layer makes of X: learned features for another model.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix (n_samples, n_features)
+        layer : int, default=-1
+            Of the hidden layers, from 0; negative from the last.
+
+        Returns
+        -------
+        h : array (n_samples, hidden_layer_sizes[layer])
+            In the namespace and on the device of X.
+        """
+        check_is_fitted(self)
+        network = self._fitted_network()
+        # A hidden layer ends where the next linear one begins
+        ends = [i for i, own in enumerate(network.layers) if isinstance(own, Linear)][1:]
+        if not -len(ends) <= layer < len(ends):
+            raise ValueError(f"layer: there are {len(ends)} hidden layers, asked for was {layer}")
+        return self._predict_with(lambda h, *_: h, X, "hidden_activations", n_layers=ends[layer])[0]
+
     def _score(self, X: Any, y: Any, sample_weight: Any) -> float:
         # On the host: scikit-learn's metrics refuse a device's arrays
         weights = None if sample_weight is None else to_host(sample_weight)
         return float(self._metric(to_host(y), to_host(self.predict(X)), sample_weight=weights))
 
-    def _predict_with(self, function: Any, X: Any) -> tuple[Array, Backend]:
+    def _predict_with(
+        self, function: Any, X: Any, method: str, n_layers: int | None = None
+    ) -> tuple[Array, Backend]:
         """``function(logits, loss, xp)`` where it is computed, moved to where X is."""
         check_is_fitted(self)
-        home = backend_of(X)
+        check_same_namespace(X, self, method)
+        home = NumPyBackend() if self._results_on_host else backend_of(X)
         backend = get_backend(self.device, self.backend, like=X)
-        X = self._check_X(X, reset=False)
-        params = self._flat_params()
+        X = check_X(self, X, reset=False)
+        network = self._fitted_network()
+        params = self._flat_params(network)
         dtype = str(params[0].dtype).split(".")[-1]
-        # The layers as they were fitted, whatever hidden_layer_sizes says by now
-        network = self._network([self.n_features_in_, *(w.shape[1] for w in params[::2])])
         with backend.scope(dtype):
             params = [move(p, backend, dtype) for p in params]
-            z = _logits(network, params, move(X, backend, dtype), backend)
+            if not issparse(X):
+                X = move(X, backend, dtype)
+            part = Network(network.layers[:n_layers])
+            z = _logits(part, params[: len(part.params)], X, backend, dtype)
             result = function(z, self._loss, backend.xp)
             return (result if home == backend else move(result, home)), home
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.array_api_support = True
+        return tags
 
-def _logits(network: Network, params: list[Array], x: Array, backend: Backend) -> Array:
-    """Logits of all rows, computed in chunks of bounded memory."""
+
+def _chosen_loss(loss: Any, named: dict[str, Loss], like: Loss) -> Loss:
+    """A loss from its name, itself, or a function (see `losses.CallableLoss`)."""
+    if callable(loss) and not isinstance(loss, Loss | type):
+        return CallableLoss(loss, like)
+    chosen: Loss = lookup("loss", loss, named, Loss)
+    return chosen
+
+
+def _logits(network: Network, params: list[Array], x: Any, backend: Backend, dtype: str) -> Array:
+    """What the network gives for all rows, computed in chunks of bounded memory."""
     xp = backend.xp
     widest = max(max(p.shape) for p in network.params)
     chunk = max(1, _CHUNK // widest)
     n = x.shape[0]
-    parts = [
-        network(params, x[start : min(start + chunk, n), ...], xp) for start in range(0, n, chunk)
-    ]
+    sparse = issparse(x)
+    parts = []
+    for start in range(0, n, chunk):
+        end = min(start + chunk, n)
+        rows = backend.asarray(x[start:end].toarray(), dtype) if sparse else x[start:end, ...]
+        parts.append(network(params, rows, xp))
     return parts[0] if len(parts) == 1 else xp.concat(parts)
 
 
@@ -559,8 +830,26 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         Rate behind each hidden activation.
     clip_norm : float > 0, optional
         Largest global norm of a step's gradients.
+    weight_decay : float >= 0, optional
+        Decoupled from the gradient (Loshchilov and Hutter, 2019): each step takes
+        away learning rate × weight_decay of the parameters.  For every solver but
+        "lbfgs"; if not given, 0.01 for "adamw" and 0 for the others.
+    scoring : str or callable, optional
+        What early stopping watches, and ``validation_scores_`` holds: a scorer of
+        scikit-learn; that of ``score`` if not given.
+    callbacks : sequence of portable_mlp.Callback, optional
+        Told of every epoch; they can stop the fit.
     label_smoothing : float in [0, 1), default=0
         Share of each target that is spread evenly over the classes.
+    loss : Loss or callable, optional
+        The cross-entropy if not given.  A callable takes logits (n, k), targets and
+        the namespace, and returns the rows' losses (n,) and their derivatives by the
+        logits (n, k); `portable_mlp.check_loss` verifies it.  Targets are class
+        numbers (n,), or 0.0 and 1.0 where there are two classes, (n,), or several
+        labels, (n, k).
+    class_weight : dict or "balanced", optional
+        Factors on the rows' weights by class; "balanced" gives each class the same
+        weight.
 
     Attributes
     ----------
@@ -569,8 +858,11 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         In the namespace, and on the device, of the X fitted.
     loss_, best_loss_ : float
     loss_curve_ : list of float
-    validation_scores_, best_validation_score_ : list of float, float; None without
-        early stopping
+    validation_loss_curve_, validation_scores_ : list of float
+        Of the rows held out, or given as X_val; None without such rows.
+    best_validation_score_ : float; None without early stopping
+    layer_params_ : list of arrays
+        Parameters of activations that have some.
     n_iter_, t_, n_layers_, n_outputs_, n_features_in_ : int
     feature_names_in_ : ndarray of str
     out_activation_ : str
@@ -590,6 +882,7 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **_MultilayerPerceptron._parameter_constraints,
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
+        "class_weight": [dict, StrOptions({"balanced"}), None],
     }
 
     def __init__(
@@ -623,42 +916,17 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         dtype: str | None = None,
         dropout: float = 0.0,
         clip_norm: float | None = None,
+        weight_decay: float | None = None,
+        scoring: str | Callable[..., float] | None = None,
+        callbacks: Sequence[Callback] | None = None,
         label_smoothing: float = 0.0,
+        loss: Loss | LossFunction | None = None,
+        class_weight: dict[Any, float] | str | None = None,
     ) -> None:
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.learning_rate_init = learning_rate_init
-        self.power_t = power_t
-        self.max_iter = max_iter
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self.tol = tol
-        self.verbose = verbose
-        self.warm_start = warm_start
-        self.momentum = momentum
-        self.nesterovs_momentum = nesterovs_momentum
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.n_iter_no_change = n_iter_no_change
-        self.max_fun = max_fun
-        self.device = device
-        self.backend = backend
-        self.dtype = dtype
-        self.dropout = dropout
-        self.clip_norm = clip_norm
-        self.label_smoothing = label_smoothing
+        self._store(locals())
 
-    def _encode(
-        self, y: NDArray[Any], X: Array, again: bool, incremental: bool
-    ) -> tuple[NDArray[Any], Loss, dict[str, Any]]:
-        """Targets as numbers, their loss, and attributes to set."""
+    def _learn_target(self, y: NDArray[Any], again: bool, incremental: bool) -> tuple[Loss, int]:
+        """Set ``classes_``; return the loss and the number of logits."""
         kind = type_of_target(y, input_name="y")
         if kind == "multilabel-indicator":
             classes = np.arange(y.shape[1])
@@ -682,16 +950,29 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
                 "warm_start can only be used where `y` has the same classes as in the previous"
                 f" call to fit. Previously got {self.classes_}, `y` has {classes}"
             )
-        binary = BinaryCrossEntropy(self.label_smoothing)
-        attributes: dict[str, Any] = {"classes_": classes}
-        if kind == "multilabel-indicator":
-            return y.astype(np.float64), binary, {**attributes, "_multilabel": True}
-        attributes["_multilabel"] = False
-        codes = np.searchsorted(classes, y).astype(np.int32)
-        if len(classes) <= 2:
-            return codes.astype(np.float64), binary, attributes
-        attributes["n_outputs_"] = len(classes)
-        return codes, SoftmaxCrossEntropy(self.label_smoothing), attributes
+        self.classes_ = classes
+        self._multilabel = kind == "multilabel-indicator"
+        softmax = len(classes) > 2 and not self._multilabel
+        cross_entropy = (SoftmaxCrossEntropy if softmax else BinaryCrossEntropy)(
+            self.label_smoothing
+        )
+        n_outputs = len(classes) if softmax or self._multilabel else 1
+        if self.loss is None:
+            return cross_entropy, n_outputs
+        if self.label_smoothing:
+            raise ValueError("label_smoothing is for the cross-entropy: set it in the loss given")
+        return _chosen_loss(self.loss, {}, cross_entropy), n_outputs
+
+    def _numbers(self, y: NDArray[Any]) -> NDArray[Any]:
+        """Labels as the loss takes them: class numbers (int32), or 0.0 and 1.0."""
+        if self._multilabel:
+            if y.ndim != 2 or y.shape[1] != len(self.classes_):
+                raise ValueError(f"y: expected {len(self.classes_)} labels a row, got {y.shape}")
+            return y.astype(np.float64)
+        if np.setdiff1d(y, self.classes_).size:
+            raise ValueError(f"y has labels that are not among the classes {self.classes_}")
+        codes = np.searchsorted(self.classes_, y).astype(np.int32)
+        return codes if len(self.classes_) > 2 else codes.astype(np.float64)
 
     @available_if(_MultilayerPerceptron._has_steps)
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
@@ -720,11 +1001,11 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
             )
         with self._unchanged_on_error():
             self.classes_ = given
-            return self._fit(X, y, sample_weight, incremental=True)
+            return self._fit(X, y, sample_weight, "partial")
 
     def _decide(self, z: Array, loss: Loss, xp: Any) -> Array:
         """Class numbers (n,), or indicators (n, n_labels), from logits."""
-        if isinstance(loss, SoftmaxCrossEntropy):
+        if loss.link_name == "softmax":
             return xp.argmax(z, axis=1)
         yes = xp.astype(z > 0.0, xp.int32)
         if not self._multilabel and len(self.classes_) == 1:
@@ -744,7 +1025,7 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
             In the namespace and on the device of X; labels that it has no data type
             for as NumPy.
         """
-        codes, home = self._predict_with(self._decide, X)
+        codes, home = self._predict_with(self._decide, X, "predict")
         if self._multilabel:
             return codes.astype(np.int64) if isinstance(home, NumPyBackend) else codes
         classes = self.classes_
@@ -773,7 +1054,7 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
                 return loss.link(z, xp)
             return xp.concat([sigmoid(-z, xp), sigmoid(z, xp)], axis=1)
 
-        return self._predict_with(probabilities, X)[0]
+        return self._predict_with(probabilities, X, "predict_proba")[0]
 
     def predict_log_proba(self, X: Any) -> Array:
         """Logarithms of `predict_proba`, computed from the logits: finite where those are.
@@ -788,13 +1069,14 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         """
 
         def logs(z: Array, loss: Loss, xp: Any) -> Array:
-            if isinstance(loss, SoftmaxCrossEntropy):
+            if loss.link_name == "softmax":
                 return log_softmax(z, xp)
             if z.shape[1] > 1:
-                return -softplus(-z, xp)
+                # Probabilities that are equal have equal logarithms, as there
+                return xp.where(z > 0.0, xp.log(sigmoid(z, xp)), -softplus(-z, xp))
             return xp.concat([-softplus(z, xp), -softplus(-z, xp)], axis=1)
 
-        return self._predict_with(logs, X)[0]
+        return self._predict_with(logs, X, "predict_log_proba")[0]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy: the share of rows with the right class (for several labels, with all right).
@@ -822,20 +1104,24 @@ class MLPRegressor(RegressorMixin, _MultilayerPerceptron):
 
     Parameters
     ----------
-    loss : {"squared_error", "poisson", "huber", "quantile"} or Loss, default="squared_error"
+    loss : {"squared_error", "poisson", "huber", "quantile"}, Loss or callable, \
+default="squared_error"
         An instance from `portable_mlp.losses` brings its own settings, such as
-        ``Quantile(0.9)``.
+        ``Quantile(0.9)``; a callable takes predictions and targets, (n, k) or, with
+        one output, targets (n,), and the namespace, and returns the rows' losses (n,)
+        and their derivatives (n, k).
     hidden_layer_sizes, activation, solver, alpha, batch_size, learning_rate, \
 learning_rate_init, power_t, max_iter, shuffle, random_state, tol, verbose, warm_start, \
 momentum, nesterovs_momentum, early_stopping, validation_fraction, beta_1, beta_2, epsilon, \
-n_iter_no_change, max_fun, device, backend, dtype, dropout, clip_norm
+n_iter_no_change, max_fun, device, backend, dtype, dropout, clip_norm, weight_decay, scoring, \
+callbacks
         As in `MLPClassifier`.
 
     Attributes
     ----------
-    coefs_, intercepts_, loss_, best_loss_, loss_curve_, validation_scores_, \
-best_validation_score_, n_iter_, t_, n_layers_, n_outputs_, n_features_in_, \
-feature_names_in_, out_activation_
+    coefs_, intercepts_, layer_params_, loss_, best_loss_, loss_curve_, \
+validation_loss_curve_, validation_scores_, best_validation_score_, n_iter_, t_, n_layers_, \
+n_outputs_, n_features_in_, feature_names_in_, out_activation_
         As in `MLPClassifier`.
 
     Examples
@@ -852,7 +1138,7 @@ feature_names_in_, out_activation_
 
     def __init__(
         self,
-        loss: str | Loss = "squared_error",
+        loss: str | Loss | LossFunction = "squared_error",
         hidden_layer_sizes: int | Sequence[int] = (100,),
         activation: str | Layer | Sequence[str | Layer] = "relu",
         *,
@@ -882,48 +1168,28 @@ feature_names_in_, out_activation_
         dtype: str | None = None,
         dropout: float = 0.0,
         clip_norm: float | None = None,
+        weight_decay: float | None = None,
+        scoring: str | Callable[..., float] | None = None,
+        callbacks: Sequence[Callback] | None = None,
     ) -> None:
-        self.loss = loss
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.learning_rate_init = learning_rate_init
-        self.power_t = power_t
-        self.max_iter = max_iter
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self.tol = tol
-        self.verbose = verbose
-        self.warm_start = warm_start
-        self.momentum = momentum
-        self.nesterovs_momentum = nesterovs_momentum
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.n_iter_no_change = n_iter_no_change
-        self.max_fun = max_fun
-        self.device = device
-        self.backend = backend
-        self.dtype = dtype
-        self.dropout = dropout
-        self.clip_norm = clip_norm
+        self._store(locals())
 
-    def _encode(
-        self, y: NDArray[Any], X: Array, again: bool, incremental: bool
-    ) -> tuple[NDArray[Any], Loss, dict[str, Any]]:
+    def _learn_target(self, y: NDArray[Any], again: bool, incremental: bool) -> tuple[Loss, int]:
+        """The loss, and the number of logits."""
         names = ("squared_error", "poisson", "huber", "quantile")
-        loss = lookup("loss", self.loss, {name: LOSSES[name] for name in names}, Loss)
+        loss = _chosen_loss(self.loss, {name: LOSSES[name] for name in names}, SquaredError())
         if isinstance(loss, BinaryCrossEntropy | SoftmaxCrossEntropy):
             raise ValueError(f"loss={loss!r} is for labels: use MLPClassifier")
-        y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
-        if isinstance(loss, Poisson) and (y < 0).any():
+        return loss, y.shape[1] if y.ndim == 2 else 1
+
+    def _numbers(self, y: NDArray[Any]) -> NDArray[np.float64]:
+        """Targets as floating-point numbers."""
+        numbers: NDArray[np.float64] = check_array(
+            y, ensure_2d=False, dtype=np.float64, input_name="y"
+        )
+        if isinstance(self._loss, Poisson) and (numbers < 0).any():
             raise ValueError("y must not be negative for loss='poisson'")
-        return y, loss, {}
+        return numbers
 
     @available_if(_MultilayerPerceptron._has_steps)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
@@ -939,8 +1205,7 @@ feature_names_in_, out_activation_
         -------
         self
         """
-        with self._unchanged_on_error():
-            return self._fit(X, y, sample_weight, incremental=True)
+        return self._guarded(X, y, sample_weight, "partial")
 
     def _decide(self, z: Array, loss: Loss, xp: Any) -> Array:
         """Predictions (n,) or (n, n_outputs) from logits."""
@@ -959,7 +1224,7 @@ feature_names_in_, out_activation_
         y : array (n_samples,) or (n_samples, n_outputs)
             In the namespace and on the device of X.
         """
-        return self._predict_with(self._decide, X)[0]
+        return self._predict_with(self._decide, X, "predict")[0]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Coefficient of determination R², averaged over the outputs.

@@ -9,6 +9,7 @@ and list it in `LOSSES`, where the tests look; `portable_mlp.check_loss` verifie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,6 +74,32 @@ class Loss(ABC):
         total = xp.sum(weights)
         share = weights / xp.where(total > 0.0, total, 1.0)
         return xp.sum(share * values), dz * share[:, None]
+
+
+@dataclass(frozen=True)
+class CallableLoss(Loss):
+    """A function as a loss.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(z, y, xp) -> (values, dz)``: what `per_row` does.
+    like : Loss
+        Whose link turns logits into predictions.
+    """
+
+    function: Callable[[Array, Array, Namespace], tuple[Array, Array]]
+    like: Loss
+
+    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+        return self.function(z, y, xp)
+
+    @property
+    def link_name(self) -> str:  # type: ignore[override]
+        return self.like.link_name
+
+    def link(self, z: Array, xp: Namespace) -> Array:
+        return self.like.link(z, xp)
 
 
 def _like(y: Array, z: Array, xp: Namespace) -> Array:

@@ -63,6 +63,10 @@ class Network:
         ends = np.cumsum([0] + [len(layer.params) for layer in self.layers]).tolist()
         return tuple(slice(start, end) for start, end in pairwise(ends))
 
+    def split(self, params: Params) -> list[Params]:
+        """The parameters of each layer."""
+        return [params[own] for own in self._slices]
+
     def forward(
         self, params: Params, x: Array, xp: Namespace, keys: Sequence[Any] | None = None
     ) -> tuple[Array, list[Any]]:

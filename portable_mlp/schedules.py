@@ -46,6 +46,10 @@ class Schedule:
         """What to multiply the learning rate by."""
         return 1.0
 
+    def rate(self, initial: float, clock: Clock, state: Any) -> float:
+        """The learning rate of the next step."""
+        return initial * self.factor(clock, state)
+
     def observe(self, state: Any, loss: float) -> Any:
         """Memory after an epoch that ended with this loss."""
         return state
@@ -65,7 +69,11 @@ class InverseScaling(Schedule):
     power: float = 0.5
 
     def factor(self, clock: Clock, state: Any) -> float:
-        return 1.0 / (clock.rows + 1.0) ** self.power if clock.epoch else 1.0
+        return self.rate(1.0, clock, state)
+
+    def rate(self, initial: float, clock: Clock, state: Any) -> float:
+        # Divided, as there: the last bit is the same
+        return initial / (clock.rows + 1.0) ** self.power if clock.epoch else initial
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from portable_mlp.network import Network
 from portable_mlp.optimizers import Moments, Optimizer
 from portable_mlp.packing import Layout
 from portable_mlp.schedules import Clock, Schedule
+from portable_mlp.sources import Source
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, objective
 from portable_mlp.typing import Array, Params
 
@@ -37,61 +38,60 @@ class DivergenceError(ValueError):
     """Training produced NaN or infinite values."""
 
 
-# ---------------------------------------------------------------- batches
-
-
-class ArraySource:
-    """Rows to learn from, in arrays in memory.
-
-    Parameters
-    ----------
-    data : Batch
-        All rows, on the backend.
-    rows : array of int, optional
-        The rows to use, on the host; all if not given.
-    """
-
-    def __init__(self, data: Batch, rows: NDArray[np.intp] | None = None) -> None:
-        self._data = data
-        self._rows = rows
-        self.n_rows: int = data.x.shape[0] if rows is None else len(rows)
-
-    def parts(
-        self, batch_size: int, order: NDArray[np.intp] | None = None
-    ) -> Iterator[tuple[Batch, NDArray[np.intp] | None]]:
-        """All rows once: arrays, and which of their rows in which order (None: all).
-
-        ``order`` is a permutation; the rows' own order if not given.  A batch of all
-        rows is handed out as it is: a mean does not depend on the order.
-        """
-        if self._rows is not None:
-            order = self._rows if order is None else self._rows[order]
-        elif batch_size >= self.n_rows:
-            order = None
-        yield self._data, order
-
-
 # ---------------------------------------------------------------- the fit
 
 
 @dataclass
 class State:
-    """Where a training run stands: arrays on the device, counters on the host."""
+    """Where training stands: arrays on the device, counters on the host.
+
+    Attributes
+    ----------
+    arrays : Arrays
+        After the last step.
+    schedule : object
+        The schedule's memory.
+    origin : tuple
+        What the moments belong to.
+    generator : tuple
+        State of the random generator before the run's first draw.
+    steps, rows, epochs : int
+        Done, and seen, since the moments began.
+    done : int
+        Epochs of the present run; the draws of so many are repeated when it goes on.
+    stalled_for : int
+        Epochs in a row without progress.
+    watched : {"loss", "score"}
+    best : float
+        Of what is watched, lower is better.
+    best_leaves : list of arrays, optional
+        Parameters that scored best.
+    history : list of Epoch
+    """
 
     arrays: Arrays
     schedule: Any
     origin: Any = None
+    generator: Any = None
     steps: int = 0
     rows: int = 0
     epochs: int = 0
+    done: int = 0
     stalled_for: int = 0
     watched: str = "loss"
     best: float = inf
     best_leaves: list[Array] | None = None
     history: list[Epoch] = field(default_factory=list)
 
+    @property
+    def leaves(self) -> list[Array]:
+        """The parameters to use: the best, where a score was watched, or the last."""
+        return self.arrays.leaves if self.best_leaves is None else self.best_leaves
 
-StopReason = Literal["converged", "max_epochs", "interrupted", "diverged"]
+
+StopReason = Literal["converged", "max_epochs", "stopped", "interrupted", "diverged"]
+
+Validate = Callable[[list[Array]], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Trainer:
         history = list(old.history)
         if old.origin == fresh.origin:
             with self.backend.scope(self.dtype):
-                moments = [tuple(self._copy(m)) for m in old.arrays.moments]
+                moments = [tuple(self.copy(m)) for m in old.arrays.moments]
             arrays = fresh.arrays._replace(moments=moments)
             return replace(old, arrays=arrays, history=history)
         warnings.warn(
@@ -206,11 +206,12 @@ class Trainer:
     def fit(
         self,
         state: State,
-        source: ArraySource,
+        source: Source,
         max_epochs: int,
         rng: np.random.RandomState,
         *,
-        validate: Callable[[list[Array]], float] | None = None,
+        validate: Validate | None = None,
+        early_stopping: bool = False,
         callbacks: Sequence[Callback] = (),
         planned_epochs: int | None = None,
     ) -> StopReason:
@@ -219,13 +220,19 @@ class Trainer:
         Parameters
         ----------
         state : State
-        source : ArraySource
+            If some epochs of this run are done, it goes on behind them, exactly as if
+            it had never stopped.
+        source : Source
         max_epochs : int
+            Of the whole run.
         rng : RandomState
-            Draws the order of the rows and the seeds of random layers.
+            Draws the order of the rows and the seeds of random layers; as it was when
+            the run began.
         validate : callable, optional
-            From parameters to a score, higher is better: early stopping watches it
-            instead of the loss, and the best parameters are restored at the end.
+            From parameters to the score, higher is better, and the loss of held-out
+            rows, after each epoch.
+        early_stopping : bool, default=False
+            Watch that score instead of the loss; ``state.leaves`` then are the best.
         callbacks : sequence of Callback
         planned_epochs : int, optional
             What schedules take for the whole length of training, if it goes on after
@@ -233,24 +240,23 @@ class Trainer:
 
         Returns
         -------
-        {"converged", "max_epochs", "interrupted", "diverged"}
-            "diverged" only with ``validate``, whose best parameters then are what
-            remains.
+        {"converged", "max_epochs", "stopped", "interrupted", "diverged"}
+            "stopped" by a callback; "diverged" only with early stopping, whose best
+            parameters then are what remains.
 
         Raises
         ------
         DivergenceError
             If the loss or a parameter is not finite and there is nothing to restore.
         """
-        watched = "loss" if validate is None else "score"
+        watched = "score" if early_stopping else "loss"
         if state.watched != watched:
             # What was best of the one says nothing of the other
             state.watched, state.best, state.stalled_for = watched, inf, 0
-        if validate is not None:
-            state.best_leaves = self._copy(state.arrays.leaves)
+        if early_stopping and state.best_leaves is None:
+            state.best_leaves = self.copy(state.arrays.leaves)
         for callback in callbacks:
             callback.on_fit_begin(max_epochs)
-        reason: StopReason = "interrupted"
         try:
             with self.backend.scope(self.dtype), _deferred_interrupt() as interrupted:
                 reason = self._epochs(
@@ -263,13 +269,8 @@ class Trainer:
                     callbacks,
                     interrupted,
                 )
-                if validate is not None:
-                    state.arrays = state.arrays._replace(leaves=state.best_leaves or [])
-                    state.best_leaves = None
                 xp = self.backend.xp
-                finite = [
-                    xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.arrays.leaves
-                ]
+                finite = [xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.leaves]
                 if not self.backend.fetch(finite).all():
                     raise DivergenceError(self._divergence(state.epochs, nan))
         finally:
@@ -280,94 +281,126 @@ class Trainer:
     def _epochs(
         self,
         state: State,
-        source: ArraySource,
+        source: Source,
         max_epochs: int,
         planned_epochs: int,
         rng: np.random.RandomState,
-        validate: Callable[[list[Array]], float] | None,
+        validate: Validate | None,
         callbacks: Sequence[Callback],
         interrupted: threading.Event,
     ) -> StopReason:
         began = time.perf_counter()
+        early = state.watched == "score"
         engine = ENGINES[self.backend.engine](self.backend, self.recipe)
         order = np.arange(source.n_rows)
-        for _ in range(max_epochs):
-            if self.shuffle:
-                # Orders compose, and are drawn as scikit-learn draws them
-                draw = np.arange(source.n_rows)
-                rng.shuffle(draw)
-                order = order[draw]
-            loss, rate = self._epoch(
-                state,
-                source,
-                engine,
-                order if self.shuffle else None,
-                planned_epochs,
-                rng,
-                interrupted,
+        n_steps = ceil(source.n_rows / self.batch_size)
+        if state.done and state.stalled_for > self.patience:
+            return "converged"
+        for epoch in range(max_epochs):
+            order, keys = self._draw(rng, order, n_steps)
+            if epoch < state.done:
+                continue
+            for callback in callbacks:
+                callback.on_epoch_begin(state.epochs + 1)
+            hypers, rate = self._hypers(state, n_steps, planned_epochs, keys)
+            loss = self._epoch(
+                state, source, engine, order if self.shuffle else None, hypers, interrupted
             )
             if interrupted.is_set():
                 return "interrupted"
-            score = nan
+            state.epochs += 1
+            state.done += 1
+            validation = nan, nan
             if validate is not None and isfinite(loss):
-                score = validate(self.params(state.arrays.leaves))
-            record = Epoch(state.epochs, loss, score, rate, time.perf_counter() - began)
+                validation = validate(self.params(state.arrays.leaves))
+            score, validation_loss = validation
+            record = Epoch(
+                state.epochs, loss, validation_loss, score, rate, time.perf_counter() - began
+            )
             state.history.append(record)
             try:
-                for callback in callbacks:
-                    callback.on_epoch_end(record)
+                asked = [c.on_epoch_end(record, lambda: self._snapshot(state)) for c in callbacks]
             except KeyboardInterrupt:
                 return "interrupted"
             if not isfinite(loss):
-                if validate is None:
+                if not early:
                     raise DivergenceError(self._divergence(state.epochs, loss))
                 warnings.warn(self._divergence(state.epochs, loss), RuntimeWarning, stacklevel=5)
                 return "diverged"
-            if self._watch(state, -score if validate else loss, early=validate is not None):
+            if self._watch(state, -score if early else loss):
                 remembered = self.schedule.stalled(state.schedule, rate)
                 if remembered is None:
                     return "converged"
                 state.schedule = remembered
                 state.stalled_for = 0
+            if any(asked):
+                return "stopped"
         return "max_epochs"
 
-    def _epoch(
-        self,
-        state: State,
-        source: ArraySource,
-        engine: Engine,
-        order: NDArray[np.intp] | None,
-        planned_epochs: int,
-        rng: np.random.RandomState,
-        interrupted: threading.Event,
-    ) -> tuple[float, float]:
-        """All batches once; mean reported loss over the rows, and the last rate."""
-        n_steps = ceil(source.n_rows / self.batch_size)
+    def _draw(
+        self, rng: np.random.RandomState, order: NDArray[np.intp], n_steps: int
+    ) -> tuple[NDArray[np.intp], list[tuple[int, ...]]]:
+        """The rows' next order, and seeds for the random layers of each step."""
+        if self.shuffle:
+            # Orders compose, and are drawn as scikit-learn draws them
+            draw = np.arange(len(order))
+            rng.shuffle(draw)
+            order = order[draw]
         n_random = self.network.n_random
-        keys = rng.randint(2**31, size=(n_steps, n_random)).tolist() if n_random else None
+        if not n_random:
+            return order, [()] * n_steps
+        return order, list(map(tuple, rng.randint(2**31, size=(n_steps, n_random)).tolist()))
+
+    def _hypers(
+        self, state: State, n_steps: int, planned_epochs: int, keys: list[tuple[int, ...]]
+    ) -> tuple[list[Hyper], float]:
+        """An epoch's changing numbers, a step each, and the last learning rate."""
         hypers = []
         rate = nan
         for i in range(n_steps):
             seen = state.rows + i * self.batch_size
             clock = Clock(state.steps + i, planned_epochs * n_steps, state.epochs, seen)
-            rate = self.learning_rate * self.schedule.factor(clock, state.schedule)
+            rate = self.schedule.rate(self.learning_rate, clock, state.schedule)
             coefficients = self.optimizer.coefficients(state.steps + i + 1, rate)
-            hypers.append(Hyper(self.alpha, coefficients, tuple(keys[i]) if keys else ()))
-        loss, left = 0.0, source.n_rows
+            hypers.append(Hyper(self.alpha, coefficients, keys[i]))
+        return hypers, rate
+
+    def _epoch(
+        self,
+        state: State,
+        source: Source,
+        engine: Engine,
+        order: NDArray[np.intp] | None,
+        hypers: list[Hyper],
+        interrupted: threading.Event,
+    ) -> float:
+        """All batches once; the mean of the reported loss over the rows."""
+        loss, left, done = 0.0, source.n_rows, 0
         for data, rows in source.parts(self.batch_size, order):
+            n_steps = ceil((data.x.shape[0] if rows is None else len(rows)) / self.batch_size)
             state.arrays, values = engine.run(
-                state.arrays, data, rows, self.batch_size, hypers, interrupted.is_set
+                state.arrays,
+                data,
+                rows,
+                self.batch_size,
+                hypers[done : done + n_steps],
+                interrupted.is_set,
             )
             for value, penalty in values:
                 n = min(self.batch_size, left)
                 loss += n * (self.loss_scale * value + penalty)
                 left -= n
-            state.steps += len(values)
-        state.epochs += 1
+            done += len(values)
+            if interrupted.is_set():
+                break
+        state.steps += done
         state.rows += source.n_rows - left
-        return loss / source.n_rows, rate
+        return loss / source.n_rows
 
-    def _watch(self, state: State, value: float, *, early: bool) -> bool:
+    def _snapshot(self, state: State) -> list[Array]:
+        return self.params(self.copy(state.arrays.leaves))
+
+    def _watch(self, state: State, value: float) -> bool:
         """Note whether ``value``, lower is better, improved; true if it has stalled.
 
         A score that equals the best plus ``tol`` counts as progress, a loss that
@@ -377,11 +410,12 @@ class Trainer:
         state.stalled_for = state.stalled_for + 1 if value > state.best - self.tol else 0
         if value < state.best:
             state.best = value
-            if early:
-                state.best_leaves = self._copy(state.arrays.leaves)
+            if state.best_leaves is not None:
+                state.best_leaves = self.copy(state.arrays.leaves)
         return state.stalled_for > self.patience
 
-    def _copy(self, leaves: Sequence[Array]) -> list[Array]:
+    def copy(self, leaves: Sequence[Array]) -> list[Array]:
+        """Leaves of their own memory."""
         # Copied, not aliased: the next step overwrites what it is handed
         return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
 
@@ -421,12 +455,18 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 
 
 def fit_lbfgs(
-    trainer: Trainer, params: Params, data: Batch, *, max_iter: int, max_fun: int
+    trainer: Trainer,
+    params: Params,
+    data: Batch,
+    *,
+    max_iter: int,
+    max_fun: int,
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[list[Array], float, int, str | None]:
     """Minimise the loss over all rows by SciPy's L-BFGS-B.
 
     Value and gradient are computed on the backend; SciPy works on the host, in
-    float64.
+    float64.  On NumPy, ``data.x`` may be sparse.
 
     Returns
     -------
@@ -457,17 +497,41 @@ def fit_lbfgs(
         flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]
         return float(loss), np.concatenate(flat)
 
+    began = time.perf_counter()
+    n_iter = 0
+
+    def after_iteration(intermediate_result: Any) -> None:
+        nonlocal n_iter
+        n_iter += 1
+        seconds = time.perf_counter() - began
+        record = Epoch(n_iter, float(intermediate_result.fun), seconds=seconds)
+        theta = intermediate_result.x
+        for callback in callbacks:
+            callback.on_epoch_begin(n_iter)  # SciPy tells of an iteration when it is done
+        asked = [c.on_epoch_end(record, lambda: trainer.params(split(theta))) for c in callbacks]
+        if any(asked):
+            raise StopIteration
+
+    for callback in callbacks:
+        callback.on_fit_begin(max_iter)
+    try:
+        with backend.scope(trainer.dtype):
+            shapes = [backend.to_host(leaf) for leaf in trainer.load(params)]
+            theta = np.concatenate([leaf.astype(np.float64).ravel() for leaf in shapes])
+            result = minimize(
+                value_and_grad,
+                theta,
+                method="L-BFGS-B",
+                jac=True,
+                callback=after_iteration if callbacks else None,
+                options={"maxfun": max_fun, "maxiter": max_iter, "gtol": trainer.tol},
+            )
+    finally:
+        for callback in callbacks:
+            callback.on_fit_end()
     with backend.scope(trainer.dtype):
-        shapes = [backend.to_host(leaf) for leaf in trainer.load(params)]
-        theta = np.concatenate([leaf.astype(np.float64).ravel() for leaf in shapes])
-        result = minimize(
-            value_and_grad,
-            theta,
-            method="L-BFGS-B",
-            jac=True,
-            options={"maxfun": max_fun, "maxiter": max_iter, "gtol": trainer.tol},
-        )
         if not np.isfinite(result.x).all() or not isfinite(result.fun):
             raise DivergenceError(trainer._divergence(int(result.nit), float(result.fun)))
-        message = None if result.status == 0 else str(result.message)
+        stopped = 99  # by a callback
+        message = None if result.status in (0, stopped) else str(result.message)
         return trainer.params(split(result.x)), float(result.fun), int(result.nit), message

@@ -119,8 +119,9 @@ class PortableMLP(Contestant):
         from portable_mlp import get_backend, mlp
         from portable_mlp.losses import SoftmaxCrossEntropy
         from portable_mlp.optimizers import SGD, SklearnAdam
+        from portable_mlp.sources import ArraySource
         from portable_mlp.steps import Batch
-        from portable_mlp.training import ArraySource, Trainer
+        from portable_mlp.training import Trainer
 
         self.backend = get_backend("gpu" if backend == "cupy" else "cpu", backend)
         super().__init__(workload, dtype)

@@ -22,8 +22,9 @@ from portable_mlp.losses import LOSSES, BinaryCrossEntropy, SoftmaxCrossEntropy,
 from portable_mlp.optimizers import SGD, Adam, AdamW, RMSprop, SklearnAdam, SklearnSGD
 from portable_mlp.recording import Recorder, Unrecordable, leaves, record, specify
 from portable_mlp.replay import NumPyDialect, TorchDialect, _Plan, lower
+from portable_mlp.sources import ArraySource
 from portable_mlp.steps import Batch, Hyper, step
-from portable_mlp.training import ArraySource, Trainer
+from portable_mlp.training import Trainer
 
 NUMPY = NumPyBackend()
 OPTIMIZERS = [
@@ -268,7 +269,7 @@ def test_no_namespace_is_called_during_an_epoch(name, request, monkeypatch):
     engines_module._replay.cache_clear()
 
     class After(Callback):
-        def on_epoch_end(self, epoch):
+        def on_epoch_end(self, epoch, params):
             seen.append(len(calls))
 
     seen: list[int] = []

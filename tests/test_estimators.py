@@ -31,7 +31,6 @@ from sklearn.preprocessing import StandardScaler
 from portable_mlp import DivergenceError, MLPClassifier, MLPRegressor
 from portable_mlp.backends import to_host
 from portable_mlp.engines import ENGINES
-from portable_mlp.layers import Linear
 from portable_mlp.losses import BinaryCrossEntropy, Quantile, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import AdamW
 from portable_mlp.schedules import Cosine, ReduceOnPlateau, Step
@@ -678,12 +677,6 @@ def test_reduce_on_plateau_gets_its_chance_before_training_stops():
     rates = {epoch.learning_rate for epoch in model._state.history}
     np.testing.assert_allclose(sorted(rates), [1e-11, 1e-10, 1e-9, 1e-8, 1e-7])
     assert model.n_iter_ < 100
-
-
-def test_activation_with_parameters_is_refused():
-    X, y = data("binary")
-    with pytest.raises(ValueError, match="has parameters of its own"):
-        MLPClassifier(activation=Linear(5, 5)).fit(X, y)
 
 
 @pytest.mark.parametrize("loss", [SoftmaxCrossEntropy(), BinaryCrossEntropy()])

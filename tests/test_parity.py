@@ -12,8 +12,9 @@ from portable_mlp import mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.losses import SoftmaxCrossEntropy
 from portable_mlp.optimizers import SGD, SklearnAdam
+from portable_mlp.sources import ArraySource
 from portable_mlp.steps import Batch
-from portable_mlp.training import ArraySource, Trainer
+from portable_mlp.training import Trainer
 
 N, D, K = 400, 12, 3
 TABLE = "parity after 200 steps: max |Δ| / max |parameter| against NumPy"

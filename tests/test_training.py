@@ -18,8 +18,9 @@ from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import SGD, AdamW, SklearnAdam
 from portable_mlp.replay import NumPyDialect
 from portable_mlp.schedules import OneCycle, ReduceOnPlateau
+from portable_mlp.sources import ArraySource
 from portable_mlp.steps import Batch, Hyper
-from portable_mlp.training import ArraySource, Trainer
+from portable_mlp.training import Trainer
 
 BACKEND = NumPyBackend()
 
@@ -118,14 +119,16 @@ def test_early_stopping_restores_the_best_weights():
 
     def validate(params):
         seen.append([p.copy() for p in params])
-        return next(scores)
+        return next(scores), 0.0
 
     t = trainer(patience=2)
     state = start(t)
-    reason = t.fit(state, source(x, y), 6, np.random.RandomState(0), validate=validate)
+    reason = t.fit(
+        state, source(x, y), 6, np.random.RandomState(0), validate=validate, early_stopping=True
+    )
     assert reason == "converged"
     assert [e.validation_score for e in state.history] == [1.0, 3.0, 2.0, 1.5, 1.0]
-    for got, best in zip(t.params(state.arrays.leaves), seen[1], strict=True):
+    for got, best in zip(t.params(state.leaves), seen[1], strict=True):
         assert np.array_equal(got, best)
 
 
@@ -150,10 +153,13 @@ def test_divergence_with_held_out_rows_warns_and_restores():
     t = replace(trainer(), optimizer=SGD(), learning_rate=1e6)
     state = start(t)
     with pytest.warns(RuntimeWarning, match="training diverged"):
-        reason = t.fit(state, source(x, y), 100, np.random.RandomState(0), validate=lambda p: -1.0)
+        reason = t.fit(
+            state, source(x, y), 100, np.random.RandomState(0),
+            validate=lambda p: (-1.0, 1.0), early_stopping=True,
+        )  # fmt: skip
     assert reason == "diverged"
     assert np.isnan(state.history[-1].validation_score)
-    assert all(np.isfinite(leaf).all() for leaf in state.arrays.leaves)
+    assert all(np.isfinite(leaf).all() for leaf in state.leaves)
 
 
 def test_clipping_keeps_a_run_that_diverges_without_it():
@@ -199,7 +205,7 @@ def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):
 
 
 class Impatient(Callback):
-    def on_epoch_end(self, epoch: Epoch) -> None:
+    def on_epoch_end(self, epoch: Epoch, params) -> None:
         if epoch.epoch == 2:
             raise KeyboardInterrupt
 

@@ -1,0 +1,89 @@
+"""What the estimators ask of their input, before any training.
+
+Arrays that are not NumPy's are checked here, without scikit-learn: its own checks
+refuse them, or turn them silently into NumPy, unless its array dispatch is on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils.validation import column_or_1d, validate_data
+
+from portable_mlp.backends import NumPyBackend, backend_of, to_host
+from portable_mlp.typing import Array
+
+
+def check_X(estimator: Any, X: Any, reset: bool) -> Array:
+    """X, two-dimensional, real, finite, of the width seen in fit, where it is.
+
+    Parameters
+    ----------
+    estimator : estimator
+    X : array-like or sparse matrix (n_samples, n_features)
+        Sparse comes back as CSR.
+    reset : bool
+        Whether this is a fit, which sets ``n_features_in_`` and ``feature_names_in_``.
+    """
+    home = backend_of(X)
+    if isinstance(home, NumPyBackend):
+        kinds = (np.float64, np.float32)
+        return validate_data(estimator, X, accept_sparse="csr", dtype=kinds, reset=reset)
+    xp = home.xp
+    name = type(estimator).__name__
+    if X.ndim != 2:
+        raise ValueError(f"X: expected a 2-D array, got {X.ndim} dimensions")
+    if 0 in X.shape:
+        raise ValueError(f"X: found array with shape {tuple(X.shape)}, nothing to learn from")
+    if xp.isdtype(X.dtype, "complex floating"):
+        raise ValueError("X: complex data not supported")
+    if not xp.isdtype(X.dtype, "real floating"):
+        known = xp.__array_namespace_info__().dtypes(device=home.device)
+        X = xp.astype(X, known.get("float64", xp.float32))
+    elif not bool(xp.all(xp.isfinite(X))):
+        raise ValueError(f"X contains NaN or infinity, which {name} does not accept")
+    if reset:
+        estimator.n_features_in_ = int(X.shape[1])
+        if hasattr(estimator, "feature_names_in_"):
+            del estimator.feature_names_in_
+    elif X.shape[1] != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {X.shape[1]} features, but {name} is expecting"
+            f" {estimator.n_features_in_} features as input"
+        )
+    return X
+
+
+def check_y(estimator: Any, y: Any, X: Array) -> NDArray[Any]:
+    """Targets on the host, as many as X has rows, one column as a vector."""
+    if y is None:
+        raise ValueError(
+            f"{type(estimator).__name__} requires y to be passed, but the target y is None"
+        )
+    if issparse(y):
+        y = y.toarray()
+    host: NDArray[Any] = check_array(to_host(y), ensure_2d=False, dtype=None, input_name="y")
+    check_consistent_length(np.empty((X.shape[0], 0)), host)
+    if host.ndim == 2 and host.shape[1] == 1:
+        host = column_or_1d(host, warn=True)
+    return host
+
+
+def check_weights(sample_weight: Any, X: Array) -> NDArray[np.float64] | None:
+    """Weights of the rows on the host, finite, not negative, not all zero."""
+    if sample_weight is None:
+        return None
+    weights = np.asarray(to_host(sample_weight), dtype=np.float64)
+    if weights.ndim == 0:
+        weights = np.full(X.shape[0], float(weights))
+    if weights.shape != (X.shape[0],):
+        raise ValueError(f"sample_weight: expected shape {(X.shape[0],)}, got {weights.shape}")
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError("sample_weight must be finite and not negative")
+    if not weights.any():
+        raise ValueError("sample_weight is zero for every row: nothing to learn from")
+    return weights
