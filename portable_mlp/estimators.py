@@ -25,7 +25,6 @@ from sklearn.metrics import accuracy_score, check_scoring, get_scorer_names, r2_
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_array, check_random_state, compute_sample_weight
 from sklearn.utils._param_validation import Interval, Options, StrOptions
-from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted
 
@@ -51,6 +50,7 @@ from portable_mlp.peer import (
     FitCallbacks,
     PeerInternals,
     check_same_namespace,
+    only_if,
     with_callbacks,
 )
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
@@ -79,6 +79,18 @@ class _Rows(NamedTuple):
         x = self.x[rows] if on_host else backend.xp.take(self.x, backend.indices(rows), axis=0)
         weights = None if self.weights is None else self.weights[rows]
         return _Rows(x, self.y[rows], self.target[rows], weights)
+
+
+def _without_steps(model: Any) -> str | None:
+    if model.solver == "lbfgs":
+        return "only available for stochastic optimizers: lbfgs is not stochastic"
+    return None
+
+
+def _without_partial_fit(model: Any) -> str | None:
+    if model.early_stopping:
+        return "partial_fit does not support early_stopping=True"
+    return _without_steps(model)
 
 
 class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
@@ -247,7 +259,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         validation = X_val, y_val, sample_weight_val
         return self._guarded(X, y, sample_weight, "fit", validation=validation)
 
-    @available_if(lambda self: self._has_steps("continue_fit"))
+    @only_if(_without_steps)
     @with_callbacks
     def continue_fit(
         self,
@@ -351,7 +363,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
         rng = check_random_state(self.random_state)
         params = self._flat_params(network) if again else network.init(rng)
-        weights = self._class_weighted(y, weights, mode)
+        weights = self._class_weighted(y, weights)
         if not issparse(X):
             with backend.scope(dtype):
                 X = move(X, backend, dtype)
@@ -450,16 +462,11 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
     # -------------------------------------------------------- rows
 
     def _class_weighted(
-        self, y: NDArray[Any], weights: NDArray[np.float64] | None, mode: Mode
+        self, y: NDArray[Any], weights: NDArray[np.float64] | None
     ) -> NDArray[np.float64] | None:
         class_weight = getattr(self, "class_weight", None)
         if class_weight is None:
             return weights
-        if mode == "partial" and class_weight == "balanced":
-            raise ValueError(
-                "class_weight='balanced' needs all rows at once: for partial_fit compute the"
-                " weights with sklearn.utils.class_weight.compute_class_weight and pass a dict"
-            )
         by_class: NDArray[np.float64] = compute_sample_weight(class_weight, y)
         return by_class if weights is None else weights * by_class
 
@@ -472,7 +479,8 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             raise ValueError("solver='lbfgs' cannot take X_val: it has no epochs to validate after")
         X = check_X(self, X, reset=False)
         y = check_y(self, y, X)
-        return _Rows(X, y, self._numbers(y), check_weights(sample_weight, X))
+        weights = self._class_weighted(y, check_weights(sample_weight, X))
+        return _Rows(X, y, self._numbers(y), weights)
 
     def _split(self, rows: _Rows, rng: np.random.RandomState) -> list[NDArray[np.intp]]:
         """Row numbers to train on, and to validate on."""
@@ -538,8 +546,6 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         held_out: _Rows | None,
         n_iter: int | None,
     ) -> tuple[list[Array], dict[str, Any]]:
-        if self.early_stopping and mode == "partial":
-            raise ValueError("partial_fit does not support early_stopping=True")
         state = self._state_to_go_on(trainer, params, again, mode)
         if mode == "continue" and state.generator is not None:
             rng = np.random.RandomState()
@@ -682,14 +688,6 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             setattr(view, name, value)
         view._results_on_host = True
         return view
-
-    def _has_steps(self, method: str = "partial_fit") -> bool:
-        if self.solver == "lbfgs":
-            raise AttributeError(
-                f"{method} is only available for stochastic optimizers."
-                f" {self.solver} is not stochastic."
-            )
-        return True
 
     # -------------------------------------------------------- predict
 
@@ -974,7 +972,7 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         codes = np.searchsorted(self.classes_, y).astype(np.int32)
         return codes if len(self.classes_) > 2 else codes.astype(np.float64)
 
-    @available_if(_MultilayerPerceptron._has_steps)
+    @only_if(_without_partial_fit)
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
         """One epoch over X and y, going on from where the model is.
 
@@ -998,6 +996,11 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
             raise ValueError(
                 f"`classes={classes!r}` is not the same as on last call to partial_fit,"
                 f" was: {known!r}"
+            )
+        if self.class_weight == "balanced":
+            raise ValueError(
+                "class_weight='balanced' needs all rows at once: for partial_fit compute the"
+                " weights with sklearn.utils.class_weight.compute_class_weight and pass a dict"
             )
         with self._unchanged_on_error():
             self.classes_ = given
@@ -1191,7 +1194,7 @@ n_outputs_, n_features_in_, feature_names_in_, out_activation_
             raise ValueError("y must not be negative for loss='poisson'")
         return numbers
 
-    @available_if(_MultilayerPerceptron._has_steps)
+    @only_if(_without_partial_fit)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """One epoch over X and y, going on from where the model is.
 

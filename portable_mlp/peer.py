@@ -9,7 +9,8 @@ ones lack.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import update_wrapper
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,14 @@ except ImportError:  # before scikit-learn 1.9
         return method
 
 
-__all__ = ["CallbackSupportMixin", "FitCallbacks", "PeerInternals", "with_callbacks"]
+__all__ = [
+    "CallbackSupportMixin",
+    "FitCallbacks",
+    "PeerInternals",
+    "check_same_namespace",
+    "only_if",
+    "with_callbacks",
+]
 
 
 class FitCallbacks(Callback):
@@ -78,6 +86,39 @@ class FitCallbacks(Callback):
 
     def on_fit_end(self) -> None:
         self._context.call_on_fit_task_end(**self._fixed)
+
+
+class UnavailableError(AttributeError, ValueError):
+    """A method does not go with the parameters: ``hasattr`` says no, a call says why.
+
+    Two kinds at once: meta-estimators ask by ``hasattr``, and scikit-learn raises a
+    ValueError where ``partial_fit`` meets early stopping.
+    """
+
+
+class only_if:  # noqa: N801 (a decorator)
+    """A method that is there only if ``why_not`` of the instance is None.
+
+    Parameters
+    ----------
+    why_not : callable
+        From the instance to the message of the `UnavailableError`, or None.
+    """
+
+    def __init__(self, why_not: Callable[[Any], str | None]) -> None:
+        self.why_not = why_not
+
+    def __call__(self, method: Callable[..., Any]) -> Any:
+        self.method = method
+        update_wrapper(self, method)
+        return self
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self.method
+        if reason := self.why_not(instance):
+            raise UnavailableError(reason)
+        return MethodType(self.method, instance)
 
 
 class _Reading:

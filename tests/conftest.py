@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+# Before SciPy is imported: without it scikit-learn's checks with arrays of other
+# libraries skip
+os.environ.setdefault("SCIPY_ARRAY_API", "1")
 
 from portable_mlp.backends import Backend, BackendError, get_backend
 

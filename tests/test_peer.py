@@ -1,0 +1,50 @@
+"""scikit-learn's own tests of its MLP, unmodified, pass against ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_the_peers_own_tests(tmp_path, record_property):
+    report = tmp_path / "report.xml"
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "peer_plugin", "-p", "no:cacheprovider",
+        f"--junitxml={report}", "--pyargs", "sklearn.neural_network.tests.test_mlp",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    # Away from this project's own settings
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    cases = list(ET.parse(report).iter("testcase"))
+    others = [case.get("name") for case in cases if len(case)]  # failed, skipped, in error
+    assert not others, done.stdout
+    assert done.returncode == 0, done.stdout
+    assert "deselected" not in done.stdout
+    assert len(cases) >= 59
+    record_property("scikit-learn's own tests", f"{len(cases)} passed, 0 skipped")
+
+
+def test_the_peers_tests_would_see_a_wrong_gradient(tmp_path):
+    """The planted twin: they do run against our code."""
+    (tmp_path / "planted.py").write_text(
+        "import peer_plugin\n"
+        "from portable_mlp.layers import Linear\n"
+        "right = Linear.gradients\n"
+        "Linear.gradients = lambda *args: tuple(1.01 * g for g in right(*args))\n"
+    )
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "planted", "-p", "no:cacheprovider",
+        "--pyargs", "sklearn.neural_network.tests.test_mlp", "-k", "test_gradient",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)])}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "1 failed" in done.stdout
