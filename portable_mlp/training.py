@@ -358,8 +358,7 @@ class Trainer:
         hypers = []
         rate = nan
         for i in range(n_steps):
-            seen = state.rows + i * self.batch_size
-            clock = Clock(state.steps + i, planned_epochs * n_steps, state.epochs, seen)
+            clock = Clock(state.steps + i, planned_epochs * n_steps, state.epochs, state.rows)
             rate = self.schedule.rate(self.learning_rate, clock, state.schedule)
             coefficients = self.optimizer.coefficients(state.steps + i + 1, rate)
             hypers.append(Hyper(self.alpha, coefficients, keys[i]))

@@ -66,47 +66,6 @@ def ours_and_peer(task, **params):
     return MLPRegressor, PeerRegressor, params
 
 
-VARIANTS = {
-    "adam": {},
-    "adam, no shuffle, logistic": {"shuffle": False, "activation": "logistic"},
-    "sgd nesterov": {"solver": "sgd", "learning_rate_init": 0.01},
-    "sgd momentum, invscaling": {
-        "solver": "sgd", "nesterovs_momentum": False, "learning_rate": "invscaling",
-    },
-    "sgd plain, adaptive": {
-        "solver": "sgd", "momentum": 0.0, "learning_rate": "adaptive", "tol": 0.05,
-        "n_iter_no_change": 2,
-    },
-    "early stopping": {"early_stopping": True, "batch_size": 32},
-    "lbfgs": {"solver": "lbfgs"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("task", TASKS)
-def test_same_seed_same_model_as_scikit_learn(task, variant, weighted):
-    ours, peer, params = ours_and_peer(task, **VARIANTS[variant])
-    X, y = data(task)
-    weights = (np.random.RandomState(1).uniform(0.1, 2, len(X)),) if weighted else ()
-    a, b = ours(**params).fit(X, y, *weights), peer(**params).fit(X, y, *weights)
-    tol = 1e-7 if variant == "lbfgs" else 1e-9
-    for mine, theirs in zip(a.coefs_ + a.intercepts_, b.coefs_ + b.intercepts_, strict=True):
-        assert np.max(np.abs(mine - theirs)) <= tol * np.max(np.abs(theirs))
-    assert a.n_iter_ == b.n_iter_
-    assert a.loss_ == pytest.approx(b.loss_, rel=tol)
-    if variant != "lbfgs":
-        np.testing.assert_allclose(a.loss_curve_, b.loss_curve_, rtol=1e-9)
-        assert a.t_ == b.t_
-        assert (a.validation_scores_ is None) == (b.validation_scores_ is None)
-        if a.validation_scores_:
-            np.testing.assert_allclose(a.validation_scores_, b.validation_scores_, rtol=1e-9)
-    np.testing.assert_allclose(a.predict(X), b.predict(X), rtol=1e-6)
-    if hasattr(b, "predict_proba"):
-        np.testing.assert_allclose(a.predict_proba(X), b.predict_proba(X), rtol=1e-6, atol=1e-9)
-    assert a.out_activation_ == b.out_activation_
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_fit_and_predict_follow_the_arrays(task, target):
     """An array in, the same kind of array out, on its device; the same model as on NumPy."""
