@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from portable_mlp.activations import ACTIVATIONS as ACTIVATIONS
     from portable_mlp.backends import BackendError as BackendError
     from portable_mlp.backends import get_backend as get_backend
+    from portable_mlp.callbacks import Callback as Callback
     from portable_mlp.checks import GradientError as GradientError
     from portable_mlp.checks import check_layer as check_layer
     from portable_mlp.checks import check_loss as check_loss
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from portable_mlp.network import mlp as mlp
     from portable_mlp.persistence import load as load
     from portable_mlp.persistence import save as save
+    from portable_mlp.plots import LossCurveDisplay as LossCurveDisplay
     from portable_mlp.training import DivergenceError as DivergenceError
 
 __version__ = version("portable_mlp")
@@ -34,6 +36,7 @@ _HOME = {
     "ACTIVATIONS": "activations",
     "BackendError": "backends",
     "get_backend": "backends",
+    "Callback": "callbacks",
     "GradientError": "checks",
     "check_layer": "checks",
     "check_loss": "checks",
@@ -45,6 +48,7 @@ _HOME = {
     "mlp": "network",
     "load": "persistence",
     "save": "persistence",
+    "LossCurveDisplay": "plots",
     "DivergenceError": "training",
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.layers import Layer
-from portable_mlp.losses import Loss
+from portable_mlp.losses import CallableLoss, Loss, SquaredError
 
 _H = 1e-4  # small enough to stay off kinks; truncation, ~h⁴, is below rounding, ~ε/h
 _DIRECTIONS = 3
@@ -85,13 +85,19 @@ def check_layer(
 
 
 def check_loss(
-    loss: Loss, z: Any, y: Any, weights: Any = None, *, tol: float = 1e-6, seed: int = 0
+    loss: Loss | Callable[..., Any],
+    z: Any,
+    y: Any,
+    weights: Any = None,
+    *,
+    tol: float = 1e-6,
+    seed: int = 0,
 ) -> float:
     """Verify that a loss's gradient is that of its value.
 
     Parameters
     ----------
-    loss : Loss
+    loss : Loss, or a function as `losses.CallableLoss` takes it
     z : array-like (n, k)
         Logits to check at; keep away from kinks.
     y : array-like (n,) or (n, k)
@@ -109,10 +115,13 @@ def check_loss(
     GradientError
         As for `check_layer`.
     """
+    where = type(loss).__name__
+    if not isinstance(loss, Loss):
+        where = getattr(loss, "__name__", where)
+        loss = CallableLoss(loss, SquaredError())
     z, y = _frozen(z), np.array(y)
     y.flags.writeable = False
     share = None if weights is None else _frozen(weights)
-    where = type(loss).__name__
     try:
         _, dz = loss(z, y, xp, share)
     except ValueError as error:

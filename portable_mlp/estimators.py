@@ -378,6 +378,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         if mode == "init":
             state = trainer.start(params)
             state.generator = rng.get_state()
+            params = trainer.params(state.leaves)
             state.arrays = state.arrays._replace(leaves=[])
             fitted = self._curves(state, 0)
         elif self.solver == "lbfgs":

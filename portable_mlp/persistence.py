@@ -35,8 +35,8 @@ _CLASSES = {
 }
 _FITTED = (
     "n_features_in_", "n_outputs_", "n_layers_", "n_iter_", "t_", "loss_", "loss_curve_",
-    "best_loss_", "validation_scores_", "best_validation_score_", "out_activation_",
-    "_multilabel",
+    "best_loss_", "validation_loss_curve_", "validation_scores_", "best_validation_score_",
+    "out_activation_", "_multilabel",
 )  # fmt: skip
 
 
@@ -46,7 +46,8 @@ def save(model: Any, path: str | Path, preprocessing: Any = None) -> Path:
     Parameters
     ----------
     model : MLPClassifier or MLPRegressor
-        Parameters given as objects have to be this library's own.
+        Parameters given as objects have to be this library's own; callbacks and a
+        callable ``scoring`` are left out.
     path : path
         Overwritten.
     preprocessing : scikit-learn transformer, optional
@@ -72,6 +73,7 @@ def save(model: Any, path: str | Path, preprocessing: Any = None) -> Path:
         raise FileNotFoundError(f"no folder {path.parent} to save {path.name} in")
     host = {f"coefs.{i}": to_host(w) for i, w in enumerate(model.coefs_)}
     host |= {f"intercepts.{i}": to_host(b) for i, b in enumerate(model.intercepts_)}
+    host |= {f"layer_params.{i}": to_host(a) for i, a in enumerate(model.layer_params_)}
     meta: dict[str, Any] = {
         "format": _FORMAT,
         "estimator": type(model).__name__,
@@ -130,6 +132,10 @@ def load(path: str | Path) -> Any:
     layers = range(model.n_layers_ - 1)
     model.coefs_ = [host[f"coefs.{i}"] for i in layers]
     model.intercepts_ = [host[f"intercepts.{i}"] for i in layers]
+    model.layer_params_ = [
+        host[f"layer_params.{i}"]
+        for i in range(sum(name.startswith("layer_params.") for name in host))
+    ]
     model._loss = _decode(meta["loss"])
     if "preprocessing" not in host:
         return model
@@ -140,6 +146,10 @@ def load(path: str | Path) -> Any:
 
 
 def _encode(name: str, value: Any) -> Any:
+    if name == "callbacks" or (name == "scoring" and callable(value)):
+        return None  # of the training, not of the model
+    if isinstance(value, dict):
+        return {"dict": [[_encode(name, k), _encode(name, v)] for k, v in value.items()]}
     if is_dataclass(value) and _CLASSES.get(type(value).__name__) is type(value):
         return {"class": type(value).__name__, **asdict(value)}  # type: ignore[arg-type]
     if isinstance(value, list | tuple):
@@ -162,5 +172,7 @@ def _decode(value: Any) -> Any:
         return tuple(_decode(v) for v in value)
     if isinstance(value, dict):
         fields = dict(value)
+        if "dict" in fields:
+            return {_decode(k): _decode(v) for k, v in fields["dict"]}
         return _CLASSES[fields.pop("class")](**fields)
     return value

@@ -2,17 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+
+class LossCurveDisplay:
+    """Losses, and the validation score if there is one, over the epochs.
+
+    Made by `from_estimator`, as scikit-learn's displays are.
+
+    Parameters
+    ----------
+    loss_curve : sequence of float
+    validation_loss_curve, validation_scores : sequence of float, optional
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        Of the losses.
+    score_ax_ : matplotlib Axes or None
+        Of the scores, on the right.
+    figure_ : matplotlib Figure
+    lines_ : list of matplotlib Line2D
+    """
+
+    def __init__(
+        self,
+        loss_curve: Sequence[float],
+        validation_loss_curve: Sequence[float] | None = None,
+        validation_scores: Sequence[float] | None = None,
+    ) -> None:
+        self.loss_curve = loss_curve
+        self.validation_loss_curve = validation_loss_curve
+        self.validation_scores = validation_scores
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, *, ax: Any = None) -> Self:
+        """Draw the curves of a fitted estimator.
+
+        Parameters
+        ----------
+        estimator : MLPClassifier or MLPRegressor
+            Fitted by any solver but "lbfgs", which keeps no curve.
+        ax : matplotlib Axes, optional
+            Of a new figure of pyplot's if not given.
+
+        Returns
+        -------
+        LossCurveDisplay
+
+        Raises
+        ------
+        ValueError
+            If the estimator has no curve.
+        ModuleNotFoundError
+            If matplotlib is missing; the message names what to install.
+        """
+        if not getattr(estimator, "loss_curve_", None):
+            raise ValueError(
+                f"{estimator!r} has no loss curve: fit it, by another solver than lbfgs"
+            )
+        curves = (
+            estimator.loss_curve_,
+            estimator.validation_loss_curve_,
+            estimator.validation_scores_,
+        )
+        return cls(*curves).plot(ax=ax)
+
+    def plot(self, *, ax: Any = None) -> Self:
+        """Draw into ``ax``, or into a new figure."""
+        _matplotlib()
+        from matplotlib.ticker import MaxNLocator
+
+        if ax is None:
+            from matplotlib import pyplot
+
+            ax = pyplot.subplots()[1]
+        epochs = range(1, len(self.loss_curve) + 1)
+        dots = "." if len(epochs) < 30 else ""
+        validated = self.validation_loss_curve is not None
+        self.lines_ = ax.plot(
+            epochs, self.loss_curve, "C0", marker=dots, label="training" if validated else None
+        )
+        if validated:
+            self.lines_ += ax.plot(
+                epochs, self.validation_loss_curve, "C2", marker=dots, label="validation"
+            )
+            ax.legend()
+        low, high = min(self.loss_curve), max(self.loss_curve)
+        ax.set(xlabel="epoch", yscale="log" if 0 < 10 * low < high else "linear")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_ylabel("loss" if validated else "training loss", color="C0")
+        ax.grid(alpha=0.3)
+        self.score_ax_ = None
+        if self.validation_scores is not None:
+            self.score_ax_ = ax.twinx()
+            self.lines_ += self.score_ax_.plot(epochs, self.validation_scores, "C1", marker=dots)
+            self.score_ax_.set_ylabel("validation score", color="C1")
+        self.ax_, self.figure_ = ax, ax.figure
+        return self
 
 
 def plot_learning_curve(model: Any, path: str | Path) -> Path:
-    """Write the loss, and the validation score if there is one, over epochs as a PNG.
+    """Write a `LossCurveDisplay` as a PNG, without pyplot.
 
     Parameters
     ----------
     model : MLPClassifier or MLPRegressor
-        Fitted by any solver but "lbfgs", which keeps no curve.
     path : path
         Overwritten.
 
@@ -25,27 +122,18 @@ def plot_learning_curve(model: Any, path: str | Path) -> Path:
     ModuleNotFoundError
         If matplotlib is missing; the message names what to install.
     """
+    figure = _matplotlib().Figure(figsize=(7.0, 4.0), layout="constrained")
+    LossCurveDisplay.from_estimator(model, ax=figure.subplots())
+    path = Path(path)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _matplotlib() -> Any:
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib import figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "plots need matplotlib: pip install 'portable_mlp[plot]'"
         ) from error
-
-    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
-    axes = figure.subplots()
-    epochs = range(1, len(model.loss_curve_) + 1)
-    axes.plot(epochs, model.loss_curve_, color="C0", marker="." if len(epochs) < 30 else "")
-    low, high = min(model.loss_curve_), max(model.loss_curve_)
-    axes.set(xlabel="epoch", yscale="log" if 0 < 10 * low < high else "linear")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("training loss", color="C0")
-    if model.validation_scores_ is not None:
-        right = axes.twinx()
-        right.plot(epochs, model.validation_scores_, color="C1")
-        right.set_ylabel("validation score", color="C1")
-    axes.grid(alpha=0.3)
-    path = Path(path)
-    figure.savefig(path, dpi=150)
-    return path
+    return figure

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import pytest
 os.environ.setdefault("SCIPY_ARRAY_API", "1")
 
 from portable_mlp.backends import Backend, BackendError, get_backend
+
+SKLEARN = tuple(int(part) for part in version("scikit-learn").split(".")[:2])
 
 
 @dataclass(frozen=True)

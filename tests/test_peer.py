@@ -8,6 +8,8 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from conftest import SKLEARN
+
 HERE = Path(__file__).parent
 
 
@@ -27,7 +29,7 @@ def test_the_peers_own_tests(tmp_path, record_property):
     assert not others, done.stdout
     assert done.returncode == 0, done.stdout
     assert "deselected" not in done.stdout
-    assert len(cases) >= 59
+    assert len(cases) >= (59 if SKLEARN >= (1, 9) else 58)
     record_property("scikit-learn's own tests", f"{len(cases)} passed, 0 skipped")
 
 
