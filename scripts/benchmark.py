@@ -3,6 +3,10 @@
     python scripts/benchmark.py
     python scripts/benchmark.py --workloads 1,4 --only "portable_mlp numpy,scikit-learn"
 
+or a whole fit of the estimators, against scikit-learn's:
+
+    python scripts/benchmark.py --fit
+
 Prints Markdown.  Every contestant trains the same networks on the same rows in the
 same order, without an L2 penalty, on the CPU unless its name says otherwise, with its
 library's default number of threads.  Each lives in a process of its own, so that no
@@ -26,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from itertools import pairwise
@@ -60,12 +65,7 @@ class Workload:
         return ceil(self.rows / self.batch)
 
     def data(self, dtype: str) -> tuple[Any, Any]:
-        """Standard normal inputs, and labels drawn uniformly."""
-        import numpy as np
-
-        rng = np.random.default_rng(0)
-        X = rng.standard_normal((self.rows, self.sizes[0])).astype(dtype)
-        return X, rng.integers(self.sizes[-1], size=self.rows, dtype=np.int32)
+        return normal_rows(self.rows, self.sizes[0], self.sizes[-1], dtype)
 
     def slices(self) -> Iterator[slice]:
         """The rows of each batch, in order."""
@@ -81,6 +81,61 @@ WORKLOADS = {
     5: Workload((1024, 1024, 1024, 10), 512, 10_240, "adam", 1e-3),
 }
 
+
+@dataclass(frozen=True)
+class Fit:
+    """What to fit, by an estimator whose other parameters are the defaults."""
+
+    name: str
+    data: Callable[[str], tuple[Any, Any]]
+    hidden: tuple[int, ...]
+    epochs: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, hidden layers {self.hidden}, {self.epochs} epochs"
+
+    @property
+    def steps(self) -> int:
+        """One: times are those of a whole fit."""
+        return 1
+
+
+def two_classes(dtype: str) -> tuple[Any, Any]:
+    """10 000 rows of 20 features."""
+    from sklearn.datasets import make_classification
+
+    X, y = make_classification(10_000, 20, random_state=0)
+    return X.astype(dtype), y
+
+
+def digits(dtype: str) -> tuple[Any, Any]:
+    """1797 rows of 64 features, ten classes."""
+    from sklearn.datasets import load_digits
+
+    X, y = load_digits(return_X_y=True)
+    return (X / 16.0).astype(dtype), y
+
+
+def normal_rows(rows: int, features: int, classes: int, dtype: str) -> tuple[Any, Any]:
+    """Standard normal inputs, and labels drawn uniformly."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((rows, features)).astype(dtype)
+    return X, rng.integers(classes, size=rows, dtype=np.int32)
+
+
+FITS = {
+    1: Fit("10000 rows of 20 features, two classes", two_classes, (100,), 20),
+    2: Fit("digits", digits, (100,), 50),
+    3: Fit(
+        "12800 normal rows of 784 features, ten classes",
+        partial(normal_rows, 12_800, 784, 10),
+        (256, 128),
+        5,
+    ),
+}
+
 # ---------------------------------------------------------------- contestants
 
 
@@ -93,7 +148,9 @@ class Contestant(ABC):
     dtype : {"float32", "float64"}
     """
 
-    def __init__(self, workload: Workload, dtype: str) -> None:
+    curve: Sequence[float] = ()  # losses of a fit's epochs
+
+    def __init__(self, workload: Any, dtype: str) -> None:
         self.workload = workload
         self.dtype = dtype
         self.X, self.y = workload.data(dtype)
@@ -370,6 +427,24 @@ class Products(Contestant):
                 self.matmul(x.T, self.dz, out=self.dw)
 
 
+class WholeFit(Contestant):
+    """``MLPClassifier.fit`` of a module, as a user calls it."""
+
+    def __init__(self, workload: Fit, dtype: str, module: str) -> None:
+        super().__init__(workload, dtype)
+        self.estimator = import_module(module).MLPClassifier
+
+    def train(self, epochs: int) -> None:
+        fit: Fit = self.workload
+        params = {"max_iter": fit.epochs, "tol": 0.0, "n_iter_no_change": fit.epochs}
+        for _ in range(epochs):
+            model = self.estimator(fit.hidden, **params, random_state=0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it did not converge
+                model.fit(self.X, self.y)
+        self.curve = model.loss_curve_
+
+
 REFERENCE = "portable_mlp numpy"
 
 # Name -> how to make it, and the module it cannot do without
@@ -385,6 +460,27 @@ CONTESTANTS: dict[str, tuple[Callable[[Workload, str], Contestant], str]] = {
     "JAX scan": (JaxScan, "jax"),
     "GEMMs alone": (Products, "numpy"),
 }
+FITTERS: dict[str, tuple[Callable[[Fit, str], Contestant], str]] = {
+    REFERENCE: (partial(WholeFit, module="portable_mlp"), "portable_mlp"),
+    "scikit-learn": (partial(WholeFit, module="sklearn.neural_network"), "sklearn"),
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is timed, whose, and the unit."""
+
+    workloads: dict[int, Any]
+    contestants: dict[str, tuple[Callable[..., Contestant], str]]
+    unit: str
+    per_second: float
+    dtypes: tuple[str, ...]
+
+
+SUITES = {
+    "steps": Suite(WORKLOADS, CONTESTANTS, "µs a step", 1e6, ("float32",)),
+    "fits": Suite(FITS, FITTERS, "ms a fit", 1e3, ("float32", "float64")),
+}
 
 # ---------------------------------------------------------------- processes
 
@@ -393,9 +489,9 @@ class ContestantError(Exception):
     """A contestant failed; the message says why."""
 
 
-def serve(name: str, pipe: Connection) -> None:
+def serve(suite: str, name: str, pipe: Connection) -> None:
     """Do, in a child process, what a `Worker` asks, until it closes the pipe."""
-    make, _ = CONTESTANTS[name]
+    make, _ = SUITES[suite].contestants[name]
     contestant: Any = None
     while True:
         try:
@@ -408,11 +504,11 @@ def serve(name: str, pipe: Connection) -> None:
                 time.sleep(0.05)  # idle threads of the one before may still spin
                 began = time.perf_counter()
                 contestant.train(request)
-                pipe.send(time.perf_counter() - began)
+                pipe.send((time.perf_counter() - began, contestant.curve))
             else:
                 contestant = None  # its arrays are freed before there are others
                 contestant = make(*request)
-                pipe.send(0.0)
+                pipe.send((0.0, ()))
         except Exception as error:
             kind = type(error).__name__
             pipe.send(f"{'unavailable' if kind == 'BackendError' else kind}: {error}")
@@ -421,10 +517,11 @@ def serve(name: str, pipe: Connection) -> None:
 class Worker:
     """A contestant in a process of its own, which lives until it is closed."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, suite: str, name: str) -> None:
+        self.curve: Sequence[float] = ()
         context = get_context("spawn")  # a fork would share what BLAS has started
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(name, theirs), daemon=True)
+        self._process = context.Process(target=serve, args=(suite, name, theirs), daemon=True)
         self._process.start()
         theirs.close()  # else the child's end would go unnoticed
 
@@ -453,49 +550,53 @@ class Worker:
             raise ContestantError("its process died") from error
         if isinstance(reply, str):
             raise ContestantError(reply)
-        return float(reply)
+        elapsed, self.curve = reply
+        return float(elapsed)
 
 
-Samples = dict[str, dict[int, list[float]]]
-"""Microseconds a step in every round, by contestant and workload."""
+@dataclass
+class Results:
+    """By contestant and workload: a time in each round, losses, and what went wrong."""
 
-Failures = dict[str, dict[int, str]]
-"""What went wrong, by contestant and workload."""
+    samples: dict[str, dict[int, list[float]]]
+    curves: dict[str, dict[int, Sequence[float]]]
+    failures: dict[str, dict[int, str]]
 
 
-def measure(args: argparse.Namespace) -> tuple[Samples, Failures]:
+def measure(args: argparse.Namespace, dtype: str) -> Results:
     """Time all contestants on all workloads, a workload after the other."""
-    names = args.only
-    samples: Samples = {name: {} for name in names}
-    failures: Failures = {name: {} for name in names}
+    names, suite = args.only, SUITES[args.suite]
+    results = Results(*({name: {} for name in names} for _ in range(3)))
+    failures = results.failures
     workers: dict[str, Worker] = {}
     for name in names:
-        if find_spec(module := CONTESTANTS[name][1]):
-            workers[name] = Worker(name)
+        if find_spec(module := suite.contestants[name][1]):
+            workers[name] = Worker(args.suite, name)
         else:
             failures[name] = dict.fromkeys(args.workloads, f"missing: {module} is not installed")
     for number in args.workloads:
-        workload, epochs = WORKLOADS[number], {}
+        workload, epochs = suite.workloads[number], {}
         for i in range(args.rounds + 1):  # the first only prepares
-            print(f"workload {number}, round {i} of {args.rounds}", file=sys.stderr)
+            print(f"{dtype}, workload {number}, round {i} of {args.rounds}", file=sys.stderr)
             turn = i % len(names)
             for name in [*names[turn:], *names[:turn]]:
                 if number in failures[name]:
                     continue
                 try:
                     if i == 0:
-                        epochs[name] = workers[name].enter(workload, args.dtype, args.seconds)
-                        samples[name][number] = []
+                        epochs[name] = workers[name].enter(workload, dtype, args.seconds)
+                        results.samples[name][number] = []
                     else:
                         steps = epochs[name] * workload.steps
                         elapsed = workers[name].time(epochs[name])
-                        samples[name][number].append(1e6 * elapsed / steps)
+                        results.samples[name][number].append(suite.per_second * elapsed / steps)
+                        results.curves[name][number] = workers[name].curve
                 except ContestantError as error:
                     failures[name][number] = " ".join(str(error).split())
-                    samples[name].pop(number, None)
+                    results.samples[name].pop(number, None)
     for worker in workers.values():
         worker.close()
-    return samples, failures
+    return results
 
 
 # ---------------------------------------------------------------- the report
@@ -513,17 +614,18 @@ def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(text, row))} |" for row in (header, rule, *rows))
 
 
-def report(args: argparse.Namespace, samples: Samples, failures: Failures) -> Iterator[str]:
+def report(args: argparse.Namespace, dtype: str, results: Results) -> Iterator[str]:
     """Paragraphs of Markdown."""
-    numbers = args.workloads
+    numbers, suite = args.workloads, SUITES[args.suite]
+    samples, failures = results.samples, results.failures
     medians = {name: {n: median(s) for n, s in own.items()} for name, own in samples.items()}
     yield (
-        f"Microseconds a training step in {args.dtype}: medians of {args.rounds} interleaved"
+        f"In {dtype}, {suite.unit}: medians of {args.rounds} interleaved"
         f" rounds of about {args.seconds:g} s."
     )
-    yield "\n".join(f"{number}. {WORKLOADS[number]}" for number in numbers)
+    yield "\n".join(f"{number}. {suite.workloads[number]}" for number in numbers)
     yield table(
-        ["µs a step", *numbers], [[name, *map(m.get, numbers)] for name, m in medians.items()]
+        [suite.unit, *numbers], [[name, *map(m.get, numbers)] for name, m in medians.items()]
     )
 
     own = medians.pop(REFERENCE, {})
@@ -536,6 +638,15 @@ def report(args: argparse.Namespace, samples: Samples, failures: Failures) -> It
         yield f"Time of {REFERENCE} ÷ time of the peer; below 1, {REFERENCE} is faster."
         yield table([f"{REFERENCE} ÷", *numbers, "geometric mean"], rows)
 
+    if curves := results.curves.pop(REFERENCE, {}):
+        for name, others in results.curves.items():
+            gaps = [largest_gap(curves[n], others[n]) for n in numbers if curves.get(n)]
+            if gaps:
+                yield (
+                    f"Largest relative difference of the loss curves from {name}'s:"
+                    f" {', '.join(f'{gap:.1e}' for gap in gaps)}."
+                )
+
     notes = [
         f"- {name}: {reason} (workloads {', '.join(str(n) for n in bad if bad[n] == reason)})"
         for name, bad in failures.items()
@@ -543,14 +654,18 @@ def report(args: argparse.Namespace, samples: Samples, failures: Failures) -> It
     ]
     # What else the machine computes slows the threads of one product several times over
     notes += [
-        f"- {name}, workload {n}: unsteady, {min(s):.3g} to {max(s):.3g} µs"
+        f"- {name}, workload {n}: unsteady, {min(s):.3g} to {max(s):.3g} {suite.unit}"
         for name, own_samples in samples.items()
         for n, s in own_samples.items()
         if max(s) > 1.5 * min(s)
     ]
     if notes:
         yield "\n".join(notes)
-    yield "; ".join(f"{key} {value}" for key, value in machine().items())
+
+
+def largest_gap(curve: Sequence[float], other: Sequence[float]) -> float:
+    """Of two curves, epoch for epoch."""
+    return max(abs(a - b) / abs(b) for a, b in zip(curve, other, strict=True))
 
 
 def machine() -> dict[str, str]:
@@ -582,45 +697,59 @@ def machine() -> dict[str, str]:
 
 
 def parse_args() -> argparse.Namespace:
-    def chosen(known: dict[Any, Any]) -> Callable[[str], list[Any]]:
-        by_name = {str(key): key for key in known}
-
-        def parse(text: str) -> list[Any]:
-            names = [name.strip() for name in text.split(",")]
-            if unknown := set(names) - set(by_name):
-                raise argparse.ArgumentTypeError(f"{unknown}; known: {', '.join(by_name)}")
-            return [by_name[name] for name in names]
-
-        return parse
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add(
+        "--fit", dest="suite", action="store_const", const="fits", default="steps",
+        help="time whole fits of the estimators, instead of steps",
+    )  # fmt: skip
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=1.0, help="of each timed run, about")
     add("--json", type=Path, metavar="FILE", help="write every sample here too")
-    add("--workloads", type=chosen(WORKLOADS), metavar="1,2,...", default=list(WORKLOADS))
-    add("--only", type=chosen(CONTESTANTS), metavar="NAME,...", default=list(CONTESTANTS))
-    add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--workloads", metavar="1,2,...", help="all by default")
+    add("--only", metavar="NAME,...", help="all by default")
+    add("--dtype", metavar="float32,float64", help="default: float32, of fits both")
     args = parser.parse_args()
     if args.rounds < 1 or args.seconds <= 0.0:
         parser.error("--rounds must be at least 1, and --seconds above 0")
+    suite = SUITES[args.suite]
+
+    def chosen(text: str | None, known: Sequence[Any], default: Sequence[Any]) -> list[Any]:
+        if text is None:
+            return list(default)
+        by_name = {str(key): key for key in known}
+        names = [name.strip() for name in text.split(",")]
+        if unknown := set(names) - set(by_name):
+            parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(by_name)}")
+        return [by_name[name] for name in names]
+
+    args.workloads = chosen(args.workloads, [*suite.workloads], [*suite.workloads])
+    args.only = chosen(args.only, [*suite.contestants], [*suite.contestants])
+    args.dtype = chosen(args.dtype, ["float32", "float64"], suite.dtypes)
     return args
 
 
 def main() -> None:
     args = parse_args()
-    samples, failures = measure(args)
-    print("\n\n".join(report(args, samples, failures)))
+    results = {dtype: measure(args, dtype) for dtype in args.dtype}
+    document = {
+        "machine": machine(),
+        "settings": {key: getattr(args, key) for key in ("suite", "rounds", "seconds")},
+        "workloads": {
+            number: str(SUITES[args.suite].workloads[number]) for number in args.workloads
+        },
+        "unit": SUITES[args.suite].unit,
+        "results": {
+            dtype: {"samples": found.samples, "failures": found.failures}
+            for dtype, found in results.items()
+        },
+    }
+    for dtype, found in results.items():
+        print("\n\n".join(report(args, dtype, found)), end="\n\n")
+    print("; ".join(f"{key} {value}" for key, value in machine().items()))
     if args.json:
-        document = {
-            "machine": machine(),
-            "settings": {key: getattr(args, key) for key in ("rounds", "seconds", "dtype")},
-            "workloads": {number: str(WORKLOADS[number]) for number in args.workloads},
-            "microseconds": samples,
-            "failures": failures,
-        }
         args.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -15,6 +15,10 @@ import pytest
 # Before SciPy is imported: without it scikit-learn's checks with arrays of other
 # libraries skip
 os.environ.setdefault("SCIPY_ARRAY_API", "1")
+# Before any thread pool is made: pools of as many workers as there are cores, one for each of
+# the processes of pytest-xdist, spend their time waiting for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from portable_mlp.backends import Backend, BackendError, get_backend
 

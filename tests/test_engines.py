@@ -114,12 +114,16 @@ def test_replay_of_every_activation_and_width(activation, sizes):
 
 @pytest.mark.parametrize("name", ["torch", "jax", "torch-cuda", "jax-cuda", "cupy"])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_engines_of_other_backends_agree_with_eager_numpy(name, loss, weighted, request):
     backend = get_target(name, request).backend
     kind = ENGINES[backend.engine]
     options = {"weighted": weighted, "alpha": 0.1, "dropout": 0.3, "clip_norm": 0.5}
-    for optimizer, activation in zip(OPTIMIZERS, list(ACTIVATIONS)[: len(OPTIMIZERS)], strict=True):
+    # A third of the rules with each loss, each time with other activations: XLA compiles long
+    turn = 2 * list(LOSSES).index(loss) + weighted
+    activations = [*list(ACTIVATIONS)[turn:], *ACTIVATIONS]
+    loss = LOSSES[loss]
+    for optimizer, activation in zip(OPTIMIZERS[turn % 3 :: 3], activations, strict=False):
         arrays, values = run(kind, *case(loss, optimizer, activation, backend, **options))
         made = case(loss, optimizer, activation, **options)
         params = made[0].params
