@@ -325,7 +325,8 @@ class Trainer:
             if not isfinite(loss):
                 if not early:
                     raise DivergenceError(self._divergence(state.epochs, loss))
-                warnings.warn(self._divergence(state.epochs, loss), RuntimeWarning, stacklevel=5)
+                said = self._divergence(state.epochs, loss) + " The best weights so far are kept."
+                warnings.warn(said, RuntimeWarning, stacklevel=5)
                 return "diverged"
             if self._watch(state, -score if early else loss):
                 remembered = self.schedule.stalled(state.schedule, rate)

@@ -493,12 +493,6 @@ def test_continuing_with_other_layers():
         model.fit(X, y)
 
 
-def test_named_rate_schedule_without_sgd_says_so():
-    X, y = data("binary")
-    with pytest.warns(UserWarning, match="has no effect with solver='adam'"):
-        MLPClassifier(learning_rate="adaptive", max_iter=1).fit(X, y)
-
-
 def test_not_converged_says_so():
     X, y = data("binary")
     with pytest.warns(ConvergenceWarning, match=r"Maximum iterations \(2\) reached"):
@@ -662,19 +656,3 @@ def test_second_ctrl_c_raises_and_leaves_the_model():
     with pytest.raises(KeyboardInterrupt):
         model.fit(X, y)
     assert_unchanged(model, before)
-
-
-def test_lbfgs_keeps_float32_and_says_what_it_ignores():
-    X, y = data("binary")
-    model = MLPClassifier(solver="lbfgs", early_stopping=True, max_iter=5)
-    with pytest.warns(UserWarning, match="early_stopping has no effect with solver='lbfgs'"):
-        model.fit(X.astype(np.float32), y)
-    assert {p.dtype for p in model.coefs_ + model.intercepts_} == {np.dtype("float32")}
-
-
-def test_log_probabilities_stay_finite_where_probabilities_vanish():
-    X, y = data("binary")
-    model = MLPClassifier(max_iter=5, random_state=0).fit(X, y)
-    with np.errstate(divide="ignore"):
-        assert np.isneginf(np.log(model.predict_proba(1e6 * X))).any()
-    assert np.isfinite(model.predict_log_proba(1e6 * X)).all()
