@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from conftest import SKLEARN
+from sklearn import neural_network
 
 HERE = Path(__file__).parent
 
@@ -36,13 +37,12 @@ def test_the_peers_own_tests(tmp_path, record_property):
 def test_the_peers_tests_would_see_a_wrong_gradient(tmp_path):
     """The planted twin: they do run against our code."""
     (tmp_path / "planted.py").write_text(
-        "import peer_plugin\n"
         "from portable_mlp.layers import Linear\n"
         "right = Linear.gradients\n"
         "Linear.gradients = lambda *args: tuple(1.01 * g for g in right(*args))\n"
     )
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "planted", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "-q", "-p", "peer_plugin", "-p", "planted", "-p", "no:cacheprovider",
         "--pyargs", "sklearn.neural_network.tests.test_mlp", "-k", "test_gradient",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)])}
@@ -50,3 +50,9 @@ def test_the_peers_tests_would_see_a_wrong_gradient(tmp_path):
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "1 failed" in done.stdout
+
+
+def test_here_the_peer_is_the_peer():
+    """What compares with scikit-learn would otherwise compare with itself."""
+    for name in ("MLPClassifier", "MLPRegressor"):
+        assert getattr(neural_network, name).__module__.startswith("sklearn.")
