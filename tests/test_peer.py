@@ -42,7 +42,8 @@ def test_the_peers_tests_would_see_a_wrong_gradient(tmp_path):
         "Linear.gradients = lambda *args: tuple(1.01 * g for g in right(*args))\n"
     )
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "peer_plugin", "-p", "planted", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "-q", "-p", "peer_plugin", "-p", "planted",
+        "-p", "no:cacheprovider",
         "--pyargs", "sklearn.neural_network.tests.test_mlp", "-k", "test_gradient",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)])}
