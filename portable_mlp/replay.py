@@ -11,7 +11,7 @@ their views and the constants as the function's free variables.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -313,6 +313,16 @@ class _Plan:
                 if whole and root in known and root not in homes and root.op != "concat":
                     homes[root] = x, offset
                 offset += part.n_bytes
+        # And what such a result is calculated from elementwise, if nobody else reads it
+        readers = Counter(o.root for x in calculated for o in {*x.arrays})
+        readers.update(y.root for y in self.program.outputs if isinstance(y, Node))
+        for x in reversed(calculated):
+            if x in homes and x.op not in (*_NOT_ELEMENTWISE, "where"):
+                for operand in x.arrays:
+                    alike = (operand.shape, operand.dtype) == (x.shape, x.dtype)
+                    if operand in known and operand not in homes and alike and readers[operand] == 1:
+                        homes[operand] = homes[x]
+                        break
         return homes
 
     def _segments(self, calculated: list[Node]) -> list[list[Node]]:
