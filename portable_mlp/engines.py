@@ -106,14 +106,17 @@ class Engine:
 class ReplayEngine(Engine):
     """Repeats a recorded step into fixed buffers (`portable_mlp.replay`).
 
-    What cannot be recorded runs eagerly, with a warning that says why.
+    What cannot be recorded runs eagerly, with a warning that says why; and so do epochs
+    within the first ``EAGER`` steps, which is as long as recording takes.
     """
 
     name = "replay"
+    EAGER = 16
 
     def __init__(self, backend: Backend, recipe: Recipe) -> None:
         super().__init__(backend, recipe)
         self.dialect = DIALECTS[backend.name](backend)
+        self._begun = 0  # steps
         self._arrays: Arrays | None = None
         self._programs: dict[int, tuple[list[Array], Callable[..., tuple[Any, ...]]]] = {}
 
@@ -126,12 +129,16 @@ class ReplayEngine(Engine):
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
     ) -> tuple[Arrays, Values]:
+        if self._begun + len(hypers) <= self.EAGER:
+            self._begun += len(hypers)
+            return super().run(arrays, data, order, batch_size, hypers, stop)
         if arrays is not self._arrays:
             self._programs.clear()
             self._arrays = arrays
         n = data.x.shape[0] if order is None else len(order)
         try:
-            for size in {min(batch_size, n), n % batch_size or batch_size}:
+            # The longer batch first: its memory is enough for the shorter
+            for size in sorted({min(batch_size, n), n % batch_size or batch_size}, reverse=True):
                 if size not in self._programs:
                     self._programs[size] = self._bind(arrays, data, size, hypers[0])
         except Unrecordable as reason:
@@ -166,7 +173,11 @@ class ReplayEngine(Engine):
         self, arrays: Arrays, data: Batch, size: int, hyper: Hyper
     ) -> tuple[list[Array], Callable[..., tuple[Any, ...]]]:
         """Buffers for a batch of so many rows, and the function that does a step with it."""
-        buffers = [self.dialect.buffer(a, size) for a in data if a is not None]
+        if self._programs:
+            longest, _ = self._programs[max(self._programs)]
+            buffers = [buffer[:size] for buffer in longest]
+        else:
+            buffers = [self.dialect.buffer(a, size) for a in data if a is not None]
         batch = Batch(*buffers)
         arguments = specify((arrays, batch, hyper))
         replay = _replay(self.recipe, self.backend.name, _Tree(arguments))

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import inf, nan
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -23,7 +23,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, check_scoring, get_scorer_names, r2_score
 from sklearn.model_selection import train_test_split
-from sklearn.utils import check_array, check_random_state, compute_sample_weight
+from sklearn.utils import check_random_state, compute_sample_weight
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted
@@ -54,7 +54,7 @@ from portable_mlp.peer import (
     with_callbacks,
 )
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
-from portable_mlp.sources import ArraySource, Source, SparseSource, on_backend
+from portable_mlp.sources import ArraySource, Selection, Source, SparseSource, on_backend
 from portable_mlp.training import State, Trainer, Validate, fit_lbfgs
 from portable_mlp.typing import Array
 from portable_mlp.validation import check_weights, check_X, check_y
@@ -67,18 +67,20 @@ _CHUNK = 2**22  # elements of the widest activation that prediction holds at onc
 
 
 class _Rows(NamedTuple):
-    """Checked rows: x where it is (or CSR), y as it came and as numbers, weights."""
+    """Checked rows: x where it is (or CSR), y as it came and as numbers, weights.
+
+    Of x, only ``numbers`` if given: it is never copied.
+    """
 
     x: Any
     y: NDArray[Any]
     target: NDArray[Any]
     weights: NDArray[np.float64] | None
+    numbers: NDArray[np.intp] | None = None
 
-    def take(self, rows: NDArray[np.intp], backend: Backend) -> _Rows:
-        on_host = issparse(self.x) or isinstance(backend_of(self.x), NumPyBackend)
-        x = self.x[rows] if on_host else backend.xp.take(self.x, backend.indices(rows), axis=0)
-        weights = None if self.weights is None else self.weights[rows]
-        return _Rows(x, self.y[rows], self.target[rows], weights)
+    def take(self, numbers: NDArray[np.intp]) -> _Rows:
+        weights = None if self.weights is None else self.weights[numbers]
+        return _Rows(self.x, self.y[numbers], self.target[numbers], weights, numbers)
 
 
 def _without_steps(model: Any) -> str | None:
@@ -95,6 +97,8 @@ def _without_partial_fit(model: Any) -> str | None:
 
 class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
     """What classifier and regressor share."""
+
+    _target_dtype: ClassVar[type | None] = None  # labels may be anything
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
@@ -197,6 +201,13 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             weight_init=init,
             bias_init=init,
         )
+
+    @classmethod
+    @cache
+    def _get_param_names(cls) -> list[str]:
+        # Reading a long signature takes a tenth of a short fit
+        names: list[str] = super()._get_param_names()
+        return names
 
     def _check_parameters(self) -> None:
         self._validate_params()
@@ -355,7 +366,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         as_given = X, y
         X = check_X(self, X, reset=not again)
         weights = check_weights(sample_weight, X)
-        y = check_y(self, y, X)
+        y = check_y(self, y, X, self._target_dtype)
         self._loss, n_outputs = self._learn_target(y, again, mode == "partial")
         target = self._numbers(y)
         self.out_activation_ = self._loss.link_name
@@ -375,18 +386,24 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         if context is not None:
             attributes = partial(self._with_params, network=network)
             callbacks.append(FitCallbacks(self, context, *as_given, attributes))
-        if mode == "init":
-            state = trainer.start(params)
-            state.generator = rng.get_state()
-            params = trainer.params(state.leaves)
-            state.arrays = state.arrays._replace(leaves=[])
-            fitted = self._curves(state, 0)
-        elif self.solver == "lbfgs":
+        if self.solver == "lbfgs" and mode != "init":
             params, fitted = self._run_lbfgs(trainer, params, rows, callbacks)
         else:
-            params, fitted = self._run_epochs(
-                trainer, params, rows, rng, again, mode, callbacks, held_out, n_iter
-            )
+            state = self._state_to_go_on(trainer, params, again, mode)
+            del params  # copied: training would hold them for nothing
+            if mode == "init":
+                state.generator = rng.get_state()
+                before = 0
+            else:
+                before = self._run_epochs(
+                    trainer, state, rows, rng, mode, callbacks, held_out, n_iter
+                )
+            params = trainer.params(state.leaves)
+            # coefs_ and intercepts_ hold them: only what differs from those is kept
+            if state.best_leaves is None:
+                state.arrays = state.arrays._replace(leaves=[])
+            state.best_leaves = None
+            fitted = self._curves(state, before)
         with backend.scope(dtype):
             if home == backend:
                 kept = [backend.asarray(p, copy=True) for p in params]
@@ -411,6 +428,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             self._make_schedule(),
             alpha=self.alpha,
             clip_norm=self.clip_norm,
+            batch_size=200 if self.batch_size == "auto" else self.batch_size,
             shuffle=self.shuffle,
             tol=self.tol,
             patience=self.n_iter_no_change,
@@ -479,7 +497,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         if self.solver == "lbfgs":
             raise ValueError("solver='lbfgs' cannot take X_val: it has no epochs to validate after")
         X = check_X(self, X, reset=False)
-        y = check_y(self, y, X)
+        y = check_y(self, y, X, self._target_dtype)
         weights = self._class_weighted(y, check_weights(sample_weight, X))
         return _Rows(X, y, self._numbers(y), weights)
 
@@ -538,16 +556,15 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
     def _run_epochs(
         self,
         trainer: Trainer,
-        params: list[Array],
+        state: State,
         rows: _Rows,
         rng: np.random.RandomState,
-        again: bool,
         mode: Mode,
         callbacks: list[Callback],
         held_out: _Rows | None,
         n_iter: int | None,
-    ) -> tuple[list[Array], dict[str, Any]]:
-        state = self._state_to_go_on(trainer, params, again, mode)
+    ) -> int:
+        """Train; returns the number of epochs in the history that are not of this fit."""
         if mode == "continue" and state.generator is not None:
             rng = np.random.RandomState()
             rng.set_state(state.generator)
@@ -557,8 +574,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         used = None
         if self.early_stopping and held_out is None:
             used, held = self._split(rows, rng)
-            with backend.scope(dtype):
-                held_out = rows.take(held, backend)
+            held_out = rows.take(held)
         source: Source
         with backend.scope(dtype):
             if issparse(rows.x):
@@ -568,15 +584,13 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
                 source = ArraySource(
                     on_backend(rows.x, rows.target, rows.weights, backend, dtype), used
                 )
-        batch_size = 200 if self.batch_size == "auto" else self.batch_size
-        if self.batch_size != "auto" and batch_size > source.n_rows:
+        if self.batch_size != "auto" and self.batch_size > source.n_rows:
             warnings.warn(
                 "Got `batch_size` less than 1 or larger than sample size."
                 f" It is going to be clipped to {source.n_rows}",
                 UserWarning,
                 stacklevel=6,
             )
-        trainer = replace(trainer, batch_size=min(batch_size, source.n_rows))
         before = len(state.history) if mode != "continue" else len(state.history) - state.done
         whole = 1 if mode == "partial" else self.max_iter
         reason = trainer.fit(
@@ -598,12 +612,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=6,
             )
-        params = trainer.params(state.leaves)
-        # coefs_ and intercepts_ hold them: only what differs from those is kept
-        if state.best_leaves is None:
-            state.arrays = state.arrays._replace(leaves=[])
-        state.best_leaves = None
-        return params, self._curves(state, before)
+        return before
 
     def _state_to_go_on(
         self, trainer: Trainer, params: list[Array], again: bool, mode: Mode
@@ -659,23 +668,24 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         """Score and loss of held-out rows as a function of the parameters."""
         backend, network, xp = trainer.backend, trainer.network, trainer.backend.xp
         with backend.scope(trainer.dtype):
-            x = rows.x if issparse(rows.x) else move(rows.x, backend, trainer.dtype)
+            moved = rows.x if issparse(rows.x) else move(rows.x, backend, trainer.dtype)
+            x = Selection(moved, rows.numbers)
             _, target, weights = on_backend(
                 np.empty((0, 0)), rows.target, rows.weights, backend, trainer.dtype
             )
         scorer = None if self.scoring is None else check_scoring(self, self.scoring)
         given = {} if rows.weights is None else {"sample_weight": rows.weights}
+        chunk = max(trainer.batch_size, 200)  # no more memory than training takes
 
         def validate(params: list[Array]) -> tuple[float, float]:
-            z = _logits(network, params, x, backend, trainer.dtype)
+            z = _logits(network, params, x, backend, trainer.dtype, chunk)
             (loss,) = backend.fetch([trainer.loss(z, target, xp, weights)[0]]).tolist()
             loss *= trainer.loss_scale
             if not bool(xp.all(xp.isfinite(z))):
                 return nan, loss
             if scorer is not None:
-                return float(
-                    scorer(self._seen_by_scorer(params, network), x, rows.y, **given)
-                ), loss
+                view = self._seen_by_scorer(params, network)
+                return float(scorer(view, x.rows(0, x.n_rows), rows.y, **given)), loss
             got = backend.to_host(self._decide(z, trainer.loss, xp))
             got = got.reshape(rows.target.shape)
             return float(self._metric(rows.target, got, sample_weight=rows.weights)), loss
@@ -733,10 +743,11 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         dtype = str(params[0].dtype).split(".")[-1]
         with backend.scope(dtype):
             params = [move(p, backend, dtype) for p in params]
-            if not issparse(X):
-                X = move(X, backend, dtype)
             part = Network(network.layers[:n_layers])
-            z = _logits(part, params[: len(part.params)], X, backend, dtype)
+            widest = max(max(p.shape) for p in part.params)
+            chunk = max(1, _CHUNK // widest)
+            own = params[: len(part.params)]
+            z = _logits(part, own, Selection(X), backend, dtype, chunk)
             result = function(z, self._loss, backend.xp)
             return (result if home == backend else move(result, home)), home
 
@@ -755,19 +766,20 @@ def _chosen_loss(loss: Any, named: dict[str, Loss], like: Loss) -> Loss:
     return chosen
 
 
-def _logits(network: Network, params: list[Array], x: Any, backend: Backend, dtype: str) -> Array:
-    """What the network gives for all rows, computed in chunks of bounded memory."""
-    xp = backend.xp
-    widest = max(max(p.shape) for p in network.params)
-    chunk = max(1, _CHUNK // widest)
-    n = x.shape[0]
-    sparse = issparse(x)
-    parts = []
-    for start in range(0, n, chunk):
-        end = min(start + chunk, n)
-        rows = backend.asarray(x[start:end].toarray(), dtype) if sparse else x[start:end, ...]
-        parts.append(network(params, rows, xp))
-    return parts[0] if len(parts) == 1 else xp.concat(parts)
+def _logits(
+    network: Network,
+    params: list[Array],
+    x: Selection,
+    backend: Backend,
+    dtype: str,
+    chunk: int,
+) -> Array:
+    """What the network gives for all rows, computed so many at a time."""
+    parts = [
+        network(params, x.dense(start, start + chunk, backend, dtype), backend.xp)
+        for start in range(0, x.n_rows, chunk)
+    ]
+    return parts[0] if len(parts) == 1 else backend.xp.concat(parts)
 
 
 class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
@@ -1138,6 +1150,8 @@ n_outputs_, n_features_in_, feature_names_in_, out_activation_
     True
     """
 
+    _target_dtype = np.float64
+
     _metric = staticmethod(r2_score)
 
     def __init__(
@@ -1187,13 +1201,10 @@ n_outputs_, n_features_in_, feature_names_in_, out_activation_
         return loss, y.shape[1] if y.ndim == 2 else 1
 
     def _numbers(self, y: NDArray[Any]) -> NDArray[np.float64]:
-        """Targets as floating-point numbers."""
-        numbers: NDArray[np.float64] = check_array(
-            y, ensure_2d=False, dtype=np.float64, input_name="y"
-        )
-        if isinstance(self._loss, Poisson) and (numbers < 0).any():
+        """Targets, which are floating-point numbers."""
+        if isinstance(self._loss, Poisson) and (y < 0).any():
             raise ValueError("y must not be negative for loss='poisson'")
-        return numbers
+        return y
 
     @only_if(_without_partial_fit)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class Network:
 
     @cached_property
     def _slices(self) -> tuple[slice, ...]:
-        ends = np.cumsum([0] + [len(layer.params) for layer in self.layers]).tolist()
+        ends = accumulate((len(layer.params) for layer in self.layers), initial=0)
         return tuple(slice(start, end) for start, end in pairwise(ends))
 
     def split(self, params: Params) -> list[Params]:

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import accumulate
 from types import CodeType
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ class NumPyDialect:
 
     # Bytes of an array; chains of operations on larger ones run in blocks of so many, so
     # that what stands between them is small
-    block = 1 << 20
+    block = 1 << 18
     # Elements of a row; shorter ones are added a vector several at a time
     wide: int = 256
     # With a scalar operand, NumPy has no vector instructions for these
@@ -39,6 +40,7 @@ class NumPyDialect:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self._memory: Array | None = None
 
     def gather(self, x: Array, rows: Array, out: Array) -> Array:
         """Rows of x, into a buffer."""
@@ -49,14 +51,20 @@ class NumPyDialect:
         return np.empty((n, *x.shape[1:]), x.dtype)
 
     def globals(self) -> dict[str, Any]:
-        return {"np": np, "empty": self._empty}
+        """What a program's source refers to."""
+        return {"np": np, "empty": self.empty, "work": self.work}
 
-    @staticmethod
-    def _empty(n_bytes: int) -> Array:
+    def empty(self, n_bytes: int) -> Array:
         """Uninitialised bytes, aligned for the widest vector instructions."""
         raw = np.empty(n_bytes + 64, np.uint8)
         start = -raw.ctypes.data % 64
         return raw[start : start + n_bytes]
+
+    def work(self, n_bytes: int) -> Array:
+        """Memory that holds nothing between calls, so that all programs may have the same."""
+        if self._memory is None or len(self._memory) < n_bytes:
+            self._memory = self.empty(n_bytes)
+        return self._memory
 
     @classmethod
     def dtype(cls, dtype: Any) -> str:
@@ -141,10 +149,10 @@ class TorchDialect(NumPyDialect):
         return self.torch.empty((n, *x.shape[1:]), dtype=x.dtype, device=x.device)
 
     def globals(self) -> dict[str, Any]:
-        def empty(n_bytes: int) -> Array:
-            return self.torch.empty(n_bytes, dtype=self.torch.uint8, device=self.device)
+        return {**super().globals(), "torch": self.torch, "device": self.device}
 
-        return {"torch": self.torch, "empty": empty, "device": self.device}
+    def empty(self, n_bytes: int) -> Array:
+        return self.torch.empty(n_bytes, dtype=self.torch.uint8, device=self.device)
 
     @classmethod
     def dtype(cls, dtype: Any) -> str:
@@ -318,10 +326,10 @@ class _Plan:
         readers.update(y.root for y in self.program.outputs if isinstance(y, Node))
         for x in reversed(calculated):
             if x in homes and x.op not in (*_NOT_ELEMENTWISE, "where"):
-                for operand in x.arrays:
-                    alike = (operand.shape, operand.dtype) == (x.shape, x.dtype)
-                    if operand in known and operand not in homes and alike and readers[operand] == 1:
-                        homes[operand] = homes[x]
+                for a in x.arrays:
+                    alike = (a.shape, a.dtype) == (x.shape, x.dtype)
+                    if alike and a in known and a not in homes and readers[a] == 1:
+                        homes[a] = homes[x]
                         break
         return homes
 
@@ -371,7 +379,7 @@ class _Plan:
             rows = self.rows(segment)
             left = {x: len([o for y in segment for o in y.arrays if o.root is x])
                     for x in segment}  # fmt: skip
-            spare: list[int] = []
+            spare = list(range(len(self.scratch)))  # other segments' is free again
             for x in segment:
                 if x in self.homes:
                     home, offset = self.homes[x]
@@ -472,10 +480,13 @@ class _Writer:
         plan = self.plan
         donated = [self._set(x, f"state{i}") for i, x in enumerate(plan.donated)]
         passed = [self._set(x, f"arg{i}") for i, x in enumerate(plan.passed)]
-        for m in range(len(donated), len(plan.sizes)):
-            self.bound.append(f"m{m} = empty({plan.sizes[m]})")
-        for s, n_bytes in enumerate(plan.scratch):
-            self.bound.append(f"s{s} = empty({n_bytes})")
+        own = range(len(donated), len(plan.sizes))
+        memories = {f"m{m}": plan.sizes[m] for m in own}
+        memories |= {f"s{s}": n_bytes for s, n_bytes in enumerate(plan.scratch)}
+        ends = [*accumulate((-(-n // 64) * 64 for n in memories.values()), initial=0)]
+        self.bound.append(f"memory = work({ends[-1]})")
+        for (memory, n_bytes), start in zip(memories.items(), ends, strict=False):
+            self.bound.append(f"{memory} = memory[{start}:{start + n_bytes}]")
         for segment in plan.segments:
             rows = plan.rows(segment)
             if rows:

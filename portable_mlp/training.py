@@ -411,6 +411,7 @@ class Trainer:
         if value < state.best:
             state.best = value
             if state.best_leaves is not None:
+                state.best_leaves = []  # its memory is free before there is another
                 state.best_leaves = self.copy(state.arrays.leaves)
         return state.stalled_for > self.patience
 

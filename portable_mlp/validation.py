@@ -58,15 +58,18 @@ def check_X(estimator: Any, X: Any, reset: bool) -> Array:
     return X
 
 
-def check_y(estimator: Any, y: Any, X: Array) -> NDArray[Any]:
-    """Targets on the host, as many as X has rows, one column as a vector."""
+def check_y(estimator: Any, y: Any, X: Array, dtype: type | None) -> NDArray[Any]:
+    """Targets on the host, of a type if one is given, as many as X has rows.
+
+    One column becomes a vector.
+    """
     if y is None:
         raise ValueError(
             f"{type(estimator).__name__} requires y to be passed, but the target y is None"
         )
     if issparse(y):
         y = y.toarray()
-    host: NDArray[Any] = check_array(to_host(y), ensure_2d=False, dtype=None, input_name="y")
+    host: NDArray[Any] = check_array(to_host(y), ensure_2d=False, dtype=dtype, input_name="y")
     check_consistent_length(np.empty((X.shape[0], 0)), host)
     if host.ndim == 2 and host.shape[1] == 1:
         host = column_or_1d(host, warn=True)

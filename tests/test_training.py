@@ -12,7 +12,7 @@ import pytest
 from portable_mlp import DivergenceError, Network, mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback, Epoch
-from portable_mlp.engines import ENGINES
+from portable_mlp.engines import ENGINES, ReplayEngine
 from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import SGD, AdamW, SklearnAdam
@@ -188,6 +188,7 @@ def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
+        patch.setattr(ReplayEngine, "EAGER", 0)
         patch.setattr(NumPyDialect, "gather", gather)
         assert t.fit(state, source(x, y), 10, np.random.RandomState(0)) == "interrupted"
     assert signal.getsignal(signal.SIGINT) is before
