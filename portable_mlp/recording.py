@@ -29,6 +29,10 @@ VIEWS = ("reshape", "permute", "index", "broadcast")
 """Operations that only look at their operand's memory in another way."""
 
 
+NOT_ELEMENTWISE = {"matmul", "concat", "copy", "full", "arange", *REDUCTIONS, *VIEWS}
+"""Operations that may read an operand's elements elsewhere than they write the result's."""
+
+
 class Unrecordable(Exception):
     """A function does what a program cannot hold; the message says what."""
 
@@ -452,6 +456,20 @@ class Node:
     def arrays(self) -> list[Node]:
         """The operands that are arrays."""
         return [o for o in self.operands if isinstance(o, Node) and not o.is_number]
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each element is computed from those in the same place of the operands."""
+        return self.op not in NOT_ELEMENTWISE
+
+    @property
+    def wanted(self) -> tuple[Any, ...]:
+        """The data types in which the operands are taken."""
+        if self.op == "where":
+            return np.dtype(bool), self.dtype, self.dtype
+        if not self.elementwise or self.op == "astype":
+            return tuple(o.dtype for o in self.operands)
+        return self.attrs
 
     @property
     def root(self) -> Node:

@@ -263,8 +263,25 @@ def lower(program: Program, n_donated: int, dialect: type[NumPyDialect]) -> Repl
     return Replay(source, compile(source, "<replay>", "exec"))
 
 
-# What reads each operand's elements where it writes the result's
-_NOT_ELEMENTWISE = {"matmul", "concat", "copy", "full", "arange", *REDUCTIONS, *VIEWS}
+def parts_at_home(calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
+    """What can be written straight into the vector it is joined in, and its offset there.
+
+    Parameters
+    ----------
+    calculated : list of Node
+        What is to be computed; in each a vector's place is looked for.
+    """
+    homes: dict[Node, tuple[Node, int]] = {}
+    known = set(calculated)
+    for x in calculated:
+        offset = 0
+        for part in x.operands if x.op == "concat" and x.ndim == 1 else ():
+            root = part.root
+            whole = part.contiguous and part.size == root.size
+            if whole and root in known and root not in homes and root.op != "concat":
+                homes[root] = x, offset
+            offset += part.n_bytes
+    return homes
 
 
 class _Plan:
@@ -311,21 +328,13 @@ class _Plan:
         return fixed
 
     def _homes(self, calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
-        homes: dict[Node, tuple[Node, int]] = {}
         known = set(calculated)
-        for x in calculated:
-            offset = 0
-            for part in x.operands if x.op == "concat" and x.ndim == 1 else ():
-                root = part.root
-                whole = part.contiguous and part.size == root.size
-                if whole and root in known and root not in homes and root.op != "concat":
-                    homes[root] = x, offset
-                offset += part.n_bytes
+        homes = parts_at_home(calculated)
         # And what such a result is calculated from elementwise, if nobody else reads it
         readers = Counter(o.root for x in calculated for o in {*x.arrays})
         readers.update(y.root for y in self.program.outputs if isinstance(y, Node))
         for x in reversed(calculated):
-            if x in homes and x.op not in (*_NOT_ELEMENTWISE, "where"):
+            if x in homes and x.elementwise and x.op != "where":
                 for a in x.arrays:
                     alike = (a.shape, a.dtype) == (x.shape, x.dtype)
                     if alike and a in known and a not in homes and readers[a] == 1:
@@ -338,7 +347,7 @@ class _Plan:
         chained: tuple[int, ...] | None = None
         for x in calculated:
             blockwise = (
-                0 < self.block < x.n_bytes and x.op not in _NOT_ELEMENTWISE
+                0 < self.block < x.n_bytes and x.elementwise
                 and all(a.shape in ((), x.shape) for a in x.arrays)
             )  # fmt: skip
             if blockwise and x.shape == chained:
@@ -439,7 +448,7 @@ class _Plan:
         for operand in x.arrays:
             memory, offset = self.place.get(operand.root, (-1, 0))
             fits = (
-                x.op not in (*_NOT_ELEMENTWISE, "where")
+                x.elementwise and x.op != "where"
                 and (operand.shape, operand.dtype) == (x.shape, x.dtype) and operand.contiguous
                 and offset == 0 and memory >= 0 and self.sizes[memory] == x.n_bytes
                 and until[memory] <= now and memory not in still_read
@@ -613,7 +622,7 @@ class _Writer:
         if x.op == "astype" and x.operands[0].is_number:
             lines.append(self.dialect.assign(self.name(x), self._number(x.operands[0])))
             return
-        operands = [self.operand(o, d) for o, d in zip(x.operands, _wanted(x), strict=True)]
+        operands = [self.operand(o, d) for o, d in zip(x.operands, x.wanted, strict=True)]
         out = self.name(x)
         if lines is self.calls:
             operands, out = self._long_rows(x, operands, out)
@@ -680,7 +689,7 @@ class _Writer:
                 self._vector(o, x.shape[-1], d)
                 if x.op in self.dialect.vectors and x.ndim > 1 and not isinstance(o, Node)
                 else cut(o, d)
-                for o, d in zip(x.operands, _wanted(x), strict=True)
+                for o, d in zip(x.operands, x.wanted, strict=True)
             ]
             lines.append(self._compute(x, operands, cut(x, x.dtype)))
         blocks = self._fresh(("blocks", segment[0]), "blocks")
@@ -704,7 +713,7 @@ class _Writer:
         NumPy's inner loop is over one row: with few columns it does little else than
         to begin anew.
         """
-        if x.ndim != 2 or x.op in _NOT_ELEMENTWISE or not x.size:
+        if x.ndim != 2 or not x.elementwise or not x.size:
             return operands, out
         n, k = x.shape
         arrays = [a for a in x.arrays if a.shape]
@@ -717,7 +726,7 @@ class _Writer:
             return operands, out
         shape = n // together, together * k
         new = []
-        for operand, text, dtype in zip(x.operands, operands, _wanted(x), strict=True):
+        for operand, text, dtype in zip(x.operands, operands, x.wanted, strict=True):
             if operand in rows:
                 new.append(self._tile(operand, text, together, k))
             elif isinstance(operand, Node) and operand.shape:
@@ -751,15 +760,6 @@ class _Writer:
             lines = self.calls if x.root in self.foreign else self.bound
             lines.append(f"{name} = {text}.reshape({shape})")
         return self.names[key]
-
-
-def _wanted(x: Node) -> tuple[Any, ...]:
-    """The data types of the operands."""
-    if x.op == "where":
-        return np.dtype(bool), x.dtype, x.dtype
-    if x.op in _NOT_ELEMENTWISE or x.op == "astype":
-        return tuple(o.dtype for o in x.operands)
-    return x.attrs
 
 
 def _key(k: Any) -> str:

@@ -245,7 +245,7 @@ def test_a_planner_with_a_slip_would_be_seen(slip, monkeypatch):
 
         monkeypatch.setattr(_Plan, "_overwritten", overwritten)
     else:
-        monkeypatch.setattr("portable_mlp.replay._NOT_ELEMENTWISE", set())
+        monkeypatch.setattr("portable_mlp.recording.NOT_ELEMENTWISE", set())
 
     @settings(max_examples=300, deadline=None, database=None)
     @given(programs())
