@@ -152,6 +152,7 @@ class CuPyBackend(Backend):
     """CuPy arrays, on a CUDA device."""
 
     name = "cupy"
+    engine = "capture"
 
     def __init__(self, device: Any = None) -> None:
         super().__init__(import_module("array_api_compat.cupy"), device)

@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portable_mlp import ACTIVATIONS, mlp
-from portable_mlp import engines as engines_module
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback
-from portable_mlp.engines import ENGINES, Engine, ReplayEngine
+from portable_mlp.engines import ENGINES, Engine, ReplayEngine, base
+from portable_mlp.engines import replay as replay_module
+from portable_mlp.engines.base import RecordedEngine
+from portable_mlp.engines.calls import NumPyDialect, TorchDialect, _Plan, lower
+from portable_mlp.engines.recording import Recorder, Unrecordable, leaves, record, specify
 from portable_mlp.losses import LOSSES, BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import SGD, Adam, AdamW, RMSprop, SklearnAdam, SklearnSGD
-from portable_mlp.recording import Recorder, Unrecordable, leaves, record, specify
-from portable_mlp.replay import NumPyDialect, TorchDialect, _Plan, lower
 from portable_mlp.sources import ArraySource
 from portable_mlp.steps import Batch, Hyper, step
 from portable_mlp.training import Trainer
@@ -32,7 +33,7 @@ NUMPY = NumPyBackend()
 
 @pytest.fixture(autouse=True)
 def _recorded_from_the_first_step(monkeypatch):
-    monkeypatch.setattr(ReplayEngine, "EAGER", 0)
+    monkeypatch.setattr(RecordedEngine, "EAGER", 0)
 
 
 OPTIMIZERS = [
@@ -245,7 +246,7 @@ def test_a_planner_with_a_slip_would_be_seen(slip, monkeypatch):
 
         monkeypatch.setattr(_Plan, "_overwritten", overwritten)
     else:
-        monkeypatch.setattr("portable_mlp.recording.NOT_ELEMENTWISE", set())
+        monkeypatch.setattr("portable_mlp.engines.recording.NOT_ELEMENTWISE", set())
 
     @settings(max_examples=300, deadline=None, database=None)
     @given(programs())
@@ -261,18 +262,18 @@ def test_a_planner_with_a_slip_would_be_seen(slip, monkeypatch):
 
 def test_few_steps_are_not_worth_recording(monkeypatch):
     """Epochs within the first steps run eagerly, and what follows is as if they had not."""
-    monkeypatch.setattr(ReplayEngine, "EAGER", 7)
+    monkeypatch.setattr(RecordedEngine, "EAGER", 7)
     made = case(SquaredError(), Adam(), alpha=0.1)
-    engines_module._replay.cache_clear()
+    replay_module._replay.cache_clear()
     arrays, values = run(ReplayEngine, *made, n_steps=3)
-    assert engines_module._replay.cache_info().currsize == 2  # batches of 5 and 2 rows
+    assert replay_module._replay.cache_info().currsize == 2  # batches of 5 and 2 rows
     wanted, wanted_values = run(Engine, *made, n_steps=3)
     np.testing.assert_allclose(values, wanted_values, rtol=1e-14)
     for a, b in zip(arrays, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
-    engines_module._replay.cache_clear()
+    replay_module._replay.cache_clear()
     run(ReplayEngine, *made, n_steps=2)
-    assert engines_module._replay.cache_info().currsize == 0
+    assert replay_module._replay.cache_info().currsize == 0
 
 
 def fit(trainer, arrays, batch, epochs=3, **settings_):
@@ -293,8 +294,8 @@ def test_no_namespace_is_called_during_an_epoch(name, request, monkeypatch):
         calls.append(args)
         return step(*args)
 
-    monkeypatch.setattr(engines_module, "step", counted)
-    engines_module._replay.cache_clear()
+    monkeypatch.setattr(base, "step", counted)
+    replay_module._replay.cache_clear()
 
     class After(Callback):
         def on_epoch_end(self, epoch, params):

@@ -13,10 +13,10 @@ from portable_mlp import DivergenceError, Network, mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.engines import ENGINES, ReplayEngine
+from portable_mlp.engines.calls import NumPyDialect
 from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import SGD, AdamW, SklearnAdam
-from portable_mlp.replay import NumPyDialect
 from portable_mlp.schedules import OneCycle, ReduceOnPlateau
 from portable_mlp.sources import ArraySource
 from portable_mlp.steps import Batch, Hyper

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from portable_mlp.backends import Backend
-from portable_mlp.recording import NUMBERS, REDUCTIONS, VIEWS, Node, Program
+from portable_mlp.engines.recording import NUMBERS, REDUCTIONS, VIEWS, Node, Program
 from portable_mlp.typing import Array
 
 

@@ -1,0 +1,178 @@
+"""What all engines share, and the one that calls the step as it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portable_mlp.backends import Backend
+from portable_mlp.engines.recording import Program, Recorder, Unrecordable, leaves, record
+from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
+
+Values = list[tuple[float, float]]
+
+
+class Engine:
+    """Calls the step batch by batch; serves every backend.
+
+    Parameters
+    ----------
+    backend : Backend
+    recipe : Recipe
+    """
+
+    name: ClassVar[str] = "eager"
+
+    def __init__(self, backend: Backend, recipe: Recipe) -> None:
+        self.backend = backend
+        self.recipe = recipe
+
+    def run(
+        self,
+        arrays: Arrays,
+        data: Batch,
+        order: NDArray[np.intp] | None,
+        batch_size: int,
+        hypers: Sequence[Hyper],
+        stop: Callable[[], bool],
+    ) -> tuple[Arrays, Values]:
+        """One step for each of ``hypers``, or fewer.
+
+        Parameters
+        ----------
+        arrays : Arrays
+            Overwritten; use what comes back.
+        data : Batch
+            Rows to take batches from, on the backend.
+        order : array of int, optional
+            Which rows, in which order; on the host.  All, as they stand, if not given.
+        batch_size : int
+            The last batch may be shorter.
+        hypers : sequence of Hyper, one a batch
+        stop : callable
+            Asked between steps whether to end early.
+
+        Returns
+        -------
+        arrays : Arrays
+        values : list of (float, float)
+            Loss and penalty of each step that was done.
+        """
+        losses, penalties = [], []
+        for batch, hyper in zip(self._batches(data, order, batch_size), hypers, strict=False):
+            arrays, (loss, penalty) = step(self.recipe, arrays, batch, hyper)
+            losses.append(loss)
+            penalties.append(penalty)
+            if stop():
+                break
+        return arrays, self._fetch(losses, penalties)
+
+    def _batches(
+        self, data: Batch, order: NDArray[np.intp] | None, batch_size: int
+    ) -> Iterator[Batch]:
+        n = data.x.shape[0] if order is None else len(order)
+        indices = None if order is None else self.backend.indices(order)
+        take = self.backend.xp.take
+        for start in range(0, n, batch_size):
+            rows = slice(start, min(start + batch_size, n))
+            if indices is None:
+                yield Batch(*(None if a is None else a[rows, ...] for a in data))
+            else:
+                chosen = indices[rows]
+                yield Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
+
+    def _fetch(self, losses: list[Any], penalties: list[Any]) -> Values:
+        found = self.backend.fetch(losses).tolist()
+        if not self.recipe.penalised:
+            return [(loss, 0.0) for loss in found]
+        return list(zip(found, self.backend.fetch(penalties).tolist(), strict=True))
+
+
+class RecordedEngine(Engine):
+    """Base of the engines that record the step, and repeat what it did in another form.
+
+    What cannot be recorded runs eagerly, with a warning that says why; and so do epochs
+    within the first ``EAGER`` steps, which is as long as recording takes.
+    """
+
+    EAGER = 16
+
+    def __init__(self, backend: Backend, recipe: Recipe) -> None:
+        super().__init__(backend, recipe)
+        self._begun = 0  # steps
+
+    def run(
+        self,
+        arrays: Arrays,
+        data: Batch,
+        order: NDArray[np.intp] | None,
+        batch_size: int,
+        hypers: Sequence[Hyper],
+        stop: Callable[[], bool],
+    ) -> tuple[Arrays, Values]:
+        if self._begun + len(hypers) <= self.EAGER:
+            self._begun += len(hypers)
+            return super().run(arrays, data, order, batch_size, hypers, stop)
+        values: Values = []
+        try:
+            self.repeat(arrays, data, order, batch_size, hypers, stop, values)
+            return arrays, values
+        except Unrecordable as reason:
+            warnings.warn(
+                f"the step runs eagerly, several times slower: {reason}",
+                RuntimeWarning,
+                stacklevel=7,
+            )
+        self.run = super().run  # type: ignore[method-assign]
+        if values:  # it was the last batch, which is shorter
+            order = np.arange(data.x.shape[0]) if order is None else order
+            order, hypers = order[len(values) * batch_size :], hypers[len(values) :]
+        arrays, more = super().run(arrays, data, order, batch_size, hypers, stop)
+        return arrays, values + more
+
+    def repeat(
+        self,
+        arrays: Arrays,
+        data: Batch,
+        order: NDArray[np.intp] | None,
+        batch_size: int,
+        hypers: Sequence[Hyper],
+        stop: Callable[[], bool],
+        values: Values,
+    ) -> None:
+        """What ``run`` does, in place; appends to ``values``.
+
+        Raises
+        ------
+        Unrecordable
+            If that is impossible; the arrays are then as after the last of ``values``.
+        """
+        raise NotImplementedError
+
+
+class Tree:
+    """A tree of specs as a key: equal if its leaves are."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+        self.leaves = tuple(leaves(tree))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tree) and self.leaves == other.leaves
+
+    def __hash__(self) -> int:
+        return hash(self.leaves)
+
+
+def recorded(recipe: Recipe, arguments: Tree) -> tuple[Program, int]:
+    """What a step does with such arguments, and how many of them it overwrites."""
+    recorder = Recorder()
+    program, _ = record(
+        lambda *args: step(replace(recipe, xp=recorder), *args), recorder, arguments.tree
+    )
+    return program, len(list(leaves(arguments.tree[0])))

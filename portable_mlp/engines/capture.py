@@ -1,0 +1,372 @@
+"""The engine of CUDA devices: a step captured once in a graph, replayed for each batch.
+
+What a step launches never changes: the kernels of `portable_mlp.engines.kernels` take the rows of
+their batch, and the numbers that belong to the step, from where a counter on the device
+points, and leave the loss there.  So the host asks for a step by one call, and looks at the
+losses after the last.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portable_mlp.backends import Backend
+from portable_mlp.engines.base import RecordedEngine, Tree, Values, recorded
+from portable_mlp.engines.kernels import Kernel, Kernels, View, compile_program, gather_kernel
+from portable_mlp.engines.recording import Unrecordable, leaves, specify
+from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
+from portable_mlp.typing import Array
+
+
+class CaptureError(RuntimeError):
+    """Work cannot be captured in a graph; the message says why."""
+
+
+class Cuda:
+    """What the engine asks of CUDA, through CuPy and cuBLAS.
+
+    CuPy refuses to call cuBLAS while it captures; nvmath-python's bindings do not.
+
+    Attributes
+    ----------
+    refuses : str
+        Why nothing can be captured; empty if it can.
+    """
+
+    _WORKSPACE = 32 << 20  # bytes, as cuBLAS recommends for Hopper
+
+    def __init__(self) -> None:
+        self._cupy = import_module("cupy")
+        self.refuses = ""
+        try:
+            self._cublas = import_module("nvmath.bindings.cublas")
+            self._handle = self._cublas.create()
+        except Exception as error:  # not installed, or its libraries do not load
+            self.refuses = f"nvmath-python gives no cuBLAS ({error})"
+            return
+        weakref.finalize(self, self._cublas.destroy, self._handle)
+        self._workspace = self._cupy.empty(self._WORKSPACE, np.uint8)
+        self._stream = -1
+
+    def array(self, memory: Array, view: View) -> Array:
+        """An array in another's memory."""
+        size = view.dtype.itemsize
+        return self._cupy.ndarray(
+            view.shape,
+            view.dtype,
+            memptr=memory.data + view.place.offset,
+            strides=tuple(stride * size for stride in view.strides),
+        )
+
+    def compile(self, source: str) -> Callable[[Kernel, Sequence[Array]], None]:
+        """Return what launches a kernel of the source."""
+        module = self._cupy.RawModule(code=source)
+
+        def launch(kernel: Kernel, arguments: Sequence[Array]) -> None:
+            function = module.get_function(kernel.name)
+            function((kernel.blocks,), (kernel.threads,), tuple(arguments))
+
+        return launch
+
+    def multiply(self, left: Array, right: Array, out: Array) -> None:
+        """A product of matrices; ``out`` lies row by row."""
+        if self.refuses:
+            self._cupy.matmul(left, right, out=out)
+            return
+        stream = self._cupy.cuda.get_current_stream().ptr
+        if stream != self._stream:
+            self._cublas.set_stream(self._handle, stream)
+            # A new stream takes the workspace away
+            self._cublas.set_workspace(self._handle, self._workspace.data.ptr, self._WORKSPACE)
+            self._stream = stream
+        gemm = self._cublas.sgemm if out.dtype == np.float32 else self._cublas.dgemm
+        one, zero = np.ones(1, out.dtype), np.zeros(1, out.dtype)
+        # cuBLAS thinks in columns, where these are the transposes: outᵀ = rightᵀ leftᵀ
+        (n, k), m = left.shape, right.shape[1]
+        (right_op, right_step), (left_op, left_step) = layout(right), layout(left)
+        gemm(
+            self._handle, right_op, left_op, m, n, k, one.ctypes.data, right.data.ptr, right_step,
+            left.data.ptr, left_step, zero.ctypes.data, out.data.ptr, m,
+        )  # fmt: skip
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return what repeats the work, on the stream that is then current.
+
+        Raises
+        ------
+        CaptureError
+        """
+        if self.refuses:
+            raise CaptureError(self.refuses)
+        stream = self._cupy.cuda.Stream(non_blocking=True)
+        try:
+            with stream:
+                stream.begin_capture()
+                try:
+                    work()
+                finally:
+                    graph = stream.end_capture()
+        except Exception as error:  # CuPy's and nvmath's errors have no common base
+            raise CaptureError(str(error)) from error
+        launch: Callable[[], None] = graph.launch
+        return launch
+
+
+def layout(a: Array) -> tuple[int, int]:
+    """For cuBLAS, of a matrix read as columns: whether to transpose it, and its step.
+
+    Parameters
+    ----------
+    a : array (n, m)
+        With its rows, or its columns, each in one piece.
+    """
+    n, m = a.shape
+    down, along = (stride // a.dtype.itemsize for stride in a.strides)
+    if along == 1 or m == 1:
+        return 0, down if n > 1 else m
+    return 1, along if m > 1 else n
+
+
+@dataclass
+class _Program:
+    """A step on batches of one size, bound to its memory."""
+
+    work: Callable[[], None]
+    replay: Callable[[], None] | None = None
+
+
+class CaptureEngine(RecordedEngine):
+    """Repeats a captured step.
+
+    The first step on batches of a size is launched kernel by kernel and compared with the
+    step itself.  What cannot be captured goes on that way, what differs or cannot be
+    recorded runs as the step itself, with a warning that says why.
+    """
+
+    name = "capture"
+    runtime: ClassVar[Callable[[], Any]] = Cuda
+
+    # Relative to the step's change, in the Euclidean norm
+    _TOLERANCE: ClassVar[dict[str, float]] = {"float32": 1e-2, "float64": 1e-6}
+
+    def __init__(self, backend: Backend, recipe: Recipe) -> None:
+        super().__init__(backend, recipe)
+        self.cuda: Any = None
+        self._held: tuple[Arrays, list[Array], int, bool] | None = None
+        self._own = False
+        self._data: list[Array] = []
+        self._table: Array = None
+        self._rows: Array = None
+        self._losses: Array = None
+        self._at: Array = None
+        self._programs: dict[int, _Program] = {}
+
+    def repeat(
+        self,
+        arrays: Arrays,
+        data: Batch,
+        order: NDArray[np.intp] | None,
+        batch_size: int,
+        hypers: Sequence[Hyper],
+        stop: Callable[[], bool],
+        values: Values,
+    ) -> None:
+        n = data.x.shape[0] if order is None else len(order)
+        self._prepare(arrays, data, order, batch_size, hypers)
+        done = 0
+        try:
+            for start, hyper in zip(range(0, n, batch_size), hypers, strict=False):
+                if done and stop():
+                    break
+                size = min(batch_size, n - start)
+                self._step(arrays, data, batch_size, done, size, hyper)
+                done += 1
+        finally:
+            values += self._results(done)
+
+    # ------------------------------------------------------------ an epoch
+
+    def _prepare(
+        self,
+        arrays: Arrays,
+        data: Batch,
+        order: NDArray[np.intp] | None,
+        batch_size: int,
+        hypers: Sequence[Hyper],
+    ) -> None:
+        """Put what an epoch's steps read where they read it."""
+        to, given = self.backend.asarray, [a for a in data if a is not None]
+        n = data.x.shape[0]
+        table = np.array([(h.alpha, *h.coefficients, *h.keys) for h in hypers], np.float64)
+        rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
+        whole = order is None and n <= batch_size
+        # Graphs hold pointers, not arrays: so what they point at is held here
+        alike = self._held is not None and (
+            arrays is self._held[0]
+            and (batch_size, whole) == self._held[2:]
+            and [(a.shape, a.dtype) for a in given] == [(a.shape, a.dtype) for a in self._data]
+            and len(rows) <= len(self._rows)
+            and len(table) <= len(self._table)
+        )
+        known = alike and all(a is b for a, b in zip(given, self._held[1], strict=True))  # type: ignore[index]
+        if alike and not known and self._own:
+            for mine, a in zip(self._data, given, strict=True):
+                mine[...] = a
+        elif not known:
+            if self.cuda is None:
+                self.cuda = type(self).runtime()
+            # Data that changes from call to call comes into arrays of our own
+            self._own = alike
+            self._data = [to(a, copy=True) if alike else a for a in given]
+            self._data = [_row_by_row(a, self.backend.xp) for a in self._data]
+            self._table, self._rows = to(table, copy=True), to(rows, copy=True)
+            self._losses = to(np.zeros((len(hypers), 2)))
+            self._at = to(np.zeros(1, np.int32))
+            self._programs.clear()
+        self._held = arrays, given, batch_size, whole
+        self._table[: len(table), ...] = to(table)
+        self._rows[: len(rows)] = to(rows)
+        self._at[...] = 0
+
+    def _results(self, n_steps: int) -> Values:
+        found = self.backend.to_host(self._losses)[:n_steps].tolist()
+        return [(loss, penalty) for loss, penalty in found]
+
+    # ------------------------------------------------------------ a step
+
+    def _step(
+        self,
+        arrays: Arrays,
+        data: Batch,
+        batch_size: int,
+        number: int,
+        size: int,
+        hyper: Hyper,
+    ) -> None:
+        program = self._programs.get(size)
+        if program is not None:
+            (program.replay or program.work)()
+            return
+        rows = slice(number * batch_size, number * batch_size + size)
+        chosen = self._rows[rows]
+        take = self.backend.xp.take
+        batch = Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
+        program = _Program(self._bind(arrays, batch, batch_size, size, hyper))
+        self._check(arrays, batch, hyper, number, program.work)
+        self._programs[size] = program
+        try:
+            program.replay = self.cuda.capture(program.work)
+        except CaptureError as reason:
+            warnings.warn(
+                f"the step is launched kernel by kernel, without a CUDA graph: {reason}",
+                RuntimeWarning,
+                stacklevel=8,
+            )
+
+    def _bind(
+        self,
+        arrays: Arrays,
+        batch: Batch,
+        batch_size: int,
+        size: int,
+        hyper: Hyper,
+    ) -> Callable[[], None]:
+        """Allocate, and return the function that launches a step."""
+        backend, cuda = self.backend, self.cuda
+        kernels = _kernels(self.recipe, Tree(specify((arrays, batch, hyper))))
+        whole = self._held is not None and self._held[3]
+        rows = [_row_by_row(a, backend.xp) for a in batch if a is not None]
+        buffers = self._data if whole else rows
+        work = backend.asarray(np.zeros(kernels.n_bytes, np.uint8), copy=True)
+        memories = [*leaves(arrays), *buffers, work]
+        common = [self._table, self._at]
+
+        def at(view: View) -> Array:
+            return cuda.array(memories[view.place.memory], view)
+
+        for view, value in kernels.constants:
+            at(view)[...] = value
+        calls: list[Callable[[], None]] = []
+
+        def later(function: Callable[..., None], *arguments: Any) -> None:
+            calls.append(lambda: function(*arguments))
+
+        if not whole:
+            views = [_as_view(b) for b in buffers]
+            gather = gather_kernel(views, size, batch_size)
+            pairs = [a for pair in zip(self._data, buffers, strict=True) for a in pair]
+            arguments = [*common, self._rows, *pairs]
+            later(cuda.compile(gather.source), gather.launches[0], arguments)
+        launch = cuda.compile(kernels.source)
+        for number, each in enumerate(kernels.launches):
+            if isinstance(each, Kernel):
+                last = [self._losses] if number == len(kernels.launches) - 1 else []
+                later(launch, each, [*common, *map(at, each.arguments), *last])
+            else:
+                later(cuda.multiply, at(each.left), at(each.right), at(each.out))
+
+        def launch_all() -> None:
+            for call in calls:
+                call()
+
+        return launch_all
+
+    def _check(
+        self, arrays: Arrays, batch: Batch, hyper: Hyper, number: int, work: Callable[[], None]
+    ) -> None:
+        """Do one step, and compare it with the step itself; undo it where they differ."""
+        backend = self.backend
+        own = [*leaves(arrays)]
+        before = [backend.asarray(a, copy=True) for a in own]
+        again = iter([backend.asarray(a, copy=True) for a in own])
+        copies = Arrays(
+            [next(again) for _ in arrays.leaves],
+            [tuple(next(again) for _ in m) for m in arrays.moments],
+        )
+        wanted, values = step(self.recipe, copies, batch, hyper)
+        work()
+        xp = backend.xp
+        tolerance = self._TOLERANCE[str(own[0].dtype)]
+        host = [backend.to_host(a).astype(np.float64) for a in (*leaves(wanted), *own, *before)]
+        n = len(own)
+        alike = np.allclose(
+            self._results(number + 1)[number],
+            [float(v) for v in values],
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+        )
+        for right, got, old in zip(host[:n], host[n : 2 * n], host[2 * n :], strict=True):
+            error, change = np.linalg.norm(got - right), np.linalg.norm(right - old)
+            rounding = np.finfo(str(own[0].dtype)).eps * np.linalg.norm(right)
+            finite = np.isfinite(right).all()
+            alike &= bool(not finite or error <= tolerance * change + 10 * rounding)
+        if not alike:
+            for a, old in zip(own, before, strict=True):
+                a[...] = xp.asarray(old)
+            raise Unrecordable("its kernels do not compute what the step computes")
+
+
+def _row_by_row(a: Array, xp: Any) -> Array:
+    """The array, laid out row by row; itself, if it is."""
+    return xp.reshape(xp.reshape(a, (-1,)), a.shape)
+
+
+def _as_view(a: Array) -> View:
+    shape = tuple(a.shape)
+    return View(None, shape, (), np.dtype(str(a.dtype)))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=64)
+def _kernels(recipe: Recipe, arguments: Tree) -> Kernels:
+    # Without memory, so that it can outlive a fit
+    return compile_program(*recorded(recipe, arguments))

@@ -1,0 +1,87 @@
+"""The engine of NumPy and torch: a recorded step, repeated into fixed buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portable_mlp.backends import Backend
+from portable_mlp.engines.base import RecordedEngine, Tree, Values, recorded
+from portable_mlp.engines.calls import DIALECTS, Replay, lower
+from portable_mlp.engines.recording import leaves, specify
+from portable_mlp.steps import Arrays, Batch, Hyper, Recipe
+from portable_mlp.typing import Array
+
+
+class ReplayEngine(RecordedEngine):
+    """Makes the calls of `portable_mlp.engines.calls`."""
+
+    name = "replay"
+
+    def __init__(self, backend: Backend, recipe: Recipe) -> None:
+        super().__init__(backend, recipe)
+        self.dialect = DIALECTS[backend.name](backend)
+        self._arrays: Arrays | None = None
+        self._programs: dict[int, tuple[list[Array], Callable[..., tuple[Any, ...]]]] = {}
+
+    def repeat(
+        self,
+        arrays: Arrays,
+        data: Batch,
+        order: NDArray[np.intp] | None,
+        batch_size: int,
+        hypers: Sequence[Hyper],
+        stop: Callable[[], bool],
+        values: Values,
+    ) -> None:
+        if arrays is not self._arrays:
+            self._programs.clear()
+            self._arrays = arrays
+        n = data.x.shape[0] if order is None else len(order)
+        # The longer batch first: its memory is enough for the shorter
+        for size in sorted({min(batch_size, n), n % batch_size or batch_size}, reverse=True):
+            if size not in self._programs:
+                self._programs[size] = self._bind(arrays, data, size, hypers[0])
+        indices = None if order is None else self.backend.indices(order)
+        given = [a for a in data if a is not None]
+        gather = self.dialect.gather
+        found: Values = []
+        for start, hyper in zip(range(0, n, batch_size), hypers, strict=False):
+            rows = slice(start, min(start + batch_size, n))
+            buffers, program = self._programs[rows.stop - start]
+            if indices is None:
+                batch = [a[rows] for a in given] if n > batch_size else given
+            else:
+                chosen = indices[rows]
+                batch = [gather(a, chosen, b) for a, b in zip(given, buffers, strict=True)]
+            found.append(program(*batch, hyper.alpha, *hyper.coefficients, *hyper.keys))
+            if stop():
+                break
+        if self.backend.name != "numpy":  # there they are numbers already
+            losses, penalties = zip(*found, strict=True)
+            found = self._fetch(list(losses), list(penalties))
+        values += found
+
+    def _bind(
+        self, arrays: Arrays, data: Batch, size: int, hyper: Hyper
+    ) -> tuple[list[Array], Callable[..., tuple[Any, ...]]]:
+        """Buffers for a batch of so many rows, and the function that does a step with it."""
+        if self._programs:
+            longest, _ = self._programs[max(self._programs)]
+            buffers = [buffer[:size] for buffer in longest]
+        else:
+            buffers = [self.dialect.buffer(a, size) for a in data if a is not None]
+        batch = Batch(*buffers)
+        arguments = specify((arrays, batch, hyper))
+        replay = _replay(self.recipe, self.backend.name, Tree(arguments))
+        return buffers, replay.bind(list(leaves(arrays)), self.dialect)
+
+
+@lru_cache(maxsize=64)
+def _replay(recipe: Recipe, dialect: str, arguments: Tree) -> Replay:
+    # Without buffers, so that it can outlive a fit
+    return lower(*recorded(recipe, arguments), DIALECTS[dialect])
