@@ -79,7 +79,7 @@ class Backend:
         """Row numbers here, in a type ``take`` accepts."""
         info = self.xp.__array_namespace_info__()
         indexing = str(info.default_dtypes(device=self.device)["indexing"]).split(".")[-1]
-        return self.asarray(host.astype(indexing))
+        return self.asarray(host.astype(indexing, copy=False))
 
     def to_host(self, x: Array) -> NDArray[Any]:
         """A NumPy array of the same values."""

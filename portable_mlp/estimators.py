@@ -675,7 +675,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             )
         scorer = None if self.scoring is None else check_scoring(self, self.scoring)
         given = {} if rows.weights is None else {"sample_weight": rows.weights}
-        chunk = max(trainer.batch_size, 200)  # no more memory than training takes
+        chunk = -(-trainer.batch_size // 2)  # beside what training holds
 
         def validate(params: list[Array]) -> tuple[float, float]:
             z = _logits(network, params, x, backend, trainer.dtype, chunk)

@@ -297,7 +297,7 @@ class Trainer:
         if state.done and state.stalled_for > self.patience:
             return "converged"
         for epoch in range(max_epochs):
-            order, keys = self._draw(rng, order, n_steps)
+            keys = self._draw(rng, order, n_steps)
             if epoch < state.done:
                 continue
             for callback in callbacks:
@@ -340,17 +340,14 @@ class Trainer:
 
     def _draw(
         self, rng: np.random.RandomState, order: NDArray[np.intp], n_steps: int
-    ) -> tuple[NDArray[np.intp], list[tuple[int, ...]]]:
-        """The rows' next order, and seeds for the random layers of each step."""
+    ) -> list[tuple[int, ...]]:
+        """Bring the rows in their next order, and draw seeds for each step's random layers."""
         if self.shuffle:
-            # Orders compose, and are drawn as scikit-learn draws them
-            draw = np.arange(len(order))
-            rng.shuffle(draw)
-            order = order[draw]
+            rng.shuffle(order)  # in place: scikit-learn's orders compose, too
         n_random = self.network.n_random
         if not n_random:
-            return order, [()] * n_steps
-        return order, list(map(tuple, rng.randint(2**31, size=(n_steps, n_random)).tolist()))
+            return [()] * n_steps
+        return list(map(tuple, rng.randint(2**31, size=(n_steps, n_random)).tolist()))
 
     def _hypers(
         self, state: State, n_steps: int, planned_epochs: int, keys: list[tuple[int, ...]]
