@@ -1,17 +1,18 @@
 """Measure a training step, of portable_mlp and of its peers, side by side.
 
-    python scripts/benchmark.py
+    python scripts/benchmark.py --growth growth.png
     python scripts/benchmark.py --workloads 1,4 --only "portable_mlp numpy,scikit-learn"
+    python scripts/benchmark.py --device gpu
 
-or a whole fit of the estimators, against scikit-learn's:
+or whole fits of the estimators against scikit-learn's, or the memory that a fit takes:
 
     python scripts/benchmark.py --fit
+    python scripts/benchmark.py --memory
 
 Prints Markdown.  Every contestant trains the same networks on the same rows in the
-same order, without an L2 penalty, on the CPU unless its name says otherwise, with its
-library's default number of threads.  Each lives in a process of its own, so that no
-thread pool disturbs another, and only one computes at a time.  Rounds are interleaved:
-what disturbs the machine for a while disturbs all alike.
+same order, without an L2 penalty, with its library's default number of threads.  Each lives
+in a process of its own, so that no thread pool disturbs another, and only one computes at a
+time.  Rounds are interleaved: what disturbs the machine for a while disturbs all alike.
 """
 
 from __future__ import annotations
@@ -24,462 +25,53 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
-from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from itertools import pairwise
-from math import ceil, inf
+from math import ceil
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-# Array libraries are imported where they are used: each process loads only its own.
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What to train; ReLU between the layers, softmax cross-entropy at the end."""
-
-    sizes: tuple[int, ...]
-    batch: int
-    rows: int
-    solver: str
-    rate: float
-
-    def __str__(self) -> str:
-        rule = {"sgd": "SGD", "adam": "Adam"}[self.solver]
-        batch = "all rows at once" if self.batch == self.rows else f"batch {self.batch}"
-        return f"{'-'.join(map(str, self.sizes))}, {batch}, {rule} {self.rate:g}, {self.rows} rows"
-
-    @property
-    def steps(self) -> int:
-        """Number of steps in an epoch."""
-        return ceil(self.rows / self.batch)
-
-    def data(self, dtype: str) -> tuple[Any, Any]:
-        return normal_rows(self.rows, self.sizes[0], self.sizes[-1], dtype)
-
-    def slices(self) -> Iterator[slice]:
-        """The rows of each batch, in order."""
-        for start in range(0, self.rows, self.batch):
-            yield slice(start, start + self.batch)
-
-
-WORKLOADS = {
-    1: Workload((4, 16, 2), 100, 100, "sgd", 0.005),
-    2: Workload((20, 100, 2), 200, 10_000, "adam", 1e-3),
-    3: Workload((64, 8, 32, 8, 4), 9342, 9342, "sgd", 0.005),
-    4: Workload((784, 256, 128, 10), 128, 12_800, "adam", 1e-3),
-    5: Workload((1024, 1024, 1024, 10), 512, 10_240, "adam", 1e-3),
-}
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What to fit, by an estimator whose other parameters are the defaults."""
-
-    name: str
-    data: Callable[[str], tuple[Any, Any]]
-    hidden: tuple[int, ...]
-    epochs: int
-
-    def __str__(self) -> str:
-        return f"{self.name}, hidden layers {self.hidden}, {self.epochs} epochs"
-
-    @property
-    def steps(self) -> int:
-        """One: times are those of a whole fit."""
-        return 1
-
-
-def two_classes(dtype: str) -> tuple[Any, Any]:
-    """10 000 rows of 20 features."""
-    from sklearn.datasets import make_classification
-
-    X, y = make_classification(10_000, 20, random_state=0)
-    return X.astype(dtype), y
-
-
-def digits(dtype: str) -> tuple[Any, Any]:
-    """1797 rows of 64 features, ten classes."""
-    from sklearn.datasets import load_digits
-
-    X, y = load_digits(return_X_y=True)
-    return (X / 16.0).astype(dtype), y
-
-
-def normal_rows(rows: int, features: int, classes: int, dtype: str) -> tuple[Any, Any]:
-    """Standard normal inputs, and labels drawn uniformly."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    X = rng.standard_normal((rows, features)).astype(dtype)
-    return X, rng.integers(classes, size=rows, dtype=np.int32)
-
-
-FITS = {
-    1: Fit("10000 rows of 20 features, two classes", two_classes, (100,), 20),
-    2: Fit("digits", digits, (100,), 50),
-    3: Fit(
-        "12800 normal rows of 784 features, ten classes",
-        partial(normal_rows, 12_800, 784, 10),
-        (256, 128),
-        5,
-    ),
-}
-
-# ---------------------------------------------------------------- contestants
-
-
-class Contestant(ABC):
-    """Something that trains a workload's network.
-
-    Parameters
-    ----------
-    workload : Workload
-    dtype : {"float32", "float64"}
-    """
-
-    curve: Sequence[float] = ()  # losses of a fit's epochs
-
-    def __init__(self, workload: Any, dtype: str) -> None:
-        self.workload = workload
-        self.dtype = dtype
-        self.X, self.y = workload.data(dtype)
-
-    def reset(self) -> None:  # noqa: B027 (not all have a state)
-        """Begin anew, untimed.
-
-        Trained for ever, units die and their moments decay to subnormal numbers,
-        which are slow: so every timed run starts from fresh parameters.
-        """
-
-    @abstractmethod
-    def train(self, epochs: int) -> None:
-        """Train; whatever was asked of a device is done when this returns."""
-
-
-class PortableMLP(Contestant):
-    """`Trainer.fit` as the estimators call it, with all checks."""
-
-    def __init__(self, workload: Workload, dtype: str, backend: str) -> None:
-        import numpy as np
-
-        from portable_mlp import get_backend, mlp
-        from portable_mlp.losses import SoftmaxCrossEntropy
-        from portable_mlp.optimizers import SGD, SklearnAdam
-        from portable_mlp.sources import ArraySource
-        from portable_mlp.steps import Batch
-        from portable_mlp.training import Trainer
-
-        self.backend = get_backend("gpu" if backend == "cupy" else "cpu", backend)
-        super().__init__(workload, dtype)
-        self.rng = np.random.RandomState(0)
-        network = mlp(workload.sizes)
-        self.trainer = Trainer(
-            network,
-            SoftmaxCrossEntropy(),
-            SGD() if workload.solver == "sgd" else SklearnAdam(),
-            self.backend,
-            dtype,
-            workload.rate,
-            batch_size=workload.batch,
-            shuffle=False,
-            tol=0.0,
-            patience=inf,
-        )
-        self.params = network.init(self.rng)
-        with self.backend.scope(dtype):
-            data = Batch(self.backend.asarray(self.X, dtype), self.backend.asarray(self.y, "int32"))
-        self.source = ArraySource(data)
-
-    def reset(self) -> None:
-        self.state = self.trainer.start(self.params)
-        self.backend.synchronize()
-
-    def train(self, epochs: int) -> None:
-        self.trainer.fit(self.state, self.source, epochs, self.rng)
-        self.backend.synchronize()
-
-
-class ScikitLearn(Contestant):
-    """`MLPClassifier.fit`, whole: it validates and draws parameters within the time.
-
-    Two classes are one logistic output in scikit-learn, not two of a softmax.
-    """
-
-    def train(self, epochs: int) -> None:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.neural_network import MLPClassifier
-
-        model = MLPClassifier(
-            self.workload.sizes[1:-1],
-            solver=self.workload.solver,
-            learning_rate_init=self.workload.rate,
-            momentum=0.0,
-            alpha=0.0,
-            batch_size=self.workload.batch,
-            max_iter=epochs,
-            tol=0.0,
-            n_iter_no_change=inf,
-            shuffle=False,
-            random_state=0,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(self.X, self.y)
-
-
-class TorchEager(Contestant):
-    """The usual training loop, with autograd, not compiled."""
-
-    def __init__(self, workload: Workload, dtype: str) -> None:
-        import torch
-
-        super().__init__(workload, dtype)
-        self.torch = torch
-        self.X, self.y = torch.from_numpy(self.X), torch.from_numpy(self.y).long()
-
-    def reset(self) -> None:
-        nn, optim = self.torch.nn, self.torch.optim
-        layers: list[Any] = []
-        for n_in, n_out in pairwise(self.workload.sizes):
-            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
-        self.model = nn.Sequential(*layers[:-1]).to(getattr(self.torch, self.dtype))
-        rule = optim.SGD if self.workload.solver == "sgd" else optim.Adam
-        self.optimizer = rule(self.model.parameters(), lr=self.workload.rate)
-
-    def train(self, epochs: int) -> None:
-        cross_entropy = self.torch.nn.functional.cross_entropy
-        for _ in range(epochs):
-            total = self.torch.zeros(())
-            for rows in self.workload.slices():
-                self.optimizer.zero_grad()
-                loss = cross_entropy(self.model(self.X[rows]), self.y[rows])
-                loss.backward()
-                self.optimizer.step()
-                total += loss.detach()
-            total.item()
-
-
-class Thinc(Contestant):
-    """Thinc's layers on `NumpyOps`, without clipping or averages.
-
-    Only the gradient of the loss is computed, as in Thinc's own examples: its value is
-    never needed.
-    """
-
-    def __init__(self, workload: Workload, dtype: str) -> None:
-        from thinc.api import CategoricalCrossentropy, NumpyOps, set_current_ops
-
-        if dtype != "float32":
-            raise ValueError("Thinc's parameters are float32")
-        super().__init__(workload, dtype)
-        set_current_ops(NumpyOps())
-        self.loss = CategoricalCrossentropy()
-
-    def reset(self) -> None:
-        from thinc.api import SGD, Adam, Relu, Softmax, chain
-
-        *hidden, last = pairwise(self.workload.sizes)
-        layers = [Relu(n_out, n_in) for n_in, n_out in hidden]
-        self.model = chain(*layers, Softmax(last[1], last[0])).initialize()
-        rule = SGD if self.workload.solver == "sgd" else Adam
-        self.optimizer = rule(self.workload.rate, grad_clip=0.0, L2=0.0, use_averages=False)
-
-    def train(self, epochs: int) -> None:
-        for _ in range(epochs):
-            for rows in self.workload.slices():
-                guess, backprop = self.model.begin_update(self.X[rows])
-                backprop(self.loss.get_grad(guess, self.y[rows]))
-                self.model.finish_update(self.optimizer)
-
-
-class JaxStep(Contestant):
-    """One compiled function a step: `jax.grad`, and an update written by hand."""
-
-    def __init__(self, workload: Workload, dtype: str) -> None:
-        import jax
-
-        cpu = jax.devices("cpu")[0]
-        jax.config.update("jax_default_device", cpu)
-        jax.config.update("jax_enable_x64", dtype == "float64")
-        super().__init__(workload, dtype)
-        self.jax = jax
-        self.X, self.y = jax.device_put((self.X, self.y), cpu)
-        self.run = self.compile()
-
-    def compile(self) -> Callable[..., Any]:
-        return self.jax.jit(self.step, donate_argnums=0)
-
-    def reset(self) -> None:
-        import numpy as np
-
-        rng = np.random.default_rng(0)
-        params: Any = []
-        for n_in, n_out in pairwise(self.workload.sizes):
-            w = rng.standard_normal((n_in, n_out)) * (2 / n_in) ** 0.5
-            params.append((w.astype(self.dtype), np.zeros(n_out, self.dtype)))
-        zeros = self.jax.tree.map(np.zeros_like, params)
-        moments = (zeros, zeros) if self.workload.solver == "adam" else ()
-        state = params, moments, np.zeros((), np.int32)
-        self.state = self.jax.block_until_ready(self.jax.tree.map(self.jax.numpy.array, state))
-
-    def train(self, epochs: int) -> None:
-        for _ in range(epochs):
-            losses = []
-            for rows in self.workload.slices():
-                self.state, loss = self.run(self.state, self.X, self.y, rows.start)
-                losses.append(loss)
-            self.jax.device_get(losses)
-        self.jax.block_until_ready(self.state)
-
-    def objective(self, params: Any, x: Any, y: Any) -> Any:
-        """Mean cross-entropy."""
-        *hidden, (w, b) = params
-        for v, c in hidden:
-            x = self.jax.nn.relu(x @ v + c)
-        log_p = self.jax.nn.log_softmax(x @ w + b)
-        hot = self.jax.nn.one_hot(y, log_p.shape[1], dtype=log_p.dtype)
-        return -self.jax.numpy.mean(self.jax.numpy.sum(hot * log_p, axis=1))
-
-    def step(self, state: Any, X: Any, y: Any, start: Any) -> tuple[Any, Any]:
-        """From (parameters, moments, steps done) to the next, and the loss before."""
-        map_, sqrt, rate = self.jax.tree.map, self.jax.numpy.sqrt, self.workload.rate
-        # Sliced in here: outside of the compiled function it is a dispatch of its own
-        cut = partial(
-            self.jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=self.workload.batch
-        )
-        params, moments, t = state
-        loss, grads = self.jax.value_and_grad(self.objective)(params, cut(X), cut(y))
-        t = t + 1
-        if not moments:
-            return (map_(lambda p, g: p - rate * g, params, grads), (), t), loss
-        m = map_(lambda m, g: 0.9 * m + 0.1 * g, moments[0], grads)
-        v = map_(lambda v, g: 0.999 * v + 0.001 * g * g, moments[1], grads)
-        scale = rate * sqrt(1 - 0.999**t) / (1 - 0.9**t)
-        params = map_(lambda p, m, v: p - scale * m / (sqrt(v) + 1e-8), params, m, v)
-        return (params, (m, v), t), loss
-
-
-class JaxScan(JaxStep):
-    """The same step, an epoch of it compiled into one `lax.scan`."""
-
-    def compile(self) -> Callable[..., Any]:
-        starts = self.jax.numpy.arange(self.workload.steps) * self.workload.batch
-
-        def epoch(state: Any, X: Any, y: Any) -> tuple[Any, Any]:
-            return self.jax.lax.scan(lambda s, start: self.step(s, X, y, start), state, starts)
-
-        return self.jax.jit(epoch, donate_argnums=0)
-
-    def train(self, epochs: int) -> None:
-        for _ in range(epochs):
-            self.state, losses = self.run(self.state, self.X, self.y)
-            self.jax.device_get(losses)
-        self.jax.block_until_ready(self.state)
-
-
-class Products(Contestant):
-    """Nothing but the matrix products of a step, by NumPy, into fixed arrays.
-
-    A floor for what computes with this BLAS.
-    """
-
-    def __init__(self, workload: Workload, dtype: str) -> None:
-        import numpy as np
-
-        super().__init__(workload, dtype)
-        self.matmul = np.matmul
-        rng = np.random.default_rng(0)
-
-        def normal(*shape: int) -> Any:
-            return rng.standard_normal(shape).astype(dtype)
-
-        (n_in, n_out), *deeper = pairwise(workload.sizes)
-        n = workload.batch
-        self.w, self.dw = normal(n_in, n_out), normal(n_in, n_out)
-        self.z, self.dz = normal(n, n_out), normal(n, n_out)
-        self.deeper = []  # a product is (left, right, out); the operands never change
-        for k, m in deeper:
-            a, w, dz = normal(n, k), normal(k, m), normal(n, m)
-            self.deeper += [
-                (a, w, normal(n, m)),
-                (a.T, dz, normal(k, m)),
-                (dz, w.T, normal(n, k)),
-            ]
-
-    def train(self, epochs: int) -> None:
-        for _ in range(epochs):
-            for rows in self.workload.slices():
-                x = self.X[rows]
-                self.matmul(x, self.w, out=self.z)
-                for left, right, out in self.deeper:
-                    self.matmul(left, right, out=out)
-                self.matmul(x.T, self.dz, out=self.dw)
-
-
-class WholeFit(Contestant):
-    """``MLPClassifier.fit`` of a module, as a user calls it."""
-
-    def __init__(self, workload: Fit, dtype: str, module: str) -> None:
-        super().__init__(workload, dtype)
-        self.estimator = import_module(module).MLPClassifier
-
-    def train(self, epochs: int) -> None:
-        fit: Fit = self.workload
-        params = {"max_iter": fit.epochs, "tol": 0.0, "n_iter_no_change": fit.epochs}
-        for _ in range(epochs):
-            model = self.estimator(fit.hidden, **params, random_state=0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it did not converge
-                model.fit(self.X, self.y)
-        self.curve = model.loss_curve_
-
-
-REFERENCE = "portable_mlp numpy"
-
-# Name -> how to make it, and the module it cannot do without
-CONTESTANTS: dict[str, tuple[Callable[[Workload, str], Contestant], str]] = {
-    **{
-        f"portable_mlp {backend}": (partial(PortableMLP, backend=backend), "portable_mlp")
-        for backend in ("numpy", "torch", "jax", "cupy")
-    },
-    "scikit-learn": (ScikitLearn, "sklearn"),
-    "torch eager": (TorchEager, "torch"),
-    "Thinc": (Thinc, "thinc"),
-    "JAX jitted step": (JaxStep, "jax"),
-    "JAX scan": (JaxScan, "jax"),
-    "GEMMs alone": (Products, "numpy"),
-}
-FITTERS: dict[str, tuple[Callable[[Fit, str], Contestant], str]] = {
-    REFERENCE: (partial(WholeFit, module="portable_mlp"), "portable_mlp"),
-    "scikit-learn": (partial(WholeFit, module="sklearn.neural_network"), "sklearn"),
-}
+from contestants import (
+    FITS,
+    FITTERS,
+    GPU_STEPPERS,
+    ON_A_GPU,
+    STEPPERS,
+    WORKLOADS,
+    Contestants,
+    Workload,
+    growth,
+    normal_rows,
+)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is timed, whose, and the unit."""
+    """What is timed, by whom, and the unit."""
 
     workloads: dict[int, Any]
-    contestants: dict[str, tuple[Callable[..., Contestant], str]]
+    contestants: Contestants
     unit: str
     per_second: float
     dtypes: tuple[str, ...]
 
 
+AXES = ("width", "depth", "batch", "rows")
+GROWERS = {name: STEPPERS[name] for name in ("portable_mlp numpy", "GEMMs alone")}
 SUITES = {
-    "steps": Suite(WORKLOADS, CONTESTANTS, "µs a step", 1e6, ("float32",)),
+    "steps": Suite(WORKLOADS, STEPPERS, "µs a step", 1e6, ("float32",)),
+    "gpu": Suite(ON_A_GPU, GPU_STEPPERS, "µs a step", 1e6, ("float32",)),
     "fits": Suite(FITS, FITTERS, "ms a fit", 1e3, ("float32", "float64")),
+    **{axis: Suite(growth(axis), GROWERS, "µs a step", 1e6, ("float32",)) for axis in AXES},
 }
 
 # ---------------------------------------------------------------- processes
@@ -628,17 +220,18 @@ def report(args: argparse.Namespace, dtype: str, results: Results) -> Iterator[s
         [suite.unit, *numbers], [[name, *map(m.get, numbers)] for name, m in medians.items()]
     )
 
-    own = medians.pop(REFERENCE, {})
+    reference = next(iter(suite.contestants))
+    own = medians.pop(reference, {})
     rows: list[list[Any]] = []
     for name, peer in medians.items():
         ratios = {n: own[n] / peer[n] for n in numbers if n in own and n in peer}
         if ratios:
             rows.append([name, *map(ratios.get, numbers), geometric_mean(ratios.values())])
     if rows:
-        yield f"Time of {REFERENCE} ÷ time of the peer; below 1, {REFERENCE} is faster."
-        yield table([f"{REFERENCE} ÷", *numbers, "geometric mean"], rows)
+        yield f"Time of {reference} ÷ time of the peer; below 1, {reference} is faster."
+        yield table([f"{reference} ÷", *numbers, "geometric mean"], rows)
 
-    if curves := results.curves.pop(REFERENCE, {}):
+    if curves := results.curves.pop(reference, {}):
         for name, others in results.curves.items():
             gaps = [largest_gap(curves[n], others[n]) for n in numbers if curves.get(n)]
             if gaps:
@@ -668,6 +261,71 @@ def largest_gap(curve: Sequence[float], other: Sequence[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(curve, other, strict=True))
 
 
+def draw_growth(args: argparse.Namespace) -> Path:
+    """How the time of a step grows with the network's and the data's size, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 6.0), layout="constrained")
+    for axis, ax in zip(AXES, figure.subplots(2, 2, sharey=True).flat, strict=True):
+        suite = SUITES[axis]
+        settings = {"suite": axis, "workloads": [*suite.workloads], "only": [*suite.contestants]}
+        found = measure(argparse.Namespace(**{**vars(args), **settings}), "float32")
+        for name, style in zip(suite.contestants, ("o-", "s--"), strict=True):
+            times = found.samples[name]
+            ax.loglog([*times], [median(s) for s in times.values()], style, label=name)
+        ax.set(xlabel={"rows": "rows in all", "batch": "rows of a batch"}.get(axis, axis))
+        ax.grid(alpha=0.3, which="both")
+        ax.set_ylabel("µs a step")
+        ax.legend()
+    figure.suptitle("64-64-64-10, batch 200, 10 000 rows, Adam, float32; one thing varied")
+    figure.savefig(args.growth, dpi=120)
+    return args.growth  # type: ignore[no-any-return]
+
+
+def memory() -> Iterator[str]:
+    """Paragraphs of Markdown: what a fit, and a prediction, take beside the data."""
+    from portable_mlp import MLPClassifier
+
+    warnings.simplefilter("ignore")
+    MLPClassifier((4,), max_iter=1).fit(*normal_rows(300, 5, 3, "float32"))  # imports
+    yield (
+        "Peak memory of a fit by Adam in float32, beside X and y, in MB.  Allowed: the rows'"
+        " order and class numbers (12 bytes a row), 3 batches of all layers' activations, and 4"
+        " vectors of all parameters, 5 with early stopping."
+    )
+    rows: list[list[Any]] = []
+    for workload in (WORKLOADS[4], WORKLOADS[5]):
+        for early in (False, True):
+            sizes = workload.sizes
+            X, y = workload.data("float32")
+            model = MLPClassifier(
+                sizes[1:-1], batch_size=workload.batch, max_iter=3, early_stopping=early
+            )
+            peak = peak_of(model.fit, X, y)
+            n_params = sum(a * b + b for a, b in pairwise(sizes))
+            allowed = 12 * len(X) + 4 * (3 * workload.batch * sum(sizes) + (4 + early) * n_params)
+            case = f"{workload}{', early stopping' if early else ''}"
+            rows.append([case, X.nbytes / 1e6, peak / 1e6, allowed / 1e6])
+    yield table(["fit", "X", "peak", "allowed"], rows)
+    X, y = normal_rows(1_000_000, 20, 3, "float32")
+    model = MLPClassifier((100,), max_iter=1).fit(X[:1000], y[:1000])
+    rows = [
+        [f"{n} rows", X[:n].nbytes / 1e6, peak_of(model.predict_proba, X[:n]) / 1e6]
+        for n in (100_000, 1_000_000)
+    ]
+    yield "Peak memory of `predict_proba`, its result included, in MB: 20-100-3."
+    yield table(["predict_proba of", "X", "peak"], rows)
+
+
+def peak_of(function: Any, *arguments: Any) -> int:
+    """Most bytes that Python and NumPy held at once during a call, beyond those before."""
+    tracemalloc.start()
+    function(*arguments)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
 def machine() -> dict[str, str]:
     """What the numbers hold for."""
     cpu = platform.processor() or platform.machine()
@@ -689,7 +347,7 @@ def machine() -> dict[str, str]:
         if gpus.returncode == 0:
             facts["GPU"] = ", ".join(gpus.stdout.split("\n")).strip(", ")
     distributions = packages_distributions()
-    for module in dict.fromkeys([*(m for _, m in CONTESTANTS.values()), "cupy"]):
+    for module in dict.fromkeys([*(m for _, m in STEPPERS.values()), "cupy"]):
         if find_spec(module):
             distribution = distributions.get(module, [module])[0]
             facts[distribution] = version(distribution)
@@ -705,6 +363,12 @@ def parse_args() -> argparse.Namespace:
         "--fit", dest="suite", action="store_const", const="fits", default="steps",
         help="time whole fits of the estimators, instead of steps",
     )  # fmt: skip
+    add(
+        "--device", choices=["cpu", "gpu"], default="cpu",
+        help="whose contestants (default: %(default)s)",
+    )  # fmt: skip
+    add("--growth", type=Path, metavar="FILE.png", help="also draw how the time of a step grows")
+    add("--memory", action="store_true", help="print the memory that a fit takes, and nothing else")
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=1.0, help="of each timed run, about")
     add("--json", type=Path, metavar="FILE", help="write every sample here too")
@@ -714,6 +378,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 1 or args.seconds <= 0.0:
         parser.error("--rounds must be at least 1, and --seconds above 0")
+    if args.device == "gpu" and args.suite == "steps":
+        args.suite = "gpu"
     suite = SUITES[args.suite]
 
     def chosen(text: str | None, known: Sequence[Any], default: Sequence[Any]) -> list[Any]:
@@ -733,6 +399,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.memory:
+        print("\n\n".join(memory()))
+        return
     results = {dtype: measure(args, dtype) for dtype in args.dtype}
     document = {
         "machine": machine(),
@@ -748,6 +417,8 @@ def main() -> None:
     }
     for dtype, found in results.items():
         print("\n\n".join(report(args, dtype, found)), end="\n\n")
+    if args.growth:
+        print(f"How the time grows: {draw_growth(args)}", end="\n\n")
     print("; ".join(f"{key} {value}" for key, value in machine().items()))
     if args.json:
         args.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")

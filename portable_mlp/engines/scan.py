@@ -30,6 +30,7 @@ class ScanEngine(Engine):
     def __init__(self, backend: Backend, recipe: Recipe) -> None:
         super().__init__(backend, recipe)
         self._pace = 0.0  # steps a second
+        self._loops: dict[tuple[int, int], Any] = {}
 
     def run(
         self,
@@ -55,7 +56,9 @@ class ScanEngine(Engine):
         values: Values = []
         done = 0
         for end, size in pieces:
-            loop = _loop(self.recipe, size, batch_size)
+            if (size, batch_size) not in self._loops:  # to hash a recipe takes time
+                self._loops[size, batch_size] = _loop(self.recipe, size, batch_size)
+            loop = self._loops[size, batch_size]
             while done < end and not (done and stop()):
                 upto = min(end, done + max(1, int(self._pace * self.SECONDS)))
                 began = time.perf_counter()
