@@ -122,7 +122,7 @@ class Section:
         """Go there; ``whence`` as for files."""
         at = (0, self._at, self._size)[whence] + offset
         if at < 0:
-            raise ValueError("a place before the beginning")
+            raise OSError("a place before the beginning")
         self._at = at
         return at
 
@@ -144,12 +144,15 @@ class Contents:
         The JSON.
     shapes : dict
         Of the arrays, by name.
+    unread : set
+        Names of arrays that nobody asked for yet.
     """
 
     def __init__(self, file: BufferedReader, meta: dict[str, Any], entries: Any) -> None:
         self.meta = meta
         self._file = file
         self._entries: dict[str, _Entry] = entries
+        self.unread = set(entries)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -158,9 +161,13 @@ class Contents:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def _asked_for(self, name: str) -> _Entry:
+        self.unread.discard(name)
+        return self._entries[name]
+
     def array(self, name: str) -> NDArray[Any]:
         """An array of its own memory."""
-        entry = self._entries[name]
+        entry = self._asked_for(name)
         self._file.seek(entry.start)
         found = np.fromfile(self._file, entry.dtype, prod(entry.shape))
         return found.reshape(entry.shape)
@@ -172,7 +179,7 @@ class Contents:
 
     def section(self, name: str) -> Section:
         """An array's bytes as a file."""
-        entry = self._entries[name]
+        entry = self._asked_for(name)
         return Section(self._file, entry.start, entry.size)
 
 
