@@ -56,7 +56,6 @@ def write(path: str | Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]
     OSError
         If it cannot be written: the file that was there, or none, is what remains.
     """
-    path = Path(path)
     text = json.dumps({"format": FORMAT, **meta})
     # Contiguous: safetensors would store a transposed array's memory as it lies
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -64,11 +63,16 @@ def write(path: str | Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]
     start = data.index(_DIGEST) + len(_DIGEST)
     check_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
     digest = sha256(data).hexdigest().encode()
+    return write_whole(path, [data[:start], digest, memoryview(data)[start + 64 :]])
+
+
+def write_whole(path: str | Path, parts: list[bytes | memoryview]) -> Path:
+    """Write a file of these parts, in place of what was there: all of it, or nothing."""
     try:
-        _replace(path, [data[:start], digest, memoryview(data)[start + 64 :]])
+        _replace(Path(path), parts)
     except OSError as error:
         raise OSError(error.errno, f"cannot save: {error.strerror}", str(path)) from error
-    return path
+    return Path(path)
 
 
 def _replace(path: Path, parts: list[bytes | memoryview]) -> None:
