@@ -86,7 +86,11 @@ def save(
     OSError
         If the file cannot be written; what was there before is still there.
     """
-    return write(path, *_describe(model, preprocessing, notes))
+    meta, arrays = _describe(model, preprocessing, notes)
+    if isinstance(model.random_state, np.random.RandomState):
+        said = "random_state: a generator's state is not stored"
+        warnings.warn(said, UserWarning, stacklevel=2)
+    return write(path, meta, arrays)
 
 
 def save_checkpoint(
@@ -327,7 +331,6 @@ def _encode(name: str, value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, np.random.RandomState):
-        warnings.warn(f"{name}: a generator's state is not stored", UserWarning, stacklevel=5)
         return None
     if value is None or isinstance(value, str | int | float | bool):
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -241,5 +242,44 @@ def test_what_a_checkpoint_cannot_do(tmp_path):
     with pytest.raises(ValueError, match="solver='lbfgs' cannot take a checkpoint"):
         model.fit(X, LABELS)
     model = MLPClassifier(max_iter=1, callbacks=[Checkpoint(tmp_path / "none" / "x", every=0)])
-    with pytest.raises(FileNotFoundError, match="cannot save.*none/x"):
+    with pytest.raises(FileNotFoundError, match="no folder for the checkpoint.*none/x"):
         model.fit(X, LABELS)
+
+
+def test_other_rows_in_the_middle_of_an_epoch_are_refused(tmp_path):
+    checkpoint = Once(tmp_path / "checkpoint", 18)
+    MLPClassifier(**SETTINGS, callbacks=[checkpoint]).fit(X, LABELS)
+    model = load(checkpoint.path)
+    assert model._state.begun.steps == 8
+    with pytest.raises(ValueError, match="256 rows into an epoch, and goes on with the rows"):
+        model.continue_fit(X[:100], LABELS[:100])
+    with pytest.raises(ValueError, match="the batch size that it had"):
+        model.set_params(batch_size=50).continue_fit(X, LABELS)
+
+
+def test_a_generator_as_seed(tmp_path):
+    """Its state is in the checkpoint, so a checkpoint does not warn as a model file does."""
+    settings = {**SETTINGS, "random_state": np.random.RandomState(1)}
+    checkpoint = Once(tmp_path / "checkpoint", 18)
+    whole = MLPClassifier(**settings, callbacks=[checkpoint]).fit(X, LABELS)
+    assert same(load(checkpoint.path).continue_fit(X, LABELS), whole)
+
+
+def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
+    whole = MLPClassifier(**SETTINGS).fit(X, LABELS)
+    checkpoint = EverySteps(tmp_path / "checkpoint", None)
+    saved = []
+    replace = os.replace
+
+    def full_after_two(old, new):
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved.append(new)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", full_after_two)
+    with pytest.warns(RuntimeWarning, match="No space left.*checkpoint.*training goes on"):
+        model = MLPClassifier(**SETTINGS, callbacks=[checkpoint]).fit(X, LABELS)
+    assert same(model, whole)
+    assert os.listdir(tmp_path) == ["checkpoint"]
+    assert load(checkpoint.path)._state.begun.steps == 6  # the last that fitted
