@@ -250,8 +250,8 @@ def test_other_rows_in_the_middle_of_an_epoch_are_refused(tmp_path):
     checkpoint = Once(tmp_path / "checkpoint", 18)
     MLPClassifier(**SETTINGS, callbacks=[checkpoint]).fit(X, LABELS)
     model = load(checkpoint.path)
-    assert model._state.begun.steps == 8
-    with pytest.raises(ValueError, match="256 rows into an epoch, and goes on with the rows"):
+    assert model._state.begun.steps == 7
+    with pytest.raises(ValueError, match="224 rows into an epoch, and goes on with the rows"):
         model.continue_fit(X[:100], LABELS[:100])
     with pytest.raises(ValueError, match="the batch size that it had"):
         model.set_params(batch_size=50).continue_fit(X, LABELS)
