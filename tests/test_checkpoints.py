@@ -133,14 +133,26 @@ def test_the_twin_that_forgets(forgotten, tmp_path):
     assert same(load(checkpoint.path).continue_fit(X, LABELS), whole)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_kill_9(tmp_path, record_property):
+def run_script(*arguments):
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork")
     script = Path(__file__).parent / "killed.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(script), *map(str, arguments)],
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_kill_9_finds_a_careless_writer(tmp_path):
+    """The twin: written in place, the checkpoint is broken when the writing is."""
+    broken = [row for row in run_script(tmp_path, "careless") if "broken" in row]
+    assert {tuple(row["moment"]) for row in broken} >= {("write", 1), ("write", 2), ("write", 12)}
+    assert all("is not a model file, or is damaged" in row["broken"] for row in broken)
+
+
+def test_kill_9(tmp_path, record_property):
+    found = run_script(tmp_path)
     for row in found:
         where = (
             "no checkpoint" if row["begun"] is None else "epoch {}, step {}".format(*row["begun"])
