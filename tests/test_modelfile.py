@@ -30,6 +30,7 @@ from portable_mlp import (
     save,
 )
 from portable_mlp.persistence import read_metadata
+from portable_mlp.schedules import ReduceOnPlateau
 
 skops = pytest.importorskip("skops.io")
 
@@ -88,7 +89,8 @@ def raw(tmp_path_factory):
     for name, (model, preprocessing) in files().items():
         found[name] = save(model, folder / name, preprocessing, notes={"a": ["b"]}).read_bytes()
     checkpoint = Checkpoint(folder / "checkpoint", every=0)
-    MLPClassifier(**SETTINGS, early_stopping=True, callbacks=[checkpoint]).fit(X, Y)
+    settings = {**SETTINGS, "early_stopping": True, "learning_rate": ReduceOnPlateau()}
+    MLPClassifier(**settings, callbacks=[checkpoint]).fit(X, Y)
     found["checkpoint"] = checkpoint.path.read_bytes()
     return found
 
@@ -276,6 +278,9 @@ HOSTILE_STATE = {
     "counts backwards": (in_state(steps=-1), "counts"),
     "counts in fractions": (in_state(done=0.5), "counts"),
     "begun backwards": (in_state(begun=[-1, 0, 0.0]), "counts"),
+    "begun at a loss of text": (in_state(begun=[0, 0, "x"]), None),
+    "remembers text": (in_state(schedule=["x", 1, 1]), "schedule remembers"),
+    "remembers too little": (in_state(schedule=7), None),
     "watches something else": (in_state(watched="password"), "watches"),
     "best is text": (in_state(best="x"), None),
     "moments of other shape": (in_array("state.moments.0", shape=[3, 9]), "moments"),
