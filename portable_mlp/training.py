@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, inf, isfinite, nan
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
-from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.callbacks import Callback, Epoch, pausing
 from portable_mlp.engines import ENGINES, Engine
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
@@ -41,6 +41,17 @@ class DivergenceError(ValueError):
 # ---------------------------------------------------------------- the fit
 
 
+class Begun(NamedTuple):
+    """What is done of an epoch that is not: steps, rows, and the sum of the rows' losses."""
+
+    steps: int = 0
+    rows: int = 0
+    loss: float = 0.0
+
+
+NOT_BEGUN = Begun()
+
+
 @dataclass
 class State:
     """Where training stands: arrays on the device, counters on the host.
@@ -56,9 +67,11 @@ class State:
     generator : tuple
         State of the random generator before the run's first draw.
     steps, rows, epochs : int
-        Done, and seen, since the moments began.
+        Done, and seen, in whole epochs since the moments began.
     done : int
         Epochs of the present run; the draws of so many are repeated when it goes on.
+    begun : Begun
+        What is done of the next one.
     stalled_for : int
         Epochs in a row without progress.
     watched : {"loss", "score"}
@@ -77,6 +90,7 @@ class State:
     rows: int = 0
     epochs: int = 0
     done: int = 0
+    begun: Begun = NOT_BEGUN
     stalled_for: int = 0
     watched: str = "loss"
     best: float = inf
@@ -87,6 +101,16 @@ class State:
     def leaves(self) -> list[Array]:
         """The parameters to use: the best, where a score was watched, or the last."""
         return self.arrays.leaves if self.best_leaves is None else self.best_leaves
+
+    def cut_short(self) -> State:
+        """What is begun counted, but not to be ended: the next epoch is a new one."""
+        steps, rows, _ = self.begun
+        return replace(self, steps=self.steps + steps, rows=self.rows + rows, begun=NOT_BEGUN)
+
+    def beside_leaves(self) -> State:
+        """What is to be kept beside `leaves`: of the arrays, those that differ from them."""
+        last = [] if self.best_leaves is None else self.arrays.leaves
+        return replace(self, arrays=self.arrays._replace(leaves=last), best_leaves=None)
 
 
 StopReason = Literal["converged", "max_epochs", "stopped", "interrupted", "diverged"]
@@ -179,7 +203,7 @@ class Trainer:
         )
         # Steps too: they correct the bias of moments that began at zero
         return replace(
-            old,
+            old.cut_short(),
             arrays=fresh.arrays,
             history=history,
             origin=fresh.origin,
@@ -214,6 +238,7 @@ class Trainer:
         early_stopping: bool = False,
         callbacks: Sequence[Callback] = (),
         planned_epochs: int | None = None,
+        model: Callable[[State], Any] | None = None,
     ) -> StopReason:
         """Train, changing ``state``, until something stops it.
 
@@ -237,6 +262,8 @@ class Trainer:
         planned_epochs : int, optional
             What schedules take for the whole length of training, if it goes on after
             this call; ``max_epochs`` if not given.
+        model : callable, optional
+            From the state to what callbacks are given that pause training.
 
         Returns
         -------
@@ -246,9 +273,17 @@ class Trainer:
 
         Raises
         ------
+        ValueError
+            If the state is in the middle of an epoch over other rows.
         DivergenceError
             If the loss or a parameter is not finite and there is nothing to restore.
         """
+        steps, seen, _ = state.begun
+        if seen != min(steps * self.batch_size, source.n_rows):
+            raise ValueError(
+                f"training stopped {seen} rows into an epoch, and goes on with the rows and the"
+                " batch size that it had"
+            )
         watched = "score" if early_stopping else "loss"
         if state.watched != watched:
             # What was best of the one says nothing of the other
@@ -267,7 +302,7 @@ class Trainer:
                     rng,
                     validate,
                     callbacks,
-                    interrupted,
+                    _Pauses(interrupted, callbacks, lambda: model and model(state)),
                 )
                 xp = self.backend.xp
                 finite = [xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.leaves]
@@ -287,7 +322,7 @@ class Trainer:
         rng: np.random.RandomState,
         validate: Validate | None,
         callbacks: Sequence[Callback],
-        interrupted: threading.Event,
+        pauses: _Pauses,
     ) -> StopReason:
         began = time.perf_counter()
         early = state.watched == "score"
@@ -304,9 +339,9 @@ class Trainer:
                 callback.on_epoch_begin(state.epochs + 1)
             hypers, rate = self._hypers(state, n_steps, planned_epochs, keys)
             loss = self._epoch(
-                state, source, engine, order if self.shuffle else None, hypers, interrupted
+                state, source, engine, order if self.shuffle else None, hypers, pauses
             )
-            if interrupted.is_set():
+            if loss is None:
                 return "interrupted"
             state.epochs += 1
             state.done += 1
@@ -369,29 +404,40 @@ class Trainer:
         engine: Engine,
         order: NDArray[np.intp] | None,
         hypers: list[Hyper],
-        interrupted: threading.Event,
-    ) -> float:
-        """All batches once; the mean of the reported loss over the rows."""
-        loss, left, done = 0.0, source.n_rows, 0
+        pauses: _Pauses,
+    ) -> float | None:
+        """The batches not done yet; the mean of the reported loss over all rows of the epoch.
+
+        None if interrupted.
+        """
+        steps, seen, loss = state.begun
+        end = 0
         for data, rows in source.parts(self.batch_size, order):
-            n_steps = ceil((data.x.shape[0] if rows is None else len(rows)) / self.batch_size)
-            state.arrays, values = engine.run(
-                state.arrays,
-                data,
-                rows,
-                self.batch_size,
-                hypers[done : done + n_steps],
-                interrupted.is_set,
-            )
-            for value, penalty in values:
-                n = min(self.batch_size, left)
-                loss += n * (self.loss_scale * value + penalty)
-                left -= n
-            done += len(values)
-            if interrupted.is_set():
-                break
-        state.steps += done
-        state.rows += source.n_rows - left
+            start = end
+            end += ceil((data.x.shape[0] if rows is None else len(rows)) / self.batch_size)
+            while steps < end:
+                state.arrays, values = engine.run(
+                    state.arrays,
+                    data,
+                    rows,
+                    self.batch_size,
+                    hypers[start:end],
+                    pauses.due,
+                    steps - start,
+                )
+                for value, penalty in values:
+                    n = min(self.batch_size, source.n_rows - seen)
+                    loss += n * (self.loss_scale * value + penalty)
+                    seen += n
+                steps += len(values)
+                if pauses.due():
+                    state.begun = Begun(steps, seen, loss)
+                    pauses.hold()
+                    if pauses.interrupted.is_set():
+                        return None
+        state.steps += steps
+        state.rows += seen
+        state.begun = NOT_BEGUN
         return loss / source.n_rows
 
     def _snapshot(self, state: State) -> list[Array]:
@@ -424,6 +470,43 @@ class Trainer:
             f" (Epoch {epoch}, loss {loss}: training diverged. Try a learning rate"
             f" below {self.learning_rate:g}, inputs scaled to unit variance, or clip_norm.)"
         )
+
+
+class _Pauses:
+    """When the loop halts between two steps, and what is done then.
+
+    Parameters
+    ----------
+    interrupted : Event
+    callbacks : sequence of Callback
+        Those that ask for pauses are found here: without any, a step costs no more.
+    model : callable
+        What they are given.
+
+    Attributes
+    ----------
+    due : callable
+        Whether to halt.
+    """
+
+    def __init__(
+        self,
+        interrupted: threading.Event,
+        callbacks: Sequence[Callback],
+        model: Callable[[], Any],
+    ) -> None:
+        self.interrupted = interrupted
+        self._asking = pausing(callbacks)
+        self._model = model
+        self.due: Callable[[], bool] = self._due if self._asking else interrupted.is_set
+
+    def _due(self) -> bool:
+        return self.interrupted.is_set() or any(c.wants_pause() for c in self._asking)
+
+    def hold(self) -> None:
+        """Let the callbacks do what they wanted the pause for."""
+        for callback in self._asking:
+            callback.on_pause(self._model)
 
 
 @contextmanager

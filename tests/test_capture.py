@@ -372,6 +372,24 @@ def test_a_wrong_kernel_is_found_out_and_the_step_itself_runs(wrong, monkeypatch
         np.testing.assert_array_equal(a, b)
 
 
+def test_it_goes_on_in_the_middle_of_an_epoch(made):
+    trainer, arrays, batch = host_case(SquaredError(), alpha=0.1)
+    results = []
+    for pieces in ([(0, 3)], [(0, 1), (1, 2), (2, 3)]):
+        engine = CaptureEngine(trainer.backend, trainer.recipe)
+        now = trainer.start(trainer.params(arrays.leaves)).arrays
+        for epoch in range(2):
+            hypers = [Hyper(0.1, Adam().coefficients(3 * epoch + i, 0.01), ()) for i in (1, 2, 3)]
+            order = np.random.RandomState(epoch).permutation(12)
+            for first, end in pieces:
+                stops = iter([False] * (end - first - 1) + [True])
+                now, values = engine.run(now, batch, order, 5, hypers, stops.__next__, first)
+                assert len(values) == end - first
+        results.append(now.leaves)
+    np.testing.assert_array_equal(*results)
+    assert made[0].n_captured == made[1].n_captured == 2
+
+
 @dataclass(frozen=True)
 class NoKernel(SquaredError):
     def per_row(self, z, y, xp):

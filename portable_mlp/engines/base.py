@@ -40,8 +40,9 @@ class Engine:
         batch_size: int,
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
+        first: int = 0,
     ) -> tuple[Arrays, Values]:
-        """One step for each of ``hypers``, or fewer.
+        """One step for each of ``hypers`` from the ``first`` on, or fewer.
 
         Parameters
         ----------
@@ -56,6 +57,8 @@ class Engine:
         hypers : sequence of Hyper, one a batch
         stop : callable
             Asked between steps whether to end early.
+        first : int, default=0
+            Batches before this one have been done.
 
         Returns
         -------
@@ -64,7 +67,8 @@ class Engine:
             Loss and penalty of each step that was done.
         """
         losses, penalties = [], []
-        for batch, hyper in zip(self._batches(data, order, batch_size), hypers, strict=False):
+        batches = self._batches(data, order, batch_size, first)
+        for batch, hyper in zip(batches, hypers[first:], strict=False):
             arrays, (loss, penalty) = step(self.recipe, arrays, batch, hyper)
             losses.append(loss)
             penalties.append(penalty)
@@ -73,12 +77,12 @@ class Engine:
         return arrays, self._fetch(losses, penalties)
 
     def _batches(
-        self, data: Batch, order: NDArray[np.intp] | None, batch_size: int
+        self, data: Batch, order: NDArray[np.intp] | None, batch_size: int, first: int
     ) -> Iterator[Batch]:
         n = data.x.shape[0] if order is None else len(order)
         indices = None if order is None else self.backend.indices(order)
         take = self.backend.xp.take
-        for start in range(0, n, batch_size):
+        for start in range(first * batch_size, n, batch_size):
             rows = slice(start, min(start + batch_size, n))
             if indices is None:
                 yield Batch(*(None if a is None else a[rows, ...] for a in data))
@@ -114,13 +118,14 @@ class RecordedEngine(Engine):
         batch_size: int,
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
+        first: int = 0,
     ) -> tuple[Arrays, Values]:
         if self._begun + len(hypers) <= self.EAGER:
             self._begun += len(hypers)
-            return super().run(arrays, data, order, batch_size, hypers, stop)
+            return super().run(arrays, data, order, batch_size, hypers, stop, first)
         values: Values = []
         try:
-            self.repeat(arrays, data, order, batch_size, hypers, stop, values)
+            self.repeat(arrays, data, order, batch_size, hypers, stop, first, values)
             return arrays, values
         except Unrecordable as reason:
             warnings.warn(
@@ -129,10 +134,8 @@ class RecordedEngine(Engine):
                 stacklevel=7,
             )
         self.run = super().run  # type: ignore[method-assign]
-        if values:  # it was the last batch, which is shorter
-            order = np.arange(data.x.shape[0]) if order is None else order
-            order, hypers = order[len(values) * batch_size :], hypers[len(values) :]
-        arrays, more = super().run(arrays, data, order, batch_size, hypers, stop)
+        first += len(values)
+        arrays, more = super().run(arrays, data, order, batch_size, hypers, stop, first)
         return arrays, values + more
 
     def repeat(
@@ -143,6 +146,7 @@ class RecordedEngine(Engine):
         batch_size: int,
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
+        first: int,
         values: Values,
     ) -> None:
         """What ``run`` does, in place; appends to ``values``.

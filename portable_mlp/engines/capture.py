@@ -178,20 +178,21 @@ class CaptureEngine(RecordedEngine):
         batch_size: int,
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
+        first: int,
         values: Values,
     ) -> None:
         n = data.x.shape[0] if order is None else len(order)
         self._prepare(arrays, data, order, batch_size, hypers)
-        done = 0
+        self._at[...] = done = first
         try:
-            for start, hyper in zip(range(0, n, batch_size), hypers, strict=False):
-                if done and stop():
-                    break
-                size = min(batch_size, n - start)
+            for hyper in hypers[first:]:
+                size = min(batch_size, n - done * batch_size)
                 self._step(arrays, data, batch_size, done, size, hyper)
                 done += 1
+                if stop():
+                    break
         finally:
-            values += self._results(done)
+            values += self._results(first, done)
 
     # ------------------------------------------------------------ an epoch
 
@@ -235,10 +236,9 @@ class CaptureEngine(RecordedEngine):
         self._held = arrays, given, batch_size, whole
         self._table[: len(table), ...] = to(table)
         self._rows[: len(rows)] = to(rows)
-        self._at[...] = 0
 
-    def _results(self, n_steps: int) -> Values:
-        found = self.backend.to_host(self._losses)[:n_steps].tolist()
+    def _results(self, first: int, end: int) -> Values:
+        found = self.backend.to_host(self._losses)[first:end].tolist()
         return [(loss, penalty) for loss, penalty in found]
 
     # ------------------------------------------------------------ a step
@@ -339,7 +339,7 @@ class CaptureEngine(RecordedEngine):
         host = [backend.to_host(a).astype(np.float64) for a in (*leaves(wanted), *own, *before)]
         n = len(own)
         alike = np.allclose(
-            self._results(number + 1)[number],
+            self._results(number, number + 1)[0],
             [float(v) for v in values],
             rtol=tolerance,
             atol=tolerance,

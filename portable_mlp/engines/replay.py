@@ -36,6 +36,7 @@ class ReplayEngine(RecordedEngine):
         batch_size: int,
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
+        first: int,
         values: Values,
     ) -> None:
         if arrays is not self._arrays:
@@ -50,7 +51,8 @@ class ReplayEngine(RecordedEngine):
         given = [a for a in data if a is not None]
         gather = self.dialect.gather
         found: Values = []
-        for start, hyper in zip(range(0, n, batch_size), hypers, strict=False):
+        starts = range(first * batch_size, n, batch_size)
+        for start, hyper in zip(starts, hypers[first:], strict=False):
             rows = slice(start, min(start + batch_size, n))
             buffers, program = self._programs[rows.stop - start]
             if indices is None:

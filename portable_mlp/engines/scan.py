@@ -40,6 +40,7 @@ class ScanEngine(Engine):
         batch_size: int,
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
+        first: int = 0,
     ) -> tuple[Arrays, Values]:
         n = data.x.shape[0] if order is None else len(order)
         indices = None if order is None else self.backend.indices(order)
@@ -54,12 +55,12 @@ class ScanEngine(Engine):
             keys = np.asarray([h.keys for h in hypers], np.int32)
             numbers = np.asarray(table, arrays.leaves[0].dtype), keys
         values: Values = []
-        done = 0
+        done = first
         for end, size in pieces:
             if (size, batch_size) not in self._loops:  # to hash a recipe takes time
                 self._loops[size, batch_size] = _loop(self.recipe, size, batch_size)
             loop = self._loops[size, batch_size]
-            while done < end and not (done and stop()):
+            while done < end and not (done > first and stop()):
                 upto = min(end, done + max(1, int(self._pace * self.SECONDS)))
                 began = time.perf_counter()
                 span = None if alone else np.asarray((done, upto), np.int32)
