@@ -1,6 +1,6 @@
 """ONNX: a fitted model as a graph that other runtimes compute, in float32.
 
-What the layers and the loss do to their arrays is recorded (`portable_mlp.recording`) and
+What the layers and the loss do to their arrays is recorded (`portable_mlp.engines.recording`) and
 written down as ONNX's operators, so no formula stands here a second time; layers of
 one's own are exported as well, as long as the operators below are all they use.
 

@@ -4,8 +4,10 @@
     python scripts/benchmark.py --workloads 1,4 --only "portable_mlp numpy,scikit-learn"
     python scripts/benchmark.py --device gpu
 
-or whole fits of the estimators against scikit-learn's, or the memory that a fit takes:
+or what each trick of NumPy's engine brings, whole fits of the estimators against
+scikit-learn's, or the memory that a fit takes:
 
+    python scripts/benchmark.py --tricks
     python scripts/benchmark.py --fit
     python scripts/benchmark.py --memory
 
@@ -46,6 +48,7 @@ from contestants import (
     GPU_STEPPERS,
     ON_A_GPU,
     STEPPERS,
+    TRICKS,
     WORKLOADS,
     Contestants,
     Workload,
@@ -70,6 +73,7 @@ GROWERS = {name: STEPPERS[name] for name in ("portable_mlp numpy", "GEMMs alone"
 SUITES = {
     "steps": Suite(WORKLOADS, STEPPERS, "µs a step", 1e6, ("float32",)),
     "gpu": Suite(ON_A_GPU, GPU_STEPPERS, "µs a step", 1e6, ("float32",)),
+    "tricks": Suite(WORKLOADS, TRICKS, "µs a step", 1e6, ("float32",)),
     "fits": Suite(FITS, FITTERS, "ms a fit", 1e3, ("float32", "float64")),
     **{axis: Suite(growth(axis), GROWERS, "µs a step", 1e6, ("float32",)) for axis in AXES},
 }
@@ -362,6 +366,10 @@ def parse_args() -> argparse.Namespace:
     add(
         "--fit", dest="suite", action="store_const", const="fits", default="steps",
         help="time whole fits of the estimators, instead of steps",
+    )  # fmt: skip
+    add(
+        "--tricks", dest="suite", action="store_const", const="tricks",
+        help="time steps without one or the other thing that makes NumPy's engine fast",
     )  # fmt: skip
     add(
         "--device", choices=["cpu", "gpu"], default="cpu",

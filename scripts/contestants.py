@@ -205,6 +205,28 @@ class PortableMLP(Contestant):
         self.backend.synchronize()
 
 
+class WithoutTrick(PortableMLP):
+    """NumPy's engine without one of the things that make it fast."""
+
+    def __init__(self, workload: Workload, dtype: str, trick: str) -> None:
+        from portable_mlp.backends import NumPyBackend
+        from portable_mlp.engines import calls
+
+        plan, dialect = calls._Plan, calls.NumPyDialect
+        if trick == "recording":
+            NumPyBackend.engine = "eager"
+        elif trick == "memory used again":
+            plan._overwritten = lambda *_: None
+            plan._take = lambda self, free, n_bytes: self._new(n_bytes)
+        elif trick == "gradients in their place":
+            plan._homes = lambda *_: {}
+        elif trick == "blocks":
+            dialect.block = 0
+        elif trick == "long rows":
+            dialect.wide, dialect.wider, dialect.vectors = 0, 0, ()
+        super().__init__(workload, dtype, "numpy")
+
+
 class ScikitLearn(Contestant):
     """`MLPClassifier.fit`, whole: it validates and draws parameters within the time.
 
@@ -510,6 +532,19 @@ GPU_STEPPERS: Contestants = {
     "torch CUDA graphs": (partial(TorchGraph, device="cuda"), "torch"),
     "JAX scan": (partial(JaxScan, device="gpu"), "jax"),
     "GEMMs alone": (partial(Products, library="cupy"), "cupy"),
+}
+TRICKS: Contestants = {
+    "portable_mlp numpy": STEPPERS["portable_mlp numpy"],
+    **{
+        f"without {trick}": (partial(WithoutTrick, trick=trick), "portable_mlp")
+        for trick in (
+            "recording",
+            "memory used again",
+            "gradients in their place",
+            "blocks",
+            "long rows",
+        )
+    },
 }
 FITTERS: Contestants = {
     "portable_mlp numpy": (partial(WholeFit, module="portable_mlp"), "portable_mlp"),
