@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +20,11 @@ os.environ.setdefault("SCIPY_ARRAY_API", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from portable_mlp.backends import Backend, BackendError, get_backend
+from cuda_emulation import COMPILER, Emulation
+
+from portable_mlp.backends import Backend, BackendError, NumPyBackend, get_backend
+from portable_mlp.engines import CaptureEngine
+from portable_mlp.engines.base import RecordedEngine
 
 SKLEARN = tuple(int(part) for part in version("scikit-learn").split(".")[:2])
 
@@ -70,6 +74,25 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     return None if tree is None else function(tree)
 
 
+class ByEngine(NumPyBackend):
+    """NumPy by another engine than its own; CUDA's runs on the host, see `cuda_emulation`.
+
+    In its scope whatever computes with NumPy does so.
+    """
+
+    def __init__(self, engine: str) -> None:
+        super().__init__()
+        self.engine = engine
+
+    @contextmanager
+    def scope(self, dtype: str) -> Iterator[None]:
+        with super().scope(dtype), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(NumPyBackend, "engine", self.engine)
+            patch.setattr(CaptureEngine, "runtime", Emulation)
+            patch.setattr(RecordedEngine, "EAGER", 0)
+            yield
+
+
 def _strict(device: str) -> Backend:
     xp = pytest.importorskip("array_api_strict")
     return Backend(xp, xp.Device(device))
@@ -89,6 +112,8 @@ def _library(name: str) -> Callable[[], Backend]:
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "numpy": lambda: Target("numpy", get_backend()),
+    "numpy-eager": lambda: Target("numpy-eager", ByEngine("eager")),
+    "numpy-cuda": lambda: Target("numpy-cuda", ByEngine("capture")),
     "numpy-read-only": lambda: Target("numpy-read-only", get_backend(), read_only=True),
     "strict": lambda: Target("strict", _strict("CPU_DEVICE")),
     "strict-device1": lambda: Target("strict-device1", _strict("device1")),
@@ -110,6 +135,8 @@ def get_gpu(name: str) -> Backend:
 
 
 def get_target(name: str, request: pytest.FixtureRequest) -> Target:
+    if name == "numpy-cuda" and COMPILER is None:
+        pytest.skip("no g++ to compile CUDA's kernels for the host with")
     try:
         return TARGETS[name]()
     except pytest.skip.Exception as skipped:

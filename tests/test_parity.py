@@ -51,17 +51,19 @@ def difference(a, b):
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("name", [name for name in TARGETS if not name.startswith("numpy")])
+@pytest.mark.parametrize(
+    "name", [name for name in TARGETS if name not in ("numpy", "numpy-read-only")]
+)
 def test_backends_agree_after_200_steps(name, dtype, activation, request, record_property):
-    target = get_target(name, request)
-    if name == "strict-no_x64" and dtype == "float64":
-        pytest.skip("no_x64 has no float64, by design")
     wanted = train(NumPyBackend(), dtype, activation)
-    found = difference(train(target.backend, dtype, activation), wanted)
     allowed = 1e-10 if dtype == "float64" else 1e-4
     if dtype == "float32" and activation == "relu":
         # Chaotic: ten times what one unit in the last place does to NumPy itself
         allowed = 10 * difference(train(NumPyBackend(), dtype, activation, nudge=True), wanted)
+    target = get_target(name, request)
+    if name == "strict-no_x64" and dtype == "float64":
+        pytest.skip("no_x64 has no float64, by design")
+    found = difference(train(target.backend, dtype, activation), wanted)
     record_property(
         TABLE, f"{name:16s} {dtype}  {activation:5s} {found:.1e}  allowed {allowed:.1e}"
     )
