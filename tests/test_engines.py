@@ -233,7 +233,7 @@ def replayed(program, block=1 << 20):
 def test_programs_at_random(program):
     """Whatever is reused, overwritten or cut into blocks, the values are NumPy's own."""
     replayed(program)
-    replayed(program, block=100)
+    replayed(program, block=10)
 
 
 @pytest.mark.parametrize("slip", ["later reads forgotten", "every operand overwritten"])

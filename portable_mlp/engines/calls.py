@@ -29,9 +29,9 @@ from portable_mlp.typing import Array
 class NumPyDialect:
     """How operations are spelled for NumPy."""
 
-    # Bytes of an array; chains of operations on larger ones run in blocks of so many, so
+    # Elements of an array; chains of operations on larger ones run in blocks of so many, so
     # that what stands between them is small
-    block = 1 << 18
+    block = 1 << 16
     # Elements of a row; shorter ones are added a vector several at a time
     wide: int = 256
     # With a scalar operand, NumPy has no vector instructions for these
@@ -347,7 +347,7 @@ class _Plan:
         chained: tuple[int, ...] | None = None
         for x in calculated:
             blockwise = (
-                0 < self.block < x.n_bytes and x.elementwise
+                0 < self.block < x.size and x.elementwise
                 and all(a.shape in ((), x.shape) for a in x.arrays)
             )  # fmt: skip
             if blockwise and x.shape == chained:
@@ -360,10 +360,9 @@ class _Plan:
     def rows(self, segment: list[Node]) -> int:
         """Rows of a block; 0 if the segment is not to be cut."""
         (first, *more) = segment
-        n_bytes = max(x.n_bytes for x in segment)
-        if not more or n_bytes <= self.block:
+        if not more or first.size <= self.block:
             return 0
-        return max(1, first.shape[0] * self.block // n_bytes)
+        return max(1, first.shape[0] * self.block // first.size)
 
     # ------------------------------------------------------------ memory
 
