@@ -1,0 +1,387 @@
+"""A training run: from settings to the folder it leaves, and on from a checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.multiclass import type_of_target
+
+from portable_mlp import MLPClassifier, MLPRegressor, get_backend, load, save
+from portable_mlp.backends import is_out_of_memory
+from portable_mlp.callbacks import Callback, Epoch, Progress
+from portable_mlp.config import Training, settings_table, to_toml
+from portable_mlp.data import bundled_table, is_array_file, read_table, split_target
+from portable_mlp.evaluation import Evaluation, Importance, evaluate, importances
+from portable_mlp.files import replacing
+from portable_mlp.preprocessing import (
+    check_finite,
+    column_kinds,
+    make_preprocessing,
+    model_input,
+    useless_columns,
+)
+from portable_mlp.typing import Array
+
+MODEL, HISTORY, SETTINGS, REPORT = "model.safetensors", "history.csv", "config.toml", "report.html"
+_CHECKPOINT, _DIGESTS = "checkpoint.safetensors", "data.sha256"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows to train and to test on.
+
+    Attributes
+    ----------
+    X, X_test : polars.DataFrame
+    y, y_test : ndarray
+    target, target_kind : str
+        The name of y, and its kind.
+    kinds, dropped : dict
+        Of the columns, by name: what they are, and why some are not used.
+    by_name : bool
+        Whether the columns have names, and not their positions alone.
+    digests : dict
+        SHA-256 of the files.
+    classify : bool
+    """
+
+    X: pl.DataFrame
+    y: NDArray[Any]
+    X_test: pl.DataFrame
+    y_test: NDArray[Any]
+    target: str
+    target_kind: str
+    kinds: dict[str, str]
+    dropped: dict[str, str]
+    by_name: bool
+    digests: dict[str, str]
+    classify: bool
+
+    @property
+    def used(self) -> list[str]:
+        """The columns that the network sees."""
+        return [name for name in self.kinds if name not in self.dropped]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run came to, for the report."""
+
+    settings: Training
+    table: Table
+    model: Pipeline
+    history: list[Epoch]
+    training: Evaluation
+    test: Evaluation
+    importances: list[Importance]
+    seconds: float
+    interrupted: bool
+
+
+def read(settings: Training) -> Table:
+    """The rows that settings name, split in two.
+
+    Raises
+    ------
+    ValueError
+        If the table cannot be learned from; the message says why.
+    """
+    if settings.data:
+        source = ", ".join(map(str, settings.data))
+        frame = read_table(settings.data, settings.target)
+    else:
+        source, frame = settings.dataset, bundled_table(settings.dataset)
+    X, y, target = split_target(frame, settings.target, source)
+    check_finite(X)
+    classify = _is_classification(settings.task, y)
+    if classify:
+        _check_classes(target, y)
+    numbers = np.arange(len(y))
+    train, test = train_test_split(
+        numbers,
+        test_size=settings.test_fraction,
+        random_state=settings.seed,
+        stratify=y if classify else None,
+    )
+    kinds, dropped = column_kinds(X), useless_columns(X[train])
+    if len(dropped) == len(kinds):
+        raise ValueError(f"{source}: all columns are constant or empty: there is nothing to learn from")
+    return Table(
+        X[train], y[train], X[test], y[test], target, column_kinds(frame)[target], kinds, dropped,
+        by_name=bool(settings.data) and not any(map(is_array_file, settings.data)),
+        digests={str(path): _digest(path) for path in settings.data},
+        classify=classify,
+    )  # fmt: skip
+
+
+def _is_classification(task: str, y: NDArray[Any]) -> bool:
+    if task != "auto":
+        return task == "classification"
+    few = y.dtype.kind in "iu" and len(np.unique(y)) <= 20
+    return y.dtype.kind in "bUO" or few or type_of_target(y) == "binary"
+
+
+def _check_classes(target: str, y: NDArray[Any]) -> None:
+    classes, counts = np.unique(y, return_counts=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"the target {target!r} has one class only, {classes[0]}: there is nothing to learn"
+        )
+    if counts.min() < 2:
+        raise ValueError(
+            f"the target {target!r} has a class of one row, {classes[counts.argmin()]}: there"
+            " have to be two at least, to train and to test on"
+        )
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------ training
+
+
+def train(settings: Training, *, resume: bool = False, say: Callable[[str], None] = print) -> Run:
+    """Train as the settings say, and write the run's folder.
+
+    Parameters
+    ----------
+    settings : Training
+    resume : bool, default=False
+        Go on from the checkpoint in the folder, if there is one.
+    say : callable
+        Is told what happens.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If interrupted before there was a model.  After that the run is written as far
+        as it came; it is ``interrupted``.
+    """
+    began = time.perf_counter()
+    table = read(settings)
+    task = "classification" if table.classify else "regression"
+    say(f"{task}: {len(table.y)} rows to train on, {len(table.y_test)} to test, {len(table.used)} columns")
+    if table.dropped:
+        say("dropped: " + ", ".join(f"{name} ({why})" for name, why in table.dropped.items()))
+    get_backend(settings.where.device, settings.where.backend)
+    _check_writable(settings.out)
+    checkpoint = _begin(settings, table, resume)
+
+    preprocessing = make_preprocessing(
+        table.kinds, table.used, scale=settings.scaling, by_name=table.by_name
+    )
+    numbers = preprocessing.fit_transform(model_input(table.X, table.by_name))
+    scaler = StandardScaler(with_mean=settings.scaling, with_std=settings.scaling)
+    y = table.y
+    if not table.classify:
+        y = scaler.fit_transform(y.reshape(-1, 1).astype(np.float64))[:, 0]
+
+    model = load(checkpoint) if resume and checkpoint.exists() else _new_model(settings, table)
+    history = _History(getattr(getattr(model, "_state", None), "history", ()))
+    stop = _StopOnInterrupt() if settings.optimizer == "lbfgs" else None
+    watching: list[Callback] = [history, Progress(full=True), *([stop] if stop else [])]
+    if settings.checkpoint_every is not None:
+        from portable_mlp import Checkpoint
+
+        watching.append(Checkpoint(checkpoint, every=settings.checkpoint_every))
+    model.set_params(callbacks=watching, max_iter=settings.epochs)
+    with _named_shortage(settings, len(y)), _noted_interrupt() as interrupted:
+        (model.continue_fit if settings.optimizer != "lbfgs" else model.fit)(numbers, y)
+    if stop is not None and stop.interrupted:
+        interrupted.append(True)
+    if interrupted and not history.epochs:
+        raise KeyboardInterrupt
+    model.set_params(callbacks=None)
+    if not table.classify and settings.scaling:
+        # y = mean + scale · ŷ is linear: the output layer can do it itself
+        real = model.coefs_[-1].dtype.type
+        model.coefs_[-1] *= real(scaler.scale_[0])
+        model.intercepts_[-1] *= real(scaler.scale_[0])
+        model.intercepts_[-1] += real(scaler.mean_[0])
+    return _finish(
+        settings, table, preprocessing, model, history.epochs, began, bool(interrupted), say
+    )
+
+
+def _new_model(settings: Training, table: Table) -> Any:
+    batch_size = settings.batch_size or min(max(len(table.y) // 100, 32), 1024)
+    estimator = MLPClassifier if table.classify else MLPRegressor
+    return estimator(
+        hidden_layer_sizes=settings.hidden,
+        activation=settings.activation,
+        solver=settings.optimizer,
+        learning_rate_init=settings.learning_rate,
+        batch_size=min(batch_size, len(table.y)),
+        dropout=settings.dropout,
+        early_stopping=settings.early_stopping and settings.optimizer != "lbfgs",
+        n_iter_no_change=settings.patience,
+        random_state=settings.seed,
+        device=settings.where.device,
+        backend=settings.where.backend,
+        dtype=settings.dtype,
+    )
+
+
+def _check_writable(folder: Path) -> None:
+    # Before training, not after it
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _begin(settings: Training, table: Table, resume: bool) -> Path:
+    """Leave what resuming needs, or see that it is the same; the checkpoint's path."""
+    checkpoint, digests = settings.out / _CHECKPOINT, settings.out / _DIGESTS
+    listed = "".join(f"{digest}  {path}\n" for path, digest in table.digests.items())
+    if resume:
+        if digests.exists() and digests.read_text() != listed:
+            raise ValueError(f"the data is not what {settings.out} was begun with: see {digests}")
+    else:
+        # One of another run must not be taken for one of this
+        checkpoint.unlink(missing_ok=True)
+    if settings.checkpoint_every is not None:
+        _write(settings.out / SETTINGS, to_toml(settings))
+        _write(digests, listed)
+    return checkpoint
+
+
+def _finish(
+    settings: Training,
+    table: Table,
+    preprocessing: Any,
+    model: Any,
+    history: list[Epoch],
+    began: float,
+    interrupted: bool,
+    say: Callable[[str], None],
+) -> Run:
+    from portable_mlp.report import report
+
+    out = settings.out
+    notes = {
+        "target": table.target,
+        "target_kind": table.target_kind,
+        "columns": table.kinds,
+        "dropped": table.dropped,
+        "by_name": table.by_name,
+        "settings": settings_table(settings),
+    }
+    saved = save(model, out / MODEL, preprocessing, notes=notes)
+    _write_history(out / HISTORY, history)
+    _write(out / SETTINGS, to_toml(settings))
+    pipeline = make_pipeline(preprocessing, model)
+    by_name = table.by_name
+    run = Run(
+        settings,
+        table,
+        pipeline,
+        history,
+        evaluate(pipeline, table.X, table.y, by_name=by_name),
+        evaluate(pipeline, table.X_test, table.y_test, by_name=by_name),
+        importances(pipeline, table.X_test, table.y_test, by_name=by_name, seed=settings.seed),
+        time.perf_counter() - began,
+        interrupted,
+    )
+    _write(out / REPORT, report(run))
+    for name, scores in (("train", run.training.scores()), ("test ", run.test.scores())):
+        metric, value = next(iter(scores.items()))
+        say(f"{name} {metric} {value:.4f}")
+    say(f"model:  {saved}")
+    say(f"report: {out / REPORT}")
+    return run
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def _write_history(path: Path, history: Sequence[Epoch]) -> None:
+    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(Epoch._fields)
+        writer.writerows(history)
+
+
+# ------------------------------------------------------------------ while it runs
+
+
+class _History(Callback):
+    """All epochs, those before a checkpoint included."""
+
+    def __init__(self, before: Sequence[Epoch]) -> None:
+        self.epochs = list(before)
+
+    def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> None:
+        self.epochs.append(epoch)
+
+
+class _StopOnInterrupt(Callback):
+    """Ctrl-C ends L-BFGS after its iteration; the other solvers see to that themselves."""
+
+    interrupted = False
+
+    def on_fit_begin(self, max_epochs: int) -> None:
+        def handle(signum: int, frame: Any) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, self._previous)
+
+        self._previous = signal.signal(signal.SIGINT, handle)
+
+    def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool:
+        return self.interrupted
+
+    def on_fit_end(self) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+
+@contextmanager
+def _noted_interrupt() -> Iterator[list[bool]]:
+    """A list that is not empty once training was interrupted: it says so by a warning."""
+    noted: list[bool] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield noted
+    for warning in caught:
+        if str(warning.message).startswith("Training interrupted"):
+            noted.append(True)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@contextmanager
+def _named_shortage(settings: Training, n_rows: int) -> Iterator[None]:
+    """When memory runs out, say what to lower."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        batch = settings.batch_size or f"{min(max(n_rows // 100, 32), 1024)}, by default"
+        raise MemoryError(
+            f"out of memory in training: lower --batch-size (now {batch}) or --hidden"
+            f" (now {','.join(map(str, settings.hidden))}), or compute with --device cpu"
+        ) from error
