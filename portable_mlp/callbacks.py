@@ -129,4 +129,4 @@ class Progress(Callback):
         rate = (epoch.epoch - (self._before or 0)) / max(epoch.seconds, 1e-9)
         left = timedelta(seconds=round((self._max_epochs - epoch.epoch) / rate))
         told = [f"{name} {value}" for name, value in numbers.items() if value != "nan"]
-        return "  ".join([*told, f"{rate:.3g}/s", f"{left} left"])
+        return "  ".join([*told, f"{rate:.{0 if rate >= 10 else 2}f}/s", f"{left} left"])

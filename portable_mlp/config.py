@@ -11,7 +11,7 @@ import tomli_w
 from cyclopts import Group, Parameter, Token
 
 from portable_mlp.activations import ACTIVATIONS
-from portable_mlp.data import BUNDLED
+from portable_mlp.data import BUNDLED, PENGUINS
 
 _DATA = Group.create_ordered("Data")
 _NETWORK = Group.create_ordered("Network and training")
@@ -52,7 +52,7 @@ class Training:
         tuple[Path, ...], Parameter(group=_DATA, consume_multiple=True, negative="")
     ] = ()
     """CSV, Parquet, .npy or .npz files with the same columns."""
-    dataset: Annotated[Literal[BUNDLED], Parameter(group=_DATA)] = "digits"
+    dataset: Annotated[Literal[(*BUNDLED, PENGUINS.stem)], Parameter(group=_DATA)] = "digits"
     """A bundled table, if no files are given."""
     target: Annotated[str, Parameter(group=_DATA)] = "-1"
     """The column to predict: its name, or its position from 0 (negative: from the end)."""

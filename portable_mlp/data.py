@@ -21,6 +21,12 @@ _ARRAYS = (".npy", ".npz")
 BUNDLED = ("digits", "breast_cancer", "iris", "wine", "diabetes")
 """Data sets that ship with scikit-learn; the last is a regression."""
 
+PENGUINS = Path(__file__).with_name("penguins.csv")
+"""Birds of three species, to tell their sex (Gorman et al. 2014, doi:10.1371/journal.pone.0090081).
+
+Numbers, text, booleans, dates and missing values, by way of the palmerpenguins package; CC0.
+"""
+
 
 def load_bundled(name: str) -> tuple[Any, NDArray[Any]]:
     """A data set of `BUNDLED` as (X, y)."""
@@ -31,7 +37,9 @@ def load_bundled(name: str) -> tuple[Any, NDArray[Any]]:
 
 
 def bundled_table(name: str) -> Any:
-    """A data set of `BUNDLED` as a polars.DataFrame, its column "target" the last."""
+    """A data set of `BUNDLED`, or the mixed columns of `PENGUINS`, the target the last."""
+    if name == PENGUINS.stem:
+        return read_table([PENGUINS])
     import sklearn.datasets
 
     pl = _polars()

@@ -117,9 +117,9 @@ class Importance(NamedTuple):
 
 
 def importances(
-    model: Any, X: pl.DataFrame, y: NDArray[Any], *, by_name: bool, seed: int
+    model: Any, X: pl.DataFrame, y: NDArray[Any], columns: list[str], *, by_name: bool, seed: int
 ) -> list[Importance]:
-    """Permutation importance of each column, the largest first.
+    """Permutation importance of some columns, the largest first.
 
     Of wide tables, the first rows alone are looked at.
     """
@@ -127,14 +127,14 @@ def importances(
 
     def score(model: Any, rows: NDArray[np.intp], y: NDArray[Any]) -> float:
         # scikit-learn shuffles row numbers; each column is read in its own order
-        shuffled = X.select(
-            pl.col(name).gather(rows[:, i]) for i, name in enumerate(X.columns)
+        shuffled = X[:n].with_columns(
+            pl.col(name).gather(rows[:, i]) for i, name in enumerate(columns)
         )
         return float(model.score(model_input(shuffled, by_name), y))
 
-    numbers = np.repeat(np.arange(n)[:, None], X.width, axis=1)
+    numbers = np.repeat(np.arange(n)[:, None], len(columns), axis=1)
     found = permutation_importance(
         model, numbers, y[:n], scoring=score, n_repeats=_REPEATS, random_state=seed
     )
-    named = zip(X.columns, found.importances_mean, found.importances_std, strict=True)
+    named = zip(columns, found.importances_mean, found.importances_std, strict=True)
     return sorted((Importance(c, float(m), float(s)) for c, m, s in named), key=lambda i: -i.mean)

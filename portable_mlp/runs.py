@@ -301,7 +301,9 @@ def _finish(
         history,
         evaluate(pipeline, table.X, table.y, by_name=by_name),
         evaluate(pipeline, table.X_test, table.y_test, by_name=by_name),
-        importances(pipeline, table.X_test, table.y_test, by_name=by_name, seed=settings.seed),
+        importances(
+            pipeline, table.X_test, table.y_test, table.used, by_name=by_name, seed=settings.seed
+        ),
         time.perf_counter() - began,
         interrupted,
     )
