@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from portable_mlp.backends import BackendError as BackendError
     from portable_mlp.backends import get_backend as get_backend
     from portable_mlp.callbacks import Callback as Callback
+    from portable_mlp.checkpoints import Checkpoint as Checkpoint
     from portable_mlp.checks import GradientError as GradientError
     from portable_mlp.checks import check_layer as check_layer
     from portable_mlp.checks import check_loss as check_loss
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from portable_mlp.estimators import MLPRegressor as MLPRegressor
     from portable_mlp.layers import Layer as Layer
     from portable_mlp.losses import Loss as Loss
+    from portable_mlp.modelfile import ModelFileError as ModelFileError
     from portable_mlp.network import Network as Network
     from portable_mlp.network import mlp as mlp
     from portable_mlp.persistence import load as load
@@ -37,6 +39,7 @@ _HOME = {
     "BackendError": "backends",
     "get_backend": "backends",
     "Callback": "callbacks",
+    "Checkpoint": "checkpoints",
     "GradientError": "checks",
     "check_layer": "checks",
     "check_loss": "checks",
@@ -44,6 +47,7 @@ _HOME = {
     "MLPRegressor": "estimators",
     "Layer": "layers",
     "Loss": "losses",
+    "ModelFileError": "modelfile",
     "Network": "network",
     "mlp": "network",
     "load": "persistence",

@@ -314,12 +314,7 @@ def get_backend(
         If the backend is not installed or has no such device.  There is no silent
         fall-back.
     """
-    for argument, value, known in (
-        ("device", device, ("cpu", "gpu", "auto")),
-        ("backend", backend, tuple(BACKENDS)),
-    ):
-        if value is not None and value not in known:
-            raise ValueError(f"unknown {argument} {value!r}; known: {', '.join(known)}")
+    check_names(device, backend)
     home = backend_of(like)
     if backend is not None:
         # Arrays that are there already stay on their own device
@@ -338,6 +333,16 @@ def get_backend(
     if device == "gpu":
         return home if isinstance(home, CuPyBackend) else CuPyBackend.create(device)
     return NumPyBackend()
+
+
+def check_names(device: str | None, backend: str | None) -> None:
+    """Raise a ValueError if a name is unknown."""
+    for argument, value, known in (
+        ("device", device, ("cpu", "gpu", "auto")),
+        ("backend", backend, tuple(BACKENDS)),
+    ):
+        if value is not None and value not in known:
+            raise ValueError(f"unknown {argument} {value!r}; known: {', '.join(known)}")
 
 
 def backend_of(x: Any) -> Backend:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from math import isnan, nan
 from typing import Any, NamedTuple
@@ -62,8 +62,30 @@ class Callback:
         """
         return None
 
+    def wants_pause(self) -> bool:
+        """Whether to halt for `on_pause`: asked after each step (JAX: after many), not by L-BFGS.
+
+        True until `on_pause` has been called.
+        """
+        return False
+
+    def on_pause(self, model: Callable[[], Any]) -> None:
+        """Between two steps, where a callback wanted it, or because of Ctrl-C.
+
+        Parameters
+        ----------
+        model : callable
+            Returns the estimator as it would be had training ended here: a view of
+            arrays that the next step overwrites.
+        """
+
     def on_fit_end(self) -> None:
         """After the last epoch, whatever ended it."""
+
+
+def pausing(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Those that may want a pause."""
+    return [c for c in callbacks if type(c).wants_pause is not Callback.wants_pause]
 
 
 class Progress(Callback):

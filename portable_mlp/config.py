@@ -97,8 +97,8 @@ class Training:
 
     out: Annotated[Path, Parameter(group=_FILES)] = Path("runs/latest")
     """The run's folder: model, history, settings, report."""
-    checkpoint_every: Annotated[int | None, Parameter(group=_FILES)] = None
-    """Epochs between checkpoints, from which --resume goes on."""
+    checkpoint_every: Annotated[float | None, Parameter(group=_FILES)] = None
+    """Seconds between checkpoints, from which --resume goes on."""
 
 
 def settings_table(settings: Training) -> dict[str, Any]:

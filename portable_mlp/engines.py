@@ -50,8 +50,9 @@ class Engine:
         batch_size: int,
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
+        first: int = 0,
     ) -> tuple[Arrays, Values]:
-        """One step for each of ``hypers``, or fewer.
+        """One step for each of ``hypers`` from the ``first`` on, or fewer.
 
         Parameters
         ----------
@@ -66,6 +67,8 @@ class Engine:
         hypers : sequence of Hyper, one a batch
         stop : callable
             Asked between steps whether to end early.
+        first : int, default=0
+            Batches before this one have been done.
 
         Returns
         -------
@@ -74,7 +77,8 @@ class Engine:
             Loss and penalty of each step that was done.
         """
         losses, penalties = [], []
-        for batch, hyper in zip(self._batches(data, order, batch_size), hypers, strict=False):
+        batches = self._batches(data, order, batch_size, first)
+        for batch, hyper in zip(batches, hypers[first:], strict=False):
             arrays, (loss, penalty) = step(self.recipe, arrays, batch, hyper)
             losses.append(loss)
             penalties.append(penalty)
@@ -83,12 +87,12 @@ class Engine:
         return arrays, self._fetch(losses, penalties)
 
     def _batches(
-        self, data: Batch, order: NDArray[np.intp] | None, batch_size: int
+        self, data: Batch, order: NDArray[np.intp] | None, batch_size: int, first: int
     ) -> Iterator[Batch]:
         n = data.x.shape[0] if order is None else len(order)
         indices = None if order is None else self.backend.indices(order)
         take = self.backend.xp.take
-        for start in range(0, n, batch_size):
+        for start in range(first * batch_size, n, batch_size):
             rows = slice(start, min(start + batch_size, n))
             if indices is None:
                 yield Batch(*(None if a is None else a[rows, ...] for a in data))
@@ -128,10 +132,11 @@ class ReplayEngine(Engine):
         batch_size: int,
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
+        first: int = 0,
     ) -> tuple[Arrays, Values]:
         if self._begun + len(hypers) <= self.EAGER:
             self._begun += len(hypers)
-            return super().run(arrays, data, order, batch_size, hypers, stop)
+            return super().run(arrays, data, order, batch_size, hypers, stop, first)
         if arrays is not self._arrays:
             self._programs.clear()
             self._arrays = arrays
@@ -148,12 +153,13 @@ class ReplayEngine(Engine):
                 stacklevel=7,
             )
             self.run = super().run  # type: ignore[method-assign]
-            return super().run(arrays, data, order, batch_size, hypers, stop)
+            return super().run(arrays, data, order, batch_size, hypers, stop, first)
         indices = None if order is None else self.backend.indices(order)
         given = [a for a in data if a is not None]
         gather = self.dialect.gather
         values = []
-        for start, hyper in zip(range(0, n, batch_size), hypers, strict=False):
+        starts = range(first * batch_size, n, batch_size)
+        for start, hyper in zip(starts, hypers[first:], strict=False):
             rows = slice(start, min(start + batch_size, n))
             buffers, program = self._programs[rows.stop - start]
             if indices is None:
@@ -230,6 +236,7 @@ class ScanEngine(Engine):
         batch_size: int,
         hypers: Sequence[Hyper],
         stop: Callable[[], bool],
+        first: int = 0,
     ) -> tuple[Arrays, Values]:
         n = data.x.shape[0] if order is None else len(order)
         indices = None if order is None else self.backend.indices(order)
@@ -244,10 +251,10 @@ class ScanEngine(Engine):
             keys = np.asarray([h.keys for h in hypers], np.int32)
             numbers = np.asarray(table, arrays.leaves[0].dtype), keys
         values: Values = []
-        done = 0
+        done = first
         for end, size in pieces:
             loop = _loop(self.recipe, size, batch_size)
-            while done < end and not (done and stop()):
+            while done < end and not (done > first and stop()):
                 upto = min(end, done + max(1, int(self._pace * self.SECONDS)))
                 began = time.perf_counter()
                 span = None if alone else np.asarray((done, upto), np.int32)

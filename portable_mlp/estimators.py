@@ -30,7 +30,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from portable_mlp.activations import lookup
 from portable_mlp.backends import Backend, NumPyBackend, backend_of, get_backend, move, to_host
-from portable_mlp.callbacks import Callback, Progress
+from portable_mlp.callbacks import Callback, Progress, pausing
 from portable_mlp.functions import log_softmax, sigmoid, softplus
 from portable_mlp.initializers import GlorotUniform
 from portable_mlp.layers import Layer, Linear
@@ -55,7 +55,7 @@ from portable_mlp.peer import (
 )
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
 from portable_mlp.sources import ArraySource, Selection, Source, SparseSource, on_backend
-from portable_mlp.training import State, Trainer, Validate, fit_lbfgs
+from portable_mlp.training import Begun, State, Trainer, Validate, fit_lbfgs
 from portable_mlp.typing import Array
 from portable_mlp.validation import check_weights, check_X, check_y
 
@@ -216,6 +216,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             given["a schedule"] = isinstance(self.learning_rate, Schedule)
             given["weight_decay"] = self.weight_decay is not None
             given["scoring"] = self.scoring is not None
+            given["a checkpoint"] = bool(pausing(self.callbacks or ()))
             for name in (name for name, is_given in given.items() if is_given):
                 raise ValueError(f"solver='lbfgs' cannot take {name}: it has no steps of its own")
             if self.early_stopping:
@@ -379,6 +380,8 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             with backend.scope(dtype):
                 X = move(X, backend, dtype)
         trainer = self._trainer(network, backend, dtype)
+        self.n_outputs_ = n_outputs
+        self.n_layers_ = len(self._hidden()) + 2
         rows = _Rows(X, y, target, weights)
         held_out = self._check_validation(*validation)
         callbacks: list[Callback] = [Progress()] if self.verbose else []
@@ -399,10 +402,6 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
                     trainer, state, rows, rng, mode, callbacks, held_out, n_iter
                 )
             params = trainer.params(state.leaves)
-            # coefs_ and intercepts_ hold them: only what differs from those is kept
-            if state.best_leaves is None:
-                state.arrays = state.arrays._replace(leaves=[])
-            state.best_leaves = None
             fitted = self._curves(state, before)
         with backend.scope(dtype):
             if home == backend:
@@ -410,8 +409,6 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             else:
                 kept = [move(p, home, dtype) for p in params]
         fitted |= self._with_params(kept, network)
-        self.n_outputs_ = n_outputs
-        self.n_layers_ = len(fitted["coefs_"]) + 1
         for name, value in fitted.items():
             setattr(self, name, value)
         return self
@@ -570,7 +567,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             rng.set_state(state.generator)
         else:
             state.generator = rng.get_state()
-        backend, dtype = trainer.backend, trainer.dtype
+        backend, dtype, network = trainer.backend, trainer.dtype, trainer.network
         used = None
         if self.early_stopping and held_out is None:
             used, held = self._split(rows, rng)
@@ -602,6 +599,9 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             early_stopping=self.early_stopping,
             callbacks=callbacks,
             planned_epochs=self.max_iter,
+            model=lambda now: self._view(
+                self._curves(now, before) | self._with_params(trainer.params(now.leaves), network)
+            ),
         )
         if reason == "interrupted":
             warnings.warn("Training interrupted by user.", UserWarning, stacklevel=6)
@@ -622,13 +622,15 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         if old is None:
             return state
         if mode == "partial":
-            return replace(trainer.resume(old, state), done=0)
+            return replace(trainer.resume(old, state), done=0, begun=Begun())
         if mode == "continue":
             new = trainer.resume(old, state)
             if old.watched == "score" and self.early_stopping and old.arrays.leaves:
                 # The fitted parameters are the best ones; training goes on from the last
                 new.best_leaves = new.arrays.leaves
-                new.arrays = new.arrays._replace(leaves=trainer.copy(old.arrays.leaves))
+                with trainer.backend.scope(trainer.dtype):
+                    last = trainer.copy(old.arrays.leaves)
+                new.arrays = new.arrays._replace(leaves=last)
             return new
         # A warm start forgets the moments and the schedule
         return replace(
@@ -649,7 +651,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         )
         early = self.early_stopping
         return {
-            "_state": state,
+            "_state": state.beside_leaves(),
             "loss_": losses[-1] if losses else inf,
             "loss_curve_": losses,
             "n_iter_": len(losses) - before,
@@ -684,7 +686,8 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             if not bool(xp.all(xp.isfinite(z))):
                 return nan, loss
             if scorer is not None:
-                view = self._seen_by_scorer(params, network)
+                view = self._view(self._with_params(params, network))
+                view._results_on_host = True
                 return float(scorer(view, x.rows(0, x.n_rows), rows.y, **given)), loss
             got = backend.to_host(self._decide(z, trainer.loss, xp))
             got = got.reshape(rows.target.shape)
@@ -692,12 +695,11 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
 
         return validate
 
-    def _seen_by_scorer(self, params: list[Array], network: Network) -> Self:
-        """A copy with other parameters, whose results come back as NumPy."""
+    def _view(self, fitted: dict[str, Any]) -> Self:
+        """A copy with other fitted attributes."""
         view = copy.copy(self)
-        for name, value in self._with_params(params, network).items():
+        for name, value in fitted.items():
             setattr(view, name, value)
-        view._results_on_host = True
         return view
 
     # -------------------------------------------------------- predict

@@ -1,31 +1,42 @@
-"""Model files: arrays as safetensors, everything else as JSON beside them; no pickle.
+"""Models in files: what of an estimator is written, and how it is put together again.
 
-What comes before the network (scaling, encoding) is a scikit-learn transformer; it
-rides along as the bytes of a skops file, which loads known types only.
+Arrays lie in the file as they are, everything else as JSON (`portable_mlp.modelfile`);
+no pickle.  What follows from the arrays' shapes is not written, and what is read has to
+fit them.  What comes before the network (scaling, encoding) is a scikit-learn
+transformer; it rides along as the bytes of a skops file, which loads known types only.
 """
 
 from __future__ import annotations
 
-import json
+import struct
 import warnings
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
+from io import BytesIO
+from math import prod
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from sklearn.utils.validation import check_is_fitted
 
-from portable_mlp import activations, estimators, losses, optimizers, schedules
-from portable_mlp.backends import to_host
+from portable_mlp import __version__, activations, estimators, losses, optimizers, schedules
+from portable_mlp.backends import check_names, to_host
+from portable_mlp.callbacks import Epoch
 from portable_mlp.layers import Layer
 from portable_mlp.losses import Loss
+from portable_mlp.modelfile import Contents, ModelFileError, check_json, opened, write
 from portable_mlp.optimizers import Optimizer
+from portable_mlp.packing import Layout
 from portable_mlp.schedules import Schedule
+from portable_mlp.steps import Arrays
+from portable_mlp.training import Begun, State
 
-_FORMAT = "portable_mlp/1"
+__all__ = ["ModelFileError", "load", "read_metadata", "save", "save_checkpoint"]
+
 _ESTIMATORS = {cls.__name__: cls for cls in (estimators.MLPClassifier, estimators.MLPRegressor)}
 _CLASSES = {
     name: value
@@ -33,15 +44,21 @@ _CLASSES = {
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, Layer | Loss | Optimizer | Schedule)
 }
-_FITTED = (
-    "n_features_in_", "n_outputs_", "n_layers_", "n_iter_", "t_", "loss_", "loss_curve_",
-    "best_loss_", "validation_loss_curve_", "validation_scores_", "best_validation_score_",
-    "out_activation_", "_multilabel",
-)  # fmt: skip
+_NUMBERS: dict[str, Any] = {
+    "n_iter_": int, "t_": int, "loss_": Real, "best_loss_": Real | None,
+    "best_validation_score_": Real | None, "_multilabel": bool,
+}  # fmt: skip
+_CURVES = ("loss_curve_", "validation_loss_curve_", "validation_scores_")
+_COUNTS = ("steps", "rows", "epochs", "done", "stalled_for")
+_MOST_DIRECTORY = 2**20  # bytes, of some 65 for each array of the preprocessing
+# A parameter of scikit-learn's encoders, and this library's own transformer
+_TRUSTED = ["numpy.dtype", "portable_mlp.preprocessing.DateParts"]
 
 
-def save(model: Any, path: str | Path, preprocessing: Any = None) -> Path:
-    """Write a fitted model.
+def save(
+    model: Any, path: str | Path, preprocessing: Any = None, *, notes: dict[str, Any] | None = None
+) -> Path:
+    """Write a fitted model; a crash at any point leaves the old file or the new one.
 
     Parameters
     ----------
@@ -52,6 +69,8 @@ def save(model: Any, path: str | Path, preprocessing: Any = None) -> Path:
         Overwritten.
     preprocessing : scikit-learn transformer, optional
         Fitted; stored with the model and applied before it by what `load` returns.
+    notes : dict, optional
+        Anything that JSON can hold; `read_metadata` gives it back.
 
     Returns
     -------
@@ -60,43 +79,46 @@ def save(model: Any, path: str | Path, preprocessing: Any = None) -> Path:
     Raises
     ------
     TypeError
-        If a parameter of the model cannot be written as JSON, or the model is of
-        another class.
-    FileNotFoundError
-        If the folder does not exist.
+        If a parameter of the model, a class or the preprocessing cannot be written, or
+        the model is of another class.
+    ValueError
+        If the model's parameters are not valid, or its JSON is too long to be read.
+    OSError
+        If the file cannot be written; what was there before is still there.
     """
-    check_is_fitted(model)
-    path = Path(path)
-    if _ESTIMATORS.get(type(model).__name__) is not type(model):
-        raise TypeError(f"only {' and '.join(_ESTIMATORS)} can be saved, got {type(model)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to save {path.name} in")
-    host = {f"coefs.{i}": to_host(w) for i, w in enumerate(model.coefs_)}
-    host |= {f"intercepts.{i}": to_host(b) for i, b in enumerate(model.intercepts_)}
-    host |= {f"layer_params.{i}": to_host(a) for i, a in enumerate(model.layer_params_)}
-    meta: dict[str, Any] = {
-        "format": _FORMAT,
-        "estimator": type(model).__name__,
-        "params": {k: _encode(k, v) for k, v in model.get_params(deep=False).items()},
-        "loss": _encode("loss", model._loss),
-        "fitted": {k: getattr(model, k) for k in _FITTED if hasattr(model, k)},
-    }
-    for name in ("classes_", "feature_names_in_"):
-        if hasattr(model, name):
-            values = np.asarray(getattr(model, name))
-            meta[name] = {"dtype": values.dtype.str, "values": values.tolist()}
-    if preprocessing is not None:
-        from skops.io import dumps
+    return write(path, *_describe(model, preprocessing, notes))
 
-        host["preprocessing"] = np.frombuffer(dumps(preprocessing), dtype=np.uint8)
-    # Contiguous: safetensors would store a transposed array's memory as it lies
-    contiguous = {name: np.ascontiguousarray(array) for name, array in host.items()}
-    save_file(contiguous, path, metadata={"portable_mlp": json.dumps(meta)})
-    return path
+
+def save_checkpoint(
+    model: Any, path: str | Path, preprocessing: Any = None, *, notes: dict[str, Any] | None = None
+) -> Path:
+    """Write a model as `save` does, and what `continue_fit` needs beside it."""
+    meta, arrays = _describe(model, preprocessing, notes)
+    state: State = model._state
+    _, _, layout, backend, dtype = state.origin
+    kind, keys, *rest = state.generator
+    memory = state.schedule
+    meta["state"] = {
+        **{name: getattr(state, name) for name in _COUNTS},
+        "watched": state.watched,
+        "best": state.best,
+        "begun": list(state.begun),
+        "schedule": None if memory is None else list(memory),
+        "generator": [kind, *rest],
+        "packed": layout != Layout.plan(model._fitted_network().params, None),
+        "backend": backend,
+        "dtype": dtype,
+    }
+    arrays["state.generator"] = keys
+    arrays["state.history"] = np.array(state.history, np.float64).reshape(-1, len(Epoch._fields))
+    arrays |= {f"state.leaves.{i}": to_host(a) for i, a in enumerate(state.arrays.leaves)}
+    moments = [to_host(m) for leaf in state.arrays.moments for m in leaf]
+    arrays |= {f"state.moments.{i}": m for i, m in enumerate(moments)}
+    return write(path, meta, arrays)
 
 
 def load(path: str | Path) -> Any:
-    """Read what `save` wrote.
+    """Read what `save` wrote, or a checkpoint.
 
     Parameters
     ----------
@@ -109,40 +131,191 @@ def load(path: str | Path) -> Any:
 
     Raises
     ------
-    ValueError
-        If the file is not a model of this format.
+    ModelFileError
+        If the file is not a model of this format, or is damaged, or asks for anything
+        that `save` does not write.  Nothing in a file is ever run.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            meta = json.loads((file.metadata() or {}).get("portable_mlp", "{}"))
-            host: dict[str, NDArray[Any]] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a model file: {error}") from error
-    if meta.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} is not a model of format {_FORMAT!r}; it says {meta.get('format')!r}"
-        )
-    params = {k: _decode(v) for k, v in meta["params"].items()}
-    model = _ESTIMATORS[meta["estimator"]](**params)
-    for name, value in meta["fitted"].items():
-        setattr(model, name, value)
-    for name in ("classes_", "feature_names_in_"):
-        if name in meta:
-            setattr(model, name, np.asarray(meta[name]["values"], dtype=meta[name]["dtype"]))
-    layers = range(model.n_layers_ - 1)
-    model.coefs_ = [host[f"coefs.{i}"] for i in layers]
-    model.intercepts_ = [host[f"intercepts.{i}"] for i in layers]
-    model.layer_params_ = [
-        host[f"layer_params.{i}"]
-        for i in range(sum(name.startswith("layer_params.") for name in host))
-    ]
-    model._loss = _decode(meta["loss"])
-    if "preprocessing" not in host:
-        return model
-    from sklearn.pipeline import make_pipeline
-    from skops.io import loads
+    with opened(path) as contents:
+        model = _build(contents)
+        if "preprocessing" not in contents:
+            return model
+        from sklearn.pipeline import make_pipeline
+        from skops.io import load as load_transformer
 
-    return make_pipeline(loads(host["preprocessing"].tobytes(), trusted=["numpy.dtype"]), model)
+        _check_zip(contents.section("preprocessing"))
+        transformer = load_transformer(contents.section("preprocessing"), trusted=_TRUSTED)
+        if not callable(getattr(transformer, "transform", None)):
+            raise ValueError(f"its preprocessing is no transformer but a {type(transformer)}")
+        return make_pipeline(transformer, model)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What a model file says of its model; the file is verified, nothing is built.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    dict
+        ``format``, ``library_version``, ``estimator``; ``params`` and ``fitted`` as
+        they are written; ``classes`` and ``feature_names``, arrays or None; ``notes``;
+        ``preprocessing``, whether there is one; ``checkpoint``, whether training can
+        go on; and the arrays' ``shapes``.
+
+    Raises
+    ------
+    ModelFileError
+    """
+    with opened(path) as contents:
+        meta = contents.meta
+        as_written = ("format", "library_version", "estimator", "params", "fitted", "notes")
+        return {
+            **{name: meta[name] for name in as_written},
+            "classes": _read_labels(contents, "classes"),
+            "feature_names": _read_labels(contents, "feature_names"),
+            "preprocessing": "preprocessing" in contents,
+            "checkpoint": "state" in meta,
+            "shapes": contents.shapes,
+        }
+
+
+# ---------------------------------------------------------------- a model as JSON and arrays
+
+
+def _describe(
+    model: Any, preprocessing: Any, notes: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    check_is_fitted(model)
+    if _ESTIMATORS.get(type(model).__name__) is not type(model):
+        raise TypeError(f"only {' and '.join(_ESTIMATORS)} can be saved, got {type(model)}")
+    meta: dict[str, Any] = {
+        "library_version": __version__,
+        "estimator": type(model).__name__,
+        "params": {k: _encode(k, v) for k, v in model.get_params(deep=False).items()},
+        "loss": _encode("loss", model._loss),
+        "fitted": {k: getattr(model, k) for k in _NUMBERS if hasattr(model, k)},
+        "labels": {},
+        "notes": notes or {},
+    }
+    _check(model)
+    arrays: dict[str, NDArray[Any]] = {}
+    for name in ("coefs", "intercepts", "layer_params"):
+        arrays |= {f"{name}.{i}": to_host(a) for i, a in enumerate(getattr(model, name + "_"))}
+    for name in ("classes", "feature_names"):
+        attribute = {"classes": "classes_", "feature_names": "feature_names_in_"}[name]
+        if hasattr(model, attribute):
+            values = np.asarray(getattr(model, attribute))
+            meta["labels"][name], arrays[name] = _encode_labels(attribute, values)
+    for name in _CURVES:
+        if getattr(model, name, None) is not None:
+            arrays[name] = np.asarray(getattr(model, name), np.float64)
+    if preprocessing is not None:
+        arrays["preprocessing"] = _encode_transformer(preprocessing)
+    return meta, arrays
+
+
+def _build(contents: Contents) -> Any:
+    meta = contents.meta
+    model = _ESTIMATORS[meta["estimator"]](**{k: _decode(v) for k, v in meta["params"].items()})
+    model._loss = _decode(meta["loss"])
+    for name, value in meta["fitted"].items():
+        if not isinstance(value, _NUMBERS[name]):
+            raise ValueError(f"its {name} is {value!r}")
+        setattr(model, name, value)
+    for name in _CURVES:
+        if name in contents:
+            setattr(model, name, contents.array(name).tolist())
+        elif "best_loss_" in meta["fitted"]:  # trained in epochs, without held-out rows
+            setattr(model, name, None)
+    for name in ("coefs", "intercepts", "layer_params"):
+        setattr(model, name + "_", contents.arrays(name))
+    model.n_features_in_, model.n_outputs_ = model.coefs_[0].shape[0], model.coefs_[-1].shape[1]
+    model.n_layers_ = len(model.coefs_) + 1
+    model.out_activation_ = model._loss.link_name
+    for name, attribute in (("classes", "classes_"), ("feature_names", "feature_names_in_")):
+        values = _read_labels(contents, name)
+        if values is not None:
+            setattr(model, attribute, values)
+    _check(model)
+    if "state" in meta:
+        model._state = _build_state(model, contents)
+    return model
+
+
+def _check(model: Any) -> None:
+    """Raise a ValueError unless parameters and fitted attributes go together."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were said at fit
+        model._check_parameters()
+        check_names(model.device, model.backend)
+        model._make_optimizer()
+        model._make_schedule()
+    arrays = model._flat_params(model._fitted_network())
+    kinds = {str(array.dtype).rpartition(".")[2] for array in arrays}
+    if kinds not in ({"float32"}, {"float64"}):
+        raise ValueError(f"the weights' data types are {kinds}")
+    if model._loss.link_name != model.out_activation_:
+        raise ValueError(f"loss {model._loss} with outputs for {model.out_activation_!r}")
+    names = getattr(model, "feature_names_in_", None)
+    if names is not None and len(names) != model.n_features_in_:
+        raise ValueError(f"{len(names)} names for {model.n_features_in_} columns")
+    if isinstance(model, estimators.MLPClassifier):
+        n = len(model.classes_)
+        wanted = n if n > 2 or model._multilabel else 1
+        if model.n_outputs_ != wanted or not np.array_equal(
+            np.unique(model.classes_), model.classes_
+        ):
+            raise ValueError(f"{model.n_outputs_} outputs for the classes {model.classes_}")
+
+
+# ---------------------------------------------------------------- the state of training
+
+
+def _build_state(model: Any, contents: Contents) -> State:
+    meta = contents.meta["state"]
+    optimizer, schedule = model._make_optimizer(), model._make_schedule()
+    params = model._fitted_network().params
+    layout = Layout.plan(params, optimizer.decays if meta["packed"] else None)
+    leaves = contents.arrays("state.leaves")
+    moments = contents.arrays("state.moments")
+    n = optimizer.n_moments
+    shapes = [
+        layout.shapes[own[0]] if len(own) == 1 else (sum(prod(layout.shapes[i]) for i in own),)
+        for own in layout.leaves
+    ]
+    if [m.shape for m in moments] != [shape for shape in shapes for _ in range(n)]:
+        raise ValueError("its moments are not those of its weights")
+    if leaves and [leaf.shape for leaf in leaves] != shapes:
+        raise ValueError("its last weights are not of the shapes of the best")
+    memory = schedule.init()
+    kind, *rest = meta["generator"]
+    generator = (kind, contents.array("state.generator"), *rest)
+    np.random.RandomState().set_state(generator)  # raises unless it is one
+    if meta["watched"] not in ("loss", "score"):
+        raise ValueError(f"it watches {meta['watched']!r}")
+    counts = {name: meta[name] for name in _COUNTS}
+    begun = Begun(*meta["begun"])
+    if not all(type(n) is int and n >= 0 for n in (*counts.values(), begun.steps, begun.rows)):
+        raise ValueError(f"it counts {counts} and {begun}")
+    return State(
+        Arrays(leaves, [tuple(moments[i * n : (i + 1) * n]) for i in range(len(shapes))]),
+        None if memory is None else type(memory)(*meta["schedule"]),
+        origin=(optimizer, schedule, layout, meta["backend"], meta["dtype"]),
+        generator=generator,
+        begun=begun,
+        watched=meta["watched"],
+        best=float(meta["best"]),
+        history=[
+            Epoch(int(epoch), *numbers)
+            for epoch, *numbers in contents.array("state.history").tolist()
+        ],
+        **counts,
+    )
+
+
+# ---------------------------------------------------------------- parameters
 
 
 def _encode(name: str, value: Any) -> Any:
@@ -151,13 +324,14 @@ def _encode(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {"dict": [[_encode(name, k), _encode(name, v)] for k, v in value.items()]}
     if is_dataclass(value) and _CLASSES.get(type(value).__name__) is type(value):
-        return {"class": type(value).__name__, **asdict(value)}  # type: ignore[arg-type]
+        own = {field.name: getattr(value, field.name) for field in fields(cast(Any, value))}
+        return {"class": type(value).__name__, **{k: _encode(name, v) for k, v in own.items()}}
     if isinstance(value, list | tuple):
         return [_encode(name, v) for v in value]
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, np.random.RandomState):
-        warnings.warn(f"{name}: a generator's state is not stored", UserWarning, stacklevel=3)
+        warnings.warn(f"{name}: a generator's state is not stored", UserWarning, stacklevel=5)
         return None
     if value is None or isinstance(value, str | int | float | bool):
         return value
@@ -170,9 +344,92 @@ def _encode(name: str, value: Any) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_decode(v) for v in value)
-    if isinstance(value, dict):
-        fields = dict(value)
-        if "dict" in fields:
-            return {_decode(k): _decode(v) for k, v in fields["dict"]}
-        return _CLASSES[fields.pop("class")](**fields)
-    return value
+    if not isinstance(value, dict):
+        return value
+    if "dict" in value:
+        return {_decode(k): _decode(v) for k, v in value["dict"]}
+    given = dict(value)
+    cls = _CLASSES[given.pop("class")]
+    kinds: dict[str, Any] = {"float": Real, "int": int, "bool": bool}
+    for field in fields(cast(Any, cls)):
+        if not isinstance(given.get(field.name), kinds[str(field.type)]):
+            raise ValueError(f"{cls.__name__} of {field.name}={given.get(field.name)!r}")
+    return cls(**given)
+
+
+# ---------------------------------------------------------------- labels
+
+
+def _encode_labels(name: str, values: NDArray[Any]) -> tuple[str, NDArray[Any]]:
+    """A kind and an array of numbers: texts as their characters' numbers, (n, length)."""
+    kind = values.dtype.kind
+    if kind in "iuf":
+        return "numbers", values
+    if kind == "b":
+        return "booleans", values.astype(np.uint8)
+    texts = np.asarray(values, np.str_) if all(isinstance(v, str) for v in values) else values
+    if texts.dtype.kind != "U" or texts.tolist() != values.tolist():
+        raise TypeError(f"{name}: only numbers, booleans and texts can be saved, got {values!r}")
+    codes = np.ascontiguousarray(texts)[:, None].view(np.uint32)
+    return "objects" if kind == "O" else "texts", codes
+
+
+def _read_labels(contents: Contents, name: str) -> NDArray[Any] | None:
+    kind = contents.meta["labels"].get(name)
+    if kind is None:
+        return None
+    values = contents.array(name)
+    if kind == "numbers":
+        return values
+    if kind == "booleans":
+        return values.astype(bool)
+    if values.dtype != np.uint32 or values.max(initial=0) > 0x10FFFF:
+        raise ValueError(f"its {name} are not characters")
+    texts = values.view(f"<U{values.shape[1]}")[:, 0]
+    return {"texts": texts, "objects": texts.astype(object)}[kind]
+
+
+# ---------------------------------------------------------------- preprocessing
+
+
+def _encode_transformer(transformer: Any) -> NDArray[np.uint8]:
+    from skops.io import dumps, get_untrusted_types
+
+    data = dumps(transformer)
+    unknown = set(get_untrusted_types(data=data)) - set(_TRUSTED)
+    if unknown:
+        raise TypeError(f"preprocessing of {sorted(unknown)} cannot be saved: it is not loaded")
+    _check_zip(BytesIO(data))
+    return np.frombuffer(data, np.uint8)
+
+
+def _check_zip(file: Any) -> None:
+    """Raise a ValueError if this zip archive is not of skops' kind, or swells when read."""
+    # Its directory is read at once; how long that is stands in the last 22 bytes
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 42))
+    before, signature, *_, length, _, comment = struct.unpack("<20s4s4H2LH", file.read())
+    long_form = before.startswith(b"PK\x06\x07")  # that could say something else
+    if signature != b"PK\x05\x06" or comment or long_form or length > _MOST_DIRECTORY:
+        raise ValueError("its preprocessing is no zip archive, or has too many members")
+    with ZipFile(file) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > size:
+            raise ValueError("its preprocessing is larger than what it is packed in")
+        for member in members:
+            if member.compress_type != ZIP_STORED:
+                raise ValueError("its preprocessing is compressed")
+            with archive.open(member) as content:
+                if member.filename == "schema.json":
+                    check_json(content.read())
+                elif not member.filename.endswith(".npy"):
+                    raise ValueError(f"its preprocessing has a {member.filename!r}")
+                elif _npy_size(content) > member.file_size:
+                    raise ValueError("its preprocessing has an array longer than its bytes")
+
+
+def _npy_size(file: IO[bytes]) -> int:
+    """Bytes of the array that a ``.npy`` file begins to describe."""
+    readers = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
+    shape, _, dtype = readers[read_magic(file)](file)
+    return prod(shape) * int(dtype.itemsize)

@@ -78,7 +78,7 @@ def _number(value: float) -> str:
 # ------------------------------------------------------------------ pictures
 
 
-def _svg(draw: Any, name: str, size: tuple[float, float] = (5.2, 3.4)) -> Markup:
+def _svg(draw: Any, name: str, size: tuple[float, float] = (4.6, 3.2)) -> Markup:
     from matplotlib import rc_context
 
     with rc_context({**_LOOK, "svg.hashsalt": name}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import signal
 import tempfile
 import time
@@ -23,13 +24,14 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import type_of_target
 
-from portable_mlp import MLPClassifier, MLPRegressor, get_backend, load, save
+from portable_mlp import Checkpoint, MLPClassifier, MLPRegressor, get_backend, load, save
 from portable_mlp.backends import is_out_of_memory
 from portable_mlp.callbacks import Callback, Epoch, Progress
 from portable_mlp.config import Training, settings_table, to_toml
 from portable_mlp.data import bundled_table, is_array_file, read_table, split_target
 from portable_mlp.evaluation import Evaluation, Importance, evaluate, importances
 from portable_mlp.files import replacing
+from portable_mlp.persistence import read_metadata
 from portable_mlp.preprocessing import (
     check_finite,
     column_kinds,
@@ -40,7 +42,8 @@ from portable_mlp.preprocessing import (
 from portable_mlp.typing import Array
 
 MODEL, HISTORY, SETTINGS, REPORT = "model.safetensors", "history.csv", "config.toml", "report.html"
-_CHECKPOINT, _DIGESTS = "checkpoint.safetensors", "data.sha256"
+_CHECKPOINT = "checkpoint.safetensors"
+_MAY_CHANGE = {"epochs", "device", "backend", "checkpoint_every", "out"}  # on the way
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,6 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
         say("dropped: " + ", ".join(f"{name} ({why})" for name, why in table.dropped.items()))
     get_backend(settings.where.device, settings.where.backend)
     _check_writable(settings.out)
-    checkpoint = _begin(settings, table, resume)
 
     preprocessing = make_preprocessing(
         table.kinds, table.used, scale=settings.scaling, by_name=table.by_name
@@ -199,15 +201,26 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     if not table.classify:
         y = scaler.fit_transform(y.reshape(-1, 1).astype(np.float64))[:, 0]
 
-    model = load(checkpoint) if resume and checkpoint.exists() else _new_model(settings, table)
+    checkpoint = settings.out / _CHECKPOINT
+    if resume and checkpoint.exists():
+        _check_same(settings, table, checkpoint)
+        model = load(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)  # another run's is none of this
+        model = _new_model(settings, table)
     history = _History(getattr(getattr(model, "_state", None), "history", ()))
     stop = _StopOnInterrupt() if settings.optimizer == "lbfgs" else None
     watching: list[Callback] = [history, Progress(full=True), *([stop] if stop else [])]
     if settings.checkpoint_every is not None:
-        from portable_mlp import Checkpoint
-
-        watching.append(Checkpoint(checkpoint, every=settings.checkpoint_every))
-    model.set_params(callbacks=watching, max_iter=settings.epochs)
+        _write(settings.out / SETTINGS, to_toml(settings))  # for --resume
+        notes = {"settings": settings_table(settings), "digests": table.digests}
+        watching.append(Checkpoint(checkpoint, settings.checkpoint_every, notes=notes))
+    model.set_params(
+        callbacks=watching,
+        max_iter=settings.epochs,
+        device=settings.where.device,
+        backend=settings.where.backend,
+    )
     with _named_shortage(settings, len(y)), _noted_interrupt() as interrupted:
         (model.continue_fit if settings.optimizer != "lbfgs" else model.fit)(numbers, y)
     if stop is not None and stop.interrupted:
@@ -252,20 +265,16 @@ def _check_writable(folder: Path) -> None:
         pass
 
 
-def _begin(settings: Training, table: Table, resume: bool) -> Path:
-    """Leave what resuming needs, or see that it is the same; the checkpoint's path."""
-    checkpoint, digests = settings.out / _CHECKPOINT, settings.out / _DIGESTS
-    listed = "".join(f"{digest}  {path}\n" for path, digest in table.digests.items())
-    if resume:
-        if digests.exists() and digests.read_text() != listed:
-            raise ValueError(f"the data is not what {settings.out} was begun with: see {digests}")
-    else:
-        # One of another run must not be taken for one of this
-        checkpoint.unlink(missing_ok=True)
-    if settings.checkpoint_every is not None:
-        _write(settings.out / SETTINGS, to_toml(settings))
-        _write(digests, listed)
-    return checkpoint
+def _check_same(settings: Training, table: Table, checkpoint: Path) -> None:
+    """Raise a ValueError if a checkpoint is not of these settings, or of other data."""
+    notes = read_metadata(checkpoint)["notes"]
+    then, now = notes["settings"], json.loads(json.dumps(settings_table(settings)))
+    changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
+    if changed - _MAY_CHANGE:
+        raise ValueError(f"a run that goes on cannot change {', '.join(sorted(changed - _MAY_CHANGE))}")
+    other = [path for path, digest in table.digests.items() if notes["digests"].get(path) != digest]
+    if other:
+        raise ValueError(f"{', '.join(other)}: not the rows that the run began with")
 
 
 def _finish(

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, inf, isfinite, nan
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
-from portable_mlp.callbacks import Callback, Epoch
-from portable_mlp.engines import ENGINES, Engine
+from portable_mlp.callbacks import Callback, Epoch, pausing
+from portable_mlp.engines import ENGINES, Engine, Values
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
 from portable_mlp.optimizers import Moments, Optimizer
@@ -39,6 +39,14 @@ class DivergenceError(ValueError):
 
 
 # ---------------------------------------------------------------- the fit
+
+
+class Begun(NamedTuple):
+    """What is done of an epoch that is not: steps, rows, and the sum of the rows' losses."""
+
+    steps: int = 0
+    rows: int = 0
+    loss: float = 0.0
 
 
 @dataclass
@@ -59,6 +67,8 @@ class State:
         Done, and seen, since the moments began.
     done : int
         Epochs of the present run; the draws of so many are repeated when it goes on.
+    begun : Begun
+        The part of the next epoch that is among the steps and rows.
     stalled_for : int
         Epochs in a row without progress.
     watched : {"loss", "score"}
@@ -77,6 +87,7 @@ class State:
     rows: int = 0
     epochs: int = 0
     done: int = 0
+    begun: Begun = Begun()
     stalled_for: int = 0
     watched: str = "loss"
     best: float = inf
@@ -87,6 +98,11 @@ class State:
     def leaves(self) -> list[Array]:
         """The parameters to use: the best, where a score was watched, or the last."""
         return self.arrays.leaves if self.best_leaves is None else self.best_leaves
+
+    def beside_leaves(self) -> State:
+        """What is to be kept beside `leaves`: of the arrays, those that differ from them."""
+        last = [] if self.best_leaves is None else self.arrays.leaves
+        return replace(self, arrays=self.arrays._replace(leaves=last), best_leaves=None)
 
 
 StopReason = Literal["converged", "max_epochs", "stopped", "interrupted", "diverged"]
@@ -185,6 +201,7 @@ class Trainer:
             origin=fresh.origin,
             schedule=fresh.schedule,
             steps=0,
+            begun=Begun(),
         )
 
     def _fresh(self, params: Params) -> tuple[list[Array], list[Moments]]:
@@ -214,6 +231,7 @@ class Trainer:
         early_stopping: bool = False,
         callbacks: Sequence[Callback] = (),
         planned_epochs: int | None = None,
+        model: Callable[[State], Any] | None = None,
     ) -> StopReason:
         """Train, changing ``state``, until something stops it.
 
@@ -237,6 +255,8 @@ class Trainer:
         planned_epochs : int, optional
             What schedules take for the whole length of training, if it goes on after
             this call; ``max_epochs`` if not given.
+        model : callable, optional
+            From the state to what callbacks are given that pause training.
 
         Returns
         -------
@@ -267,7 +287,7 @@ class Trainer:
                     rng,
                     validate,
                     callbacks,
-                    interrupted,
+                    _Pauses(interrupted, callbacks, lambda: model and model(state)),
                 )
                 xp = self.backend.xp
                 finite = [xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.leaves]
@@ -287,7 +307,7 @@ class Trainer:
         rng: np.random.RandomState,
         validate: Validate | None,
         callbacks: Sequence[Callback],
-        interrupted: threading.Event,
+        pauses: _Pauses,
     ) -> StopReason:
         began = time.perf_counter()
         early = state.watched == "score"
@@ -304,9 +324,9 @@ class Trainer:
                 callback.on_epoch_begin(state.epochs + 1)
             hypers, rate = self._hypers(state, n_steps, planned_epochs, keys)
             loss = self._epoch(
-                state, source, engine, order if self.shuffle else None, hypers, interrupted
+                state, source, engine, order if self.shuffle else None, hypers, pauses
             )
-            if interrupted.is_set():
+            if loss is None:
                 return "interrupted"
             state.epochs += 1
             state.done += 1
@@ -358,10 +378,12 @@ class Trainer:
         """An epoch's changing numbers, a step each, and the last learning rate."""
         hypers = []
         rate = nan
+        steps, rows = state.steps - state.begun.steps, state.rows - state.begun.rows
         for i in range(n_steps):
-            clock = Clock(state.steps + i, planned_epochs * n_steps, state.epochs, state.rows)
+            step = steps + i
+            clock = Clock(step, planned_epochs * n_steps, state.epochs, rows)
             rate = self.schedule.rate(self.learning_rate, clock, state.schedule)
-            coefficients = self.optimizer.coefficients(state.steps + i + 1, rate)
+            coefficients = self.optimizer.coefficients(step + 1, rate)
             hypers.append(Hyper(self.alpha, coefficients, keys[i]))
         return hypers, rate
 
@@ -372,30 +394,46 @@ class Trainer:
         engine: Engine,
         order: NDArray[np.intp] | None,
         hypers: list[Hyper],
-        interrupted: threading.Event,
-    ) -> float:
-        """All batches once; the mean of the reported loss over the rows."""
-        loss, left, done = 0.0, source.n_rows, 0
+        pauses: _Pauses,
+    ) -> float | None:
+        """The batches not done yet; the mean of the reported loss over all rows of the epoch.
+
+        None if interrupted.
+        """
+        end = 0
         for data, rows in source.parts(self.batch_size, order):
-            n_steps = ceil((data.x.shape[0] if rows is None else len(rows)) / self.batch_size)
-            state.arrays, values = engine.run(
-                state.arrays,
-                data,
-                rows,
-                self.batch_size,
-                hypers[done : done + n_steps],
-                interrupted.is_set,
-            )
-            for value, penalty in values:
-                n = min(self.batch_size, left)
-                loss += n * (self.loss_scale * value + penalty)
-                left -= n
-            done += len(values)
-            if interrupted.is_set():
-                break
-        state.steps += done
-        state.rows += source.n_rows - left
-        return loss / source.n_rows
+            start = end
+            end += ceil((data.x.shape[0] if rows is None else len(rows)) / self.batch_size)
+            while state.begun.steps < end:
+                state.arrays, values = engine.run(
+                    state.arrays,
+                    data,
+                    rows,
+                    self.batch_size,
+                    hypers[start:end],
+                    pauses.due,
+                    state.begun.steps - start,
+                )
+                self._count(state, values, source.n_rows)
+                if pauses.due():
+                    pauses.hold()
+                if pauses.interrupted.is_set():
+                    return None
+        loss = state.begun.loss / source.n_rows
+        state.begun = Begun()
+        return loss
+
+    def _count(self, state: State, values: Values, n_rows: int) -> None:
+        """Add steps to what is begun."""
+        steps, before, total = state.begun
+        rows = before
+        for value, penalty in values:
+            n = min(self.batch_size, n_rows - rows)
+            total += n * (self.loss_scale * value + penalty)
+            rows += n
+        state.steps += len(values)
+        state.rows += rows - before
+        state.begun = Begun(steps + len(values), rows, total)
 
     def _snapshot(self, state: State) -> list[Array]:
         return self.params(self.copy(state.arrays.leaves))
@@ -427,6 +465,43 @@ class Trainer:
             f" (Epoch {epoch}, loss {loss}: training diverged. Try a learning rate"
             f" below {self.learning_rate:g}, inputs scaled to unit variance, or clip_norm.)"
         )
+
+
+class _Pauses:
+    """When the loop halts between two steps, and what is done then.
+
+    Parameters
+    ----------
+    interrupted : Event
+    callbacks : sequence of Callback
+        Those that ask for pauses are found here: without any, a step costs no more.
+    model : callable
+        What they are given.
+
+    Attributes
+    ----------
+    due : callable
+        Whether to halt.
+    """
+
+    def __init__(
+        self,
+        interrupted: threading.Event,
+        callbacks: Sequence[Callback],
+        model: Callable[[], Any],
+    ) -> None:
+        self.interrupted = interrupted
+        self._asking = pausing(callbacks)
+        self._model = model
+        self.due: Callable[[], bool] = self._due if self._asking else interrupted.is_set
+
+    def _due(self) -> bool:
+        return self.interrupted.is_set() or any(c.wants_pause() for c in self._asking)
+
+    def hold(self) -> None:
+        """Let the callbacks do what they wanted the pause for."""
+        for callback in self._asking:
+            callback.on_pause(self._model)
 
 
 @contextmanager
