@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _one_line
         try:
-            return app(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0
+            return (
+                app(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0
+            )
         except (
             CycloptsError, BackendError, OSError, ValueError, MemoryError, ModuleNotFoundError
         ) as error:  # fmt: skip

@@ -86,7 +86,7 @@ def predict(
     out
         CSV or Parquet, by its name.
     chunk_rows
-        Rows that are in memory at a time [default: about a million numbers].
+        Rows that are in memory at a time [default: a quarter of a million numbers].
     """
     from portable_mlp.streaming import load_stored, predict_file
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 from cyclopts import Group, Parameter, Token
+from cyclopts.validators import Number
 
 from portable_mlp.activations import ACTIVATIONS
 from portable_mlp.data import BUNDLED, PENGUINS
+
+if TYPE_CHECKING:
+    _Bundled = _Activation = str
+else:
+    _Bundled = Literal[(*BUNDLED, PENGUINS.stem)]
+    _Activation = Literal[tuple(ACTIVATIONS)]
 
 _DATA = Group.create_ordered("Data")
 _NETWORK = Group.create_ordered("Network and training")
 _WHERE = Group.create_ordered("Where to compute")
 _FILES = Group.create_ordered("What is kept")
+_COUNT = Parameter(group=_NETWORK, validator=Number(gte=1))
 
 
 def _widths(type_: Any, tokens: tuple[Token, ...]) -> tuple[int, ...]:
@@ -52,7 +60,7 @@ class Training:
         tuple[Path, ...], Parameter(group=_DATA, consume_multiple=True, negative="")
     ] = ()
     """CSV, Parquet, .npy or .npz files with the same columns."""
-    dataset: Annotated[Literal[(*BUNDLED, PENGUINS.stem)], Parameter(group=_DATA)] = "digits"
+    dataset: Annotated[_Bundled, Parameter(group=_DATA)] = "digits"
     """A bundled table, if no files are given."""
     target: Annotated[str, Parameter(group=_DATA)] = "-1"
     """The column to predict: its name, or its position from 0 (negative: from the end)."""
@@ -60,7 +68,7 @@ class Training:
         "auto"
     )
     """auto: labels are text, booleans, and at most 20 different whole numbers."""
-    test_fraction: Annotated[float, Parameter(group=_DATA)] = 0.2
+    test_fraction: Annotated[float, Parameter(group=_DATA, validator=Number(gt=0, lt=1))] = 0.2
     """Share of the rows that is kept for the report."""
     scaling: Annotated[bool, Parameter(group=_DATA)] = True
     """Scale inputs, and a regression's target, to unit variance."""
@@ -70,23 +78,23 @@ class Training:
         Parameter(group=_NETWORK, converter=_widths, n_tokens=1, accepts_keys=False, negative=""),
     ] = (100,)
     """Widths of the hidden layers, such as 128,64."""
-    activation: Annotated[Literal[tuple(ACTIVATIONS)], Parameter(group=_NETWORK)] = "relu"
+    activation: Annotated[_Activation, Parameter(group=_NETWORK)] = "relu"
     """Of the hidden layers."""
     optimizer: Annotated[
         Literal["adam", "adamw", "rmsprop", "sgd", "lbfgs"], Parameter(group=_NETWORK)
     ] = "adam"
     """How the weights are updated."""
-    learning_rate: Annotated[float, Parameter(group=_NETWORK)] = 1e-3
+    learning_rate: Annotated[float, Parameter(group=_NETWORK, validator=Number(gt=0))] = 1e-3
     """Length of a step."""
-    epochs: Annotated[int, Parameter(group=_NETWORK)] = 200
+    epochs: Annotated[int, _COUNT] = 200
     """Passes over the rows, at most."""
-    batch_size: Annotated[int | None, Parameter(group=_NETWORK)] = None
+    batch_size: Annotated[int | None, _COUNT] = None
     """Rows in a step [default: a hundredth of all, from 32 to 1024]."""
-    dropout: Annotated[float, Parameter(group=_NETWORK)] = 0.0
+    dropout: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lt=1))] = 0.0
     """Share of hidden units that is left out of a step at random."""
     early_stopping: Annotated[bool, Parameter(group=_NETWORK)] = True
     """Hold out a tenth of the training rows, and keep the weights that are best on them."""
-    patience: Annotated[int, Parameter(group=_NETWORK)] = 20
+    patience: Annotated[int, _COUNT] = 20
     """Epochs without progress before training stops."""
     seed: Annotated[int, Parameter(group=_NETWORK)] = 0
     """Of all that is random."""
@@ -97,7 +105,9 @@ class Training:
 
     out: Annotated[Path, Parameter(group=_FILES)] = Path("runs/latest")
     """The run's folder: model, history, settings, report."""
-    checkpoint_every: Annotated[float | None, Parameter(group=_FILES)] = None
+    checkpoint_every: Annotated[float | None, Parameter(group=_FILES, validator=Number(gte=0))] = (
+        None
+    )
     """Seconds between checkpoints, from which --resume goes on."""
 
 
@@ -133,5 +143,8 @@ def to_command(settings: Training) -> str:
         elif name == "hidden":
             words += [f"--{option}", ",".join(map(str, value))]
         else:
-            words += [f"--{option}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+            words += [
+                f"--{option}",
+                *(map(str, value) if isinstance(value, list) else [str(value)]),
+            ]
     return shlex.join(words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from io import BytesIO
 from pathlib import Path
@@ -157,7 +158,9 @@ def split_target(frame: Any, target: str, source: str) -> tuple[Any, NDArray[Any
     """
     name = find_column(frame.columns, target, source)
     if frame.width < 2:
-        raise ValueError(f"{source} holds the target {name!r} alone: there is nothing to learn from")
+        raise ValueError(
+            f"{source} holds the target {name!r} alone: there is nothing to learn from"
+        )
     y = frame[name]
     if y.null_count():
         raise ValueError(f"{source}: the target {name!r} is missing in {y.null_count()} rows")
@@ -198,9 +201,10 @@ def check_columns(
 
 
 def plain_types(frame: Any) -> Any:
-    """Decimals as floating-point numbers, categories as text: what transformers take."""
+    """Decimals as floating-point numbers, categories as text, all times as UTC."""
     pl = _polars()
     plain = {pl.Decimal: pl.Float64, pl.Categorical: pl.String, pl.Enum: pl.String}
+    plain |= {pl.Datetime: pl.Datetime}  # without a time zone
     return frame.cast({name: plain[t.base_type()] for name, t in frame.schema.items()
                        if t.base_type() in plain})  # fmt: skip
 
@@ -242,7 +246,9 @@ def _parts(
     pl = _polars()
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
-    read = {".parquet": _parquet_parts, ".pq": _parquet_parts} | dict.fromkeys(_ARRAYS, _array_parts)
+    read = {".parquet": _parquet_parts, ".pq": _parquet_parts} | dict.fromkeys(
+        _ARRAYS, _array_parts
+    )
     try:
         if (reader := read.get(path.suffix.lower())) is not None:
             yield from reader(path, rows)
@@ -300,8 +306,7 @@ def _csv_parts(
             has_header=has_header,
             new_columns=columns,
             null_values=_MISSING,
-            infer_schema_length=None,
-            try_parse_dates=True,
+            infer_schema_length=0 if types else None,
             schema_overrides={k: t for k, t in types.items() if columns is None or k in columns},
         )
 
@@ -309,7 +314,8 @@ def _csv_parts(
     if rows is None:
         for _ in blocks:
             pass
-        yield parse(path, header)
+        frame = parse(path, header)
+        yield frame if types else _with_dates(frame)
         return
     columns: list[str] | None = None
     for block in blocks:
@@ -317,6 +323,16 @@ def _csv_parts(
         columns = frame.columns
         if frame.height:
             yield frame
+
+
+def _with_dates(frame: Any) -> Any:
+    """Text that is dates throughout, as dates."""
+    pl = _polars()
+    for column in frame.select(pl.col(pl.String)):
+        if column.null_count() < len(column):
+            with suppress(pl.exceptions.PolarsError):
+                frame = frame.with_columns(column.str.to_datetime())
+    return frame
 
 
 def _first_line(path: Path) -> tuple[list[str], str]:
@@ -376,7 +392,7 @@ def _text_lines(path: Path, file: BinaryIO) -> Iterator[str]:
         except UnicodeDecodeError as error:
             byte = line[error.start]
             raise ValueError(
-                f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8 text; save the file as UTF-8"
+                f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8 text; save it as UTF-8"
             ) from error
 
 

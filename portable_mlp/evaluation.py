@@ -54,7 +54,9 @@ class Evaluation:
             }
         found = {
             "accuracy": float(metrics.accuracy_score(y, predicted)),
-            "balanced accuracy": float(np.mean([row["recall"] for row in self.by_class() if row["rows"]])),
+            "balanced accuracy": float(
+                np.mean([row["recall"] for row in self.by_class() if row["rows"]])
+            ),
             "log loss": float(metrics.log_loss(y, self._float64(), labels=self.classes)),
         }
         if len(self.classes) == 2 and len(np.unique(y)) == 2:

@@ -61,7 +61,9 @@ def check_finite(X: pl.DataFrame) -> None:
             raise ValueError(f"column {name!r} has infinite values")
 
 
-def make_preprocessing(kinds: dict[str, str], used: list[str], *, scale: bool, by_name: bool) -> Any:
+def make_preprocessing(
+    kinds: dict[str, str], used: list[str], *, scale: bool, by_name: bool
+) -> Any:
     """A transformer, not fitted, from a table to numbers.
 
     Numbers and booleans are scaled to mean 0 and variance 1, missing ones set to the

@@ -49,9 +49,7 @@ def report(run: Run) -> str:
     )
     environment.filters["number"] = _number
     table, test = run.table, run.test
-    scores = {
-        name: (run.training.scores()[name], value) for name, value in test.scores().items()
-    }
+    scores = {name: (run.training.scores()[name], value) for name, value in test.scores().items()}
     return environment.get_template("report.html.jinja").render(
         run=run,
         table=table,
@@ -61,7 +59,9 @@ def report(run: Run) -> str:
         classes=None if test.classes is None else _classes(test),
         residuals=None if test.classes is not None else _residuals(test, table.target),
         columns=_summary(table.X, table.kinds, table.dropped),
-        target=_summary(pl.DataFrame({table.target: table.y}), {table.target: table.target_kind}, {}),
+        target=_summary(
+            pl.DataFrame({table.target: table.y}), {table.target: table.target_kind}, {}
+        ),
         settings=settings_table(run.settings),
         command=to_command(run.settings),
         environment=_environment(run),
@@ -88,7 +88,9 @@ def _svg(draw: Any, name: str, size: tuple[float, float] = (4.6, 3.2)) -> Markup
         picture.savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     # What stands before it is for files of their own
-    return Markup(svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{name}"', 1))
+    return Markup(
+        svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    )
 
 
 def _curves(run: Run) -> Markup:
@@ -179,7 +181,9 @@ def _residuals(test: Evaluation, target: str) -> dict[str, Any]:
 # ------------------------------------------------------------------ tables
 
 
-def _summary(X: pl.DataFrame, kinds: dict[str, str], dropped: dict[str, str]) -> list[dict[str, Any]]:
+def _summary(
+    X: pl.DataFrame, kinds: dict[str, str], dropped: dict[str, str]
+) -> list[dict[str, Any]]:
     return [
         {
             "name": name,

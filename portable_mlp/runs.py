@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
@@ -125,7 +125,9 @@ def read(settings: Training) -> Table:
     )
     kinds, dropped = column_kinds(X), useless_columns(X[train])
     if len(dropped) == len(kinds):
-        raise ValueError(f"{source}: all columns are constant or empty: there is nothing to learn from")
+        raise ValueError(
+            f"{source}: all columns are constant or empty: there is nothing to learn from"
+        )
     return Table(
         X[train], y[train], X[test], y[test], target, column_kinds(frame)[target], kinds, dropped,
         by_name=bool(settings.data) and not any(map(is_array_file, settings.data)),
@@ -186,7 +188,10 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     began = time.perf_counter()
     table = read(settings)
     task = "classification" if table.classify else "regression"
-    say(f"{task}: {len(table.y)} rows to train on, {len(table.y_test)} to test, {len(table.used)} columns")
+    say(
+        f"{task}: {len(table.y)} rows to train on, {len(table.y_test)} to test,"
+        f" {len(table.used)} columns"
+    )
     if table.dropped:
         say("dropped: " + ", ".join(f"{name} ({why})" for name, why in table.dropped.items()))
     get_backend(settings.where.device, settings.where.backend)
@@ -240,14 +245,13 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
 
 
 def _new_model(settings: Training, table: Table) -> Any:
-    batch_size = settings.batch_size or min(max(len(table.y) // 100, 32), 1024)
     estimator = MLPClassifier if table.classify else MLPRegressor
     return estimator(
         hidden_layer_sizes=settings.hidden,
         activation=settings.activation,
         solver=settings.optimizer,
         learning_rate_init=settings.learning_rate,
-        batch_size=min(batch_size, len(table.y)),
+        batch_size=_batch_size(settings, len(table.y)),
         dropout=settings.dropout,
         early_stopping=settings.early_stopping and settings.optimizer != "lbfgs",
         n_iter_no_change=settings.patience,
@@ -256,6 +260,10 @@ def _new_model(settings: Training, table: Table) -> Any:
         backend=settings.where.backend,
         dtype=settings.dtype,
     )
+
+
+def _batch_size(settings: Training, n_rows: int) -> int:
+    return min(settings.batch_size or min(max(n_rows // 100, 32), 1024), n_rows)
 
 
 def _check_writable(folder: Path) -> None:
@@ -271,7 +279,9 @@ def _check_same(settings: Training, table: Table, checkpoint: Path) -> None:
     then, now = notes["settings"], json.loads(json.dumps(settings_table(settings)))
     changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     if changed - _MAY_CHANGE:
-        raise ValueError(f"a run that goes on cannot change {', '.join(sorted(changed - _MAY_CHANGE))}")
+        raise ValueError(
+            f"a run that goes on cannot change {', '.join(sorted(changed - _MAY_CHANGE))}"
+        )
     other = [path for path, digest in table.digests.items() if notes["digests"].get(path) != digest]
     if other:
         raise ValueError(f"{', '.join(other)}: not the rows that the run began with")
@@ -380,7 +390,9 @@ def _noted_interrupt() -> Iterator[list[bool]]:
         if str(warning.message).startswith("Training interrupted"):
             noted.append(True)
         else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
 
 
 @contextmanager
@@ -391,8 +403,7 @@ def _named_shortage(settings: Training, n_rows: int) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        batch = settings.batch_size or f"{min(max(n_rows // 100, 32), 1024)}, by default"
         raise MemoryError(
-            f"out of memory in training: lower --batch-size (now {batch}) or --hidden"
-            f" (now {','.join(map(str, settings.hidden))}), or compute with --device cpu"
+            f"out of memory in training: lower --batch-size (now {_batch_size(settings, n_rows)})"
+            f" or --hidden (now {','.join(map(str, settings.hidden))}), or use --device cpu"
         ) from error

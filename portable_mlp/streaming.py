@@ -19,7 +19,7 @@ from portable_mlp.files import replacing
 from portable_mlp.persistence import read_metadata
 from portable_mlp.preprocessing import model_input
 
-_NUMBERS = 2**20  # in a chunk of the table
+_NUMBERS = 2**18  # in a chunk of the table
 
 
 class Stored(NamedTuple):
@@ -83,7 +83,7 @@ def predict_file(
         Parquet, or CSV, by its name: the column "prediction", and for a classification
         one of probabilities for each class.
     chunk_rows : int, optional
-        About a million numbers if not given.  It is halved when memory runs out.
+        A quarter of a million numbers if not given.  It is halved when memory runs out.
     say : callable
         Is told when it is.
     """

@@ -1,6 +1,6 @@
 """Predict a table's rows: ``portable-mlp predict``, from a clone.
 
-    python scripts/predict.py runs/latest/model.safetensors new.csv --out predictions.csv
+python scripts/predict.py runs/latest/model.safetensors new.csv --out predictions.csv
 """
 
 import sys

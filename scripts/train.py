@@ -1,7 +1,7 @@
 """Train a network on a table: ``portable-mlp train``, from a clone.
 
-    python scripts/train.py --device cpu
-    python scripts/train.py --data houses.csv --target price --hidden 128,64 --device gpu
+python scripts/train.py --device cpu
+python scripts/train.py --data houses.csv --target price --hidden 128,64 --device gpu
 """
 
 import sys
