@@ -109,13 +109,12 @@ class Progress(Callback):
         self._max_epochs = max_epochs
         if not self._console.is_terminal:
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
+        # The bar takes the room that the text leaves
         self._bar = Progress(
-            TextColumn("epoch"),
-            MofNCompleteColumn(),
+            TextColumn("epoch {task.completed:.0f}/{task.total:.0f} {task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
             console=self._console,
             expand=True,
         )
@@ -130,7 +129,7 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=epoch.epoch, description=self._told(epoch))
         elif self._full:
-            print(f"epoch {epoch.epoch}/{self._max_epochs}  {self._told(epoch)}", flush=True)
+            print(f"epoch {epoch.epoch}/{self._max_epochs} {self._told(epoch)}", flush=True)
         else:
             print(f"Iteration {epoch.epoch}, loss = {epoch.loss:.8f}")
             if not isnan(epoch.validation_score):
@@ -144,11 +143,11 @@ class Progress(Callback):
         """Losses, validation score, learning rate, epochs a second, and the time left."""
         numbers = {
             "loss": f"{epoch.loss:.4g}",
-            "validation": f"{epoch.validation_loss:.4g}",
-            "score": f"{epoch.validation_score:.4f}",
+            "val": f"{epoch.validation_loss:.4g}",
+            "score": f"{epoch.validation_score:.3f}",
             "lr": f"{epoch.learning_rate:.3g}",
         }
         rate = (epoch.epoch - (self._before or 0)) / max(epoch.seconds, 1e-9)
         left = timedelta(seconds=round((self._max_epochs - epoch.epoch) / rate))
         told = [f"{name} {value}" for name, value in numbers.items() if value != "nan"]
-        return "  ".join([*told, f"{rate:.{0 if rate >= 10 else 2}f}/s", f"{left} left"])
+        return " ".join([*told, f"{rate:.{0 if rate >= 10 else 2}f}/s", f"{left} left"])

@@ -150,15 +150,22 @@ def info(model: Path, *, common: Common = Common()) -> None:
     from portable_mlp.persistence import read_metadata
 
     told = read_metadata(model)
-    notes = told.pop("notes") or {}
-    for name, value in {**told, **notes}.items():
+    params, notes, classes = told["params"], told["notes"], told["classes"]
+    print(f"{told['estimator']} of portable_mlp {told['library_version']}, {told['format']}")
+    what, epochs = "checkpoint" if told["checkpoint"] else "model", told["fitted"].get("n_iter_")
+    print(f"a {what} after {epochs} epochs")
+    if classes is not None:
+        print(f"classes: {', '.join(map(str, classes))}")
+    shapes = {name: shape for name, shape in told["shapes"].items() if name.startswith("coefs")}
+    print(f"layers: {' '.join(f'{n}x{m}' for n, m in shapes.values())}, {params['activation']}")
+    for name, value in notes.items():
         print(f"{name}: {_shown(value)}")
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "".join(f"\n  {name}: {_shown(of)}" for name, of in value.items())
-    return ", ".join(map(_shown, value)) if isinstance(value, list | tuple) else str(value)
+    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:

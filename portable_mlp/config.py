@@ -15,7 +15,8 @@ from portable_mlp.activations import ACTIVATIONS
 from portable_mlp.data import BUNDLED, PENGUINS
 
 if TYPE_CHECKING:
-    _Bundled = _Activation = str
+    _Bundled = str
+    _Activation = str
 else:
     _Bundled = Literal[(*BUNDLED, PENGUINS.stem)]
     _Activation = Literal[tuple(ACTIVATIONS)]

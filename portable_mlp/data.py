@@ -62,7 +62,8 @@ def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
     are separated by commas, semicolons or tabs, whatever the first line has most of; the
     first line is a header unless all of its fields but the target's are numbers.  Empty
     fields and NA, N/A, NaN, nan, null are missing values.  The columns of an array are
-    called column_1, column_2, …; the arrays of an ``.npz`` by their names.
+    called column_0, column_1, …, as are those of a CSV
+    without header; in an ``.npz`` by the array's name, such as X_0.
 
     Parameters
     ----------
@@ -88,7 +89,7 @@ def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
             raise ValueError(f"{path} has a header and no rows")
         frame = pl.concat(parts)
         if frames:
-            check_columns(path, frames[0].columns, frame.columns, allow_extra=False)
+            check_columns(path, frames[0].columns, frame.columns)
             frame = frame.select(frames[0].columns)
         frames.append(frame)
     try:
@@ -98,7 +99,9 @@ def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
         raise ValueError(f"{named}: columns of the same name differ in type: {error}") from error
 
 
-def read_chunks(paths: Sequence[Path], kinds: dict[str, str], rows: int | None) -> Iterator[Any]:
+def read_chunks(
+    paths: Sequence[Path], kinds: dict[str, str], rows: int | None, known: Sequence[str] = ()
+) -> Iterator[Any]:
     """The columns that a model takes, a few rows at a time.
 
     Memory is that of one chunk, except for ``.npz``, which has to be read whole.
@@ -110,6 +113,8 @@ def read_chunks(paths: Sequence[Path], kinds: dict[str, str], rows: int | None) 
         From the columns' names to their kinds, see `portable_mlp.preprocessing.KINDS`.
     rows : int or None
         At most, in a chunk; None for all of a file.
+    known : sequence of str
+        Other columns that errors do not call extra.
 
     Yields
     ------
@@ -127,7 +132,7 @@ def read_chunks(paths: Sequence[Path], kinds: dict[str, str], rows: int | None) 
     types = {name: KINDS[kind] for name, kind in kinds.items()}
     for path in map(Path, paths):
         for frame in _parts(path, rows, None, list(kinds), types):
-            check_columns(path, list(kinds), frame.columns, allow_extra=True)
+            check_columns(path, list(kinds), frame.columns, [*kinds, *known])
             try:
                 yield plain_types(frame.select(list(kinds))).cast(types)
             except pl.exceptions.PolarsError as error:
@@ -188,12 +193,15 @@ def find_column(names: Sequence[str], wanted: str, source: str) -> str:
 
 
 def check_columns(
-    path: Path, expected: Sequence[str], found: Sequence[str], *, allow_extra: bool
+    path: Path, expected: Sequence[str], found: Sequence[str], known: Sequence[str] | None = None
 ) -> None:
-    """Raise a ValueError that says which columns are missing, and which are extra."""
+    """Raise a ValueError that says which columns are missing, and which are extra.
+
+    With ``known``, columns that may be there, extra ones alone are no error.
+    """
     missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    if not missing and (allow_extra or not extra):
+    extra = [name for name in found if name not in (known or expected)]
+    if not missing and (known is not None or not extra):
         return
     said = [f"missing: {_listed(missing)}"] if missing else []
     said += [f"extra: {_listed(extra)}"] if extra else []
@@ -273,9 +281,9 @@ def _array_parts(path: Path, rows: int | None) -> Iterator[Any]:
             if array.ndim not in (1, 2):
                 raise ValueError(f"its array {name} has {array.ndim} dimensions")
             if array.ndim == 1:
-                columns[name or "column_1"] = array
+                columns[name or "column_0"] = array
             else:
-                columns |= {f"{name or 'column'}_{i + 1}": a for i, a in enumerate(array.T)}
+                columns |= {f"{name or 'column'}_{i}": a for i, a in enumerate(array.T)}
     except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     lengths = {len(array) for array in columns.values()}
@@ -299,7 +307,9 @@ def _csv_parts(
     first, separator = _first_line(path)
     header = _has_header(first, target, names)
 
-    def parse(source: Any, has_header: bool, columns: list[str] | None = None) -> Any:
+    columns = None if header else [f"column_{i}" for i in range(len(first))]
+
+    def parse(source: Any, has_header: bool) -> Any:
         return pl.read_csv(
             source,
             separator=separator,
@@ -307,19 +317,18 @@ def _csv_parts(
             new_columns=columns,
             null_values=_MISSING,
             infer_schema_length=0 if types else None,
-            schema_overrides={k: t for k, t in types.items() if columns is None or k in columns},
+            schema_overrides=types,
         )
 
-    blocks = _checked_blocks(path, separator, len(first), rows or _AT_ONCE)
+    blocks = _checked_blocks(path, separator, len(first), header, rows or _AT_ONCE)
     if rows is None:
         for _ in blocks:
             pass
         frame = parse(path, header)
         yield frame if types else _with_dates(frame)
         return
-    columns: list[str] | None = None
-    for block in blocks:
-        frame = parse(BytesIO(block), header and columns is None, columns)
+    for number, block in enumerate(blocks):
+        frame = parse(BytesIO(block), header and number == 0)
         columns = frame.columns
         if frame.height:
             yield frame
@@ -355,7 +364,9 @@ def _has_header(first: list[str], target: str | None, names: list[str] | None) -
     return not all(_is_number(field) for i, field in enumerate(first) if i != position)
 
 
-def _checked_blocks(path: Path, separator: str, width: int, rows: int) -> Iterator[bytes]:
+def _checked_blocks(
+    path: Path, separator: str, width: int, header: bool, rows: int
+) -> Iterator[bytes]:
     """The text, ``rows`` rows at a time, once each row has as many fields as the first.
 
     Polars fills a short row with missing values, and does not say where a long one is.
@@ -370,13 +381,13 @@ def _checked_blocks(path: Path, separator: str, width: int, rows: int) -> Iterat
     with open(path, "rb") as file:
         reader = csv.reader(keep(_text_lines(path, file)), delimiter=separator)
         try:
-            for number, fields in enumerate(reader, 1):
+            for number, fields in enumerate(reader, 0 if header else 1):
                 if len(fields) != width and not (width == 1 and not fields):
                     raise ValueError(
                         f"{path}, line {reader.line_num}: {len(fields)} fields, where the first"
                         f" line has {width}"
                     )
-                if number % rows == 0:
+                if number and number % rows == 0:
                     yield "".join(lines).encode()
                     lines.clear()
         except csv.Error as error:

@@ -16,17 +16,21 @@ def replacing(path: Path) -> Iterator[Path]:
     It is forced to the disk before it does; if the block raises, it is removed, and
     what was there before stays.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
+    beside = None
     try:
+        handle, name = tempfile.mkstemp(f"-{path.name}", ".", path.parent)
+        beside = Path(name)
+        os.close(handle)
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         beside.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone
         beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 

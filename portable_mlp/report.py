@@ -104,7 +104,8 @@ def _curves(run: Run) -> Markup:
         LossCurveDisplay(
             columns["loss"],
             columns["validation_loss"] if validated else None,
-            columns["validation_score"] if validated else None,
+            # Of a classification it is the loss once more
+            columns["validation_score"] if validated and not run.table.classify else None,
         ).plot(ax=ax)
         if validated:
             ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)

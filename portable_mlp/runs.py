@@ -28,7 +28,7 @@ from portable_mlp import Checkpoint, MLPClassifier, MLPRegressor, get_backend, l
 from portable_mlp.backends import is_out_of_memory
 from portable_mlp.callbacks import Callback, Epoch, Progress
 from portable_mlp.config import Training, settings_table, to_toml
-from portable_mlp.data import bundled_table, is_array_file, read_table, split_target
+from portable_mlp.data import PENGUINS, bundled_table, is_array_file, read_table, split_target
 from portable_mlp.evaluation import Evaluation, Importance, evaluate, importances
 from portable_mlp.files import replacing
 from portable_mlp.persistence import read_metadata
@@ -116,6 +116,8 @@ def read(settings: Training) -> Table:
     classify = _is_classification(settings.task, y)
     if classify:
         _check_classes(target, y)
+    elif y.dtype.kind not in "iufb":
+        raise ValueError(f"the target {target!r} is no number: use --task classification")
     numbers = np.arange(len(y))
     train, test = train_test_split(
         numbers,
@@ -130,10 +132,16 @@ def read(settings: Training) -> Table:
         )
     return Table(
         X[train], y[train], X[test], y[test], target, column_kinds(frame)[target], kinds, dropped,
-        by_name=bool(settings.data) and not any(map(is_array_file, settings.data)),
+        by_name=_has_names(settings),
         digests={str(path): _digest(path) for path in settings.data},
         classify=classify,
     )  # fmt: skip
+
+
+def _has_names(settings: Training) -> bool:
+    if settings.data:
+        return not any(map(is_array_file, settings.data))
+    return settings.dataset == PENGUINS.stem
 
 
 def _is_classification(task: str, y: NDArray[Any]) -> bool:
@@ -245,15 +253,18 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
 
 
 def _new_model(settings: Training, table: Table) -> Any:
+    early = settings.early_stopping and settings.optimizer != "lbfgs"
     estimator = MLPClassifier if table.classify else MLPRegressor
     return estimator(
+        # Accuracy on a few rows stands still for long, and stops training early
+        scoring="neg_log_loss" if table.classify and early else None,
         hidden_layer_sizes=settings.hidden,
         activation=settings.activation,
         solver=settings.optimizer,
         learning_rate_init=settings.learning_rate,
         batch_size=_batch_size(settings, len(table.y)),
         dropout=settings.dropout,
-        early_stopping=settings.early_stopping and settings.optimizer != "lbfgs",
+        early_stopping=early,
         n_iter_no_change=settings.patience,
         random_state=settings.seed,
         device=settings.where.device,

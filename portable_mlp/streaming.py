@@ -95,7 +95,7 @@ def predict_file(
 
     def chunks(*_: Any) -> Iterator[pl.DataFrame]:
         predict = _Halving(stored, rows, say)
-        for chunk in read_chunks(data, wanted, rows):
+        for chunk in read_chunks(data, wanted, rows, [*stored.kinds, stored.target]):
             yield from predict(chunk)
 
     ahead = chunks()
