@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from portable_mlp.modelfile import ModelFileError as ModelFileError
     from portable_mlp.network import Network as Network
     from portable_mlp.network import mlp as mlp
+    from portable_mlp.onnx import to_onnx as to_onnx
     from portable_mlp.persistence import load as load
     from portable_mlp.persistence import save as save
     from portable_mlp.plots import LossCurveDisplay as LossCurveDisplay
@@ -50,6 +51,7 @@ _HOME = {
     "ModelFileError": "modelfile",
     "Network": "network",
     "mlp": "network",
+    "to_onnx": "onnx",
     "load": "persistence",
     "save": "persistence",
     "LossCurveDisplay": "plots",

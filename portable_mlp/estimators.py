@@ -1030,6 +1030,12 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
             yes = xp.zeros_like(yes)
         return yes[:, 0] if yes.shape[1] == 1 else yes
 
+    def _probabilities(self, z: Array, loss: Loss, xp: Any) -> Array:
+        """Those of the classes, (n, n_classes), from logits."""
+        if z.shape[1] > 1:
+            return loss.link(z, xp)
+        return xp.concat([sigmoid(-z, xp), sigmoid(z, xp)], axis=1)
+
     def predict(self, X: Any) -> Array:
         """The most probable class of each row.
 
@@ -1066,13 +1072,7 @@ class MLPClassifier(ClassifierMixin, _MultilayerPerceptron):
         p : array (n_samples, n_classes)
             Rows sum to one, except for several labels, where each is on its own.
         """
-
-        def probabilities(z: Array, loss: Loss, xp: Any) -> Array:
-            if z.shape[1] > 1:
-                return loss.link(z, xp)
-            return xp.concat([sigmoid(-z, xp), sigmoid(z, xp)], axis=1)
-
-        return self._predict_with(probabilities, X, "predict_proba")[0]
+        return self._predict_with(self._probabilities, X, "predict_proba")[0]
 
     def predict_log_proba(self, X: Any) -> Array:
         """Logarithms of `predict_proba`, computed from the logits: finite where those are.

@@ -56,7 +56,6 @@ def write(path: str | Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]
     OSError
         If it cannot be written: the file that was there, or none, is what remains.
     """
-    path = Path(path)
     text = json.dumps({"format": FORMAT, **meta})
     # Contiguous: safetensors would store a transposed array's memory as it lies
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -64,11 +63,16 @@ def write(path: str | Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]
     start = data.index(_DIGEST) + len(_DIGEST)
     check_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
     digest = sha256(data).hexdigest().encode()
+    return write_whole(path, [data[:start], digest, memoryview(data)[start + 64 :]])
+
+
+def write_whole(path: str | Path, parts: list[bytes | memoryview]) -> Path:
+    """Write a file of these parts, in place of what was there: all of it, or nothing."""
     try:
-        _replace(path, [data[:start], digest, memoryview(data)[start + 64 :]])
+        _replace(Path(path), parts)
     except OSError as error:
         raise OSError(error.errno, f"cannot save: {error.strerror}", str(path)) from error
-    return path
+    return Path(path)
 
 
 def _replace(path: Path, parts: list[bytes | memoryview]) -> None:
@@ -122,7 +126,7 @@ class Section:
         """Go there; ``whence`` as for files."""
         at = (0, self._at, self._size)[whence] + offset
         if at < 0:
-            raise ValueError("a place before the beginning")
+            raise OSError("a place before the beginning")
         self._at = at
         return at
 
@@ -144,12 +148,15 @@ class Contents:
         The JSON.
     shapes : dict
         Of the arrays, by name.
+    unread : set
+        Names of arrays that nobody asked for yet.
     """
 
     def __init__(self, file: BufferedReader, meta: dict[str, Any], entries: Any) -> None:
         self.meta = meta
         self._file = file
         self._entries: dict[str, _Entry] = entries
+        self.unread = set(entries)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -158,9 +165,13 @@ class Contents:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def _asked_for(self, name: str) -> _Entry:
+        self.unread.discard(name)
+        return self._entries[name]
+
     def array(self, name: str) -> NDArray[Any]:
         """An array of its own memory."""
-        entry = self._entries[name]
+        entry = self._asked_for(name)
         self._file.seek(entry.start)
         found = np.fromfile(self._file, entry.dtype, prod(entry.shape))
         return found.reshape(entry.shape)
@@ -172,7 +183,7 @@ class Contents:
 
     def section(self, name: str) -> Section:
         """An array's bytes as a file."""
-        entry = self._entries[name]
+        entry = self._asked_for(name)
         return Section(self._file, entry.start, entry.size)
 
 

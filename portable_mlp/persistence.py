@@ -21,6 +21,7 @@ from zipfile import ZIP_STORED, ZipFile
 import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
+from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
 from portable_mlp import __version__, activations, estimators, losses, optimizers, schedules
@@ -137,16 +138,11 @@ def load(path: str | Path) -> Any:
     """
     with opened(path) as contents:
         model = _build(contents)
-        if "preprocessing" not in contents:
-            return model
-        from sklearn.pipeline import make_pipeline
-        from skops.io import load as load_transformer
-
-        _check_zip(contents.section("preprocessing"))
-        transformer = load_transformer(contents.section("preprocessing"), trusted=_TRUSTED)
-        if not callable(getattr(transformer, "transform", None)):
-            raise ValueError(f"its preprocessing is no transformer but a {type(transformer)}")
-        return make_pipeline(transformer, model)
+        if "preprocessing" in contents:
+            model = make_pipeline(_build_transformer(contents), model)
+        if contents.unread:
+            raise ValueError(f"it has arrays that no model has: {sorted(contents.unread)}")
+        return model
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -259,15 +255,14 @@ def _check(model: Any) -> None:
     if model._loss.link_name != model.out_activation_:
         raise ValueError(f"loss {model._loss} with outputs for {model.out_activation_!r}")
     names = getattr(model, "feature_names_in_", None)
-    if names is not None and len(names) != model.n_features_in_:
-        raise ValueError(f"{len(names)} names for {model.n_features_in_} columns")
+    if names is not None and (names.dtype != object or len(names) != model.n_features_in_):
+        raise ValueError(f"the names {names} for {model.n_features_in_} columns")
     if isinstance(model, estimators.MLPClassifier):
-        n = len(model.classes_)
-        wanted = n if n > 2 or model._multilabel else 1
-        if model.n_outputs_ != wanted or not np.array_equal(
-            np.unique(model.classes_), model.classes_
-        ):
-            raise ValueError(f"{model.n_outputs_} outputs for the classes {model.classes_}")
+        classes = model.classes_
+        wanted = len(classes) if model._multilabel or len(classes) > 2 else 1
+        distinct = len(classes) > 0 and np.array_equal(np.unique(classes), classes)
+        if model.n_outputs_ != wanted or not distinct:
+            raise ValueError(f"{model.n_outputs_} outputs for the classes {classes}")
 
 
 # ---------------------------------------------------------------- the state of training
@@ -290,9 +285,11 @@ def _build_state(model: Any, contents: Contents) -> State:
     if leaves and [leaf.shape for leaf in leaves] != shapes:
         raise ValueError("its last weights are not of the shapes of the best")
     memory = schedule.init()
-    kind, *rest = meta["generator"]
-    generator = (kind, contents.array("state.generator"), *rest)
+    kind, position, *rest = meta["generator"]
+    generator = (kind, contents.array("state.generator"), position, *rest)
     np.random.RandomState().set_state(generator)  # raises unless it is one
+    if not 0 <= position <= len(generator[1]):  # NumPy would read beyond its memory
+        raise ValueError(f"its random generator is at {position}")
     if meta["watched"] not in ("loss", "score"):
         raise ValueError(f"it watches {meta['watched']!r}")
     counts = {name: meta[name] for name in _COUNTS}
@@ -401,6 +398,16 @@ def _encode_transformer(transformer: Any) -> NDArray[np.uint8]:
         raise TypeError(f"preprocessing of {sorted(unknown)} cannot be saved: it is not loaded")
     _check_zip(BytesIO(data))
     return np.frombuffer(data, np.uint8)
+
+
+def _build_transformer(contents: Contents) -> Any:
+    from skops.io import load as load_transformer
+
+    _check_zip(contents.section("preprocessing"))
+    transformer = load_transformer(contents.section("preprocessing"), trusted=_TRUSTED)
+    if not callable(getattr(transformer, "transform", None)):
+        raise ValueError(f"its preprocessing is no transformer but a {type(transformer)}")
+    return transformer
 
 
 def _check_zip(file: Any) -> None:

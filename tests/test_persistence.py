@@ -50,17 +50,66 @@ def test_loaded_model_is_the_saved_one(case, tmp_path):
     assert all(w.flags.writeable for w in again.coefs_)
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_trained_anywhere_loads_as_numpy(backend, tmp_path, request):
-    target = get_target(backend, request)
+@pytest.mark.parametrize("there", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("here", ["numpy", "strict", "torch", "jax"])
+def test_trained_there_predicts_here(there, here, tmp_path, request):
+    there, here = get_target(there, request), get_target(here, request)
     X, y = load_iris(return_X_y=True)
-    with target.scope():
-        there = target.array(X)
-        model = MLPClassifier((9, 7), max_iter=5, random_state=0).fit(there, y)
-        wanted = target.backend.to_host(model.predict_proba(there))
-    again = load(save(model, tmp_path / "model.safetensors"))
-    assert type(again.coefs_[0]) is np.ndarray
-    np.testing.assert_allclose(again.predict_proba(X), wanted, rtol=1e-12)
+    with there.scope():
+        model = MLPClassifier((9, 7), max_iter=5, random_state=0).fit(there.array(X), y)
+        wanted = there.backend.to_host(model.predict_proba(there.array(X)))
+    again = load(save(model, tmp_path / "model"))
+    with here.scope():
+        got = here.backend.to_host(again.predict_proba(here.array(X)))
+    if here.name == there.name:
+        assert np.array_equal(got, wanted)
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+
+LABELS = [
+    np.array([False, True]),
+    np.array([-3, 2**60]),
+    np.array([1.0, 2.0], dtype=np.float32),
+    np.array(["a", "é\u4e2d\U0001f600"]),
+    np.array(["a", "b"], dtype=object),
+    np.array([0, 255], dtype=np.uint8),
+]
+
+
+@pytest.mark.parametrize("labels", LABELS, ids=lambda labels: f"{labels.dtype}")
+def test_labels_come_back(labels, tmp_path):
+    X, y = load_iris(return_X_y=True)
+    model = MLPClassifier(max_iter=1).fit(X, labels[(y == 0).astype(int)])
+    again = load(save(model, tmp_path / "model"))
+    assert again.classes_.dtype == model.classes_.dtype
+    assert again.classes_.tolist() == model.classes_.tolist()
+    assert np.array_equal(again.predict(X), model.predict(X))
+
+
+def test_labels_that_would_not_are_refused(tmp_path):
+    X, y = load_iris(return_X_y=True)
+    model = MLPClassifier(max_iter=1).fit(X, np.array(["a", "b\0"], dtype=object)[(y == 0) * 1])
+    with pytest.raises(TypeError, match="classes_: only numbers, booleans and texts"):
+        save(model, tmp_path / "model")
+
+
+def test_names_of_columns_come_back(tmp_path):
+    frame, y = load_iris(return_X_y=True, as_frame=True)
+    model = MLPClassifier(max_iter=1).fit(frame, y)
+    again = load(save(model, tmp_path / "model"))
+    assert again.feature_names_in_.tolist() == list(frame)
+    assert np.array_equal(again.predict(frame), model.predict(frame))
+    with pytest.raises(ValueError, match="feature names should match"):
+        again.predict(frame.rename(columns=str.upper))
+
+
+def test_a_model_that_is_not_valid_is_not_saved(tmp_path):
+    model = MLPClassifier(max_iter=1).fit(*load_iris(return_X_y=True)).set_params(alpha=-1)
+    with pytest.raises(ValueError, match="'alpha' parameter"):
+        save(model, tmp_path / "model")
+    with pytest.raises(ValueError, match="at most"):
+        save(model.set_params(alpha=0), tmp_path / "model", notes={"a": "x" * 5_000_000})
+    assert not list(tmp_path.iterdir())
 
 
 def test_transposed_weights_are_stored_right(tmp_path):
