@@ -132,9 +132,9 @@ def export(model: Path, out: Path, *, common: Common = Common()) -> None:
     out
         Such as model.onnx; overwritten.
     """
-    from portable_mlp import load, to_onnx
+    from portable_mlp.export import export_onnx
 
-    to_onnx(load(model), out)
+    export_onnx(model, out)
     print(f"ONNX: {out}")
 
 

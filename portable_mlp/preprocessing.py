@@ -9,14 +9,14 @@ import polars as pl
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.compose import ColumnTransformer
-from sklearn.impute import SimpleImputer
+from sklearn.impute import MissingIndicator, SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 KINDS = {"number": pl.Float64, "boolean": pl.Boolean, "category": pl.String, "date": pl.Datetime}
 """What a column can be, and the type that a model takes it in."""
 
-_MAX_CATEGORIES = 64  # the rarest of a column share one place
+_MAX_CATEGORIES = 64  # the rarer ones of a column are all zeros, as unknown ones are
 
 
 def column_kinds(X: pl.DataFrame) -> dict[str, str]:
@@ -61,9 +61,7 @@ def check_finite(X: pl.DataFrame) -> None:
             raise ValueError(f"column {name!r} has infinite values")
 
 
-def make_preprocessing(
-    kinds: dict[str, str], used: list[str], *, scale: bool, by_name: bool
-) -> Any:
+def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name: bool) -> Any:
     """A transformer, not fitted, from a table to numbers.
 
     Numbers and booleans are scaled to mean 0 and variance 1, missing ones set to the
@@ -72,8 +70,8 @@ def make_preprocessing(
 
     Parameters
     ----------
-    kinds : dict
-        Of all columns, in their order.
+    X : polars.DataFrame
+        The rows to fit it to.
     used : list of str
         The columns to keep.
     scale : bool
@@ -81,47 +79,73 @@ def make_preprocessing(
         Whether the transformer finds its columns by name, in a data frame, or by
         position, in an array.
     """
-    columns = {name: name if by_name else i for i, name in enumerate(kinds)}
+    kinds = column_kinds(X)
 
-    def of(*wanted: str) -> list[Any]:
-        return [columns[name] for name in used if kinds[name] in wanted]
+    def scaled(*steps: Any) -> Any:
+        return make_pipeline(*steps, *([StandardScaler()] if scale else []))
 
-    def numbers(*before: Any) -> Any:
-        imputer = SimpleImputer(strategy="median", add_indicator=True)
-        return make_pipeline(*before, imputer, *([StandardScaler()] if scale else []))
-
+    numbers = [name for name in used if kinds[name] in ("number", "boolean")]
+    texts = [name for name in used if kinds[name] == "category"]
     one_hot = OneHotEncoder(
-        handle_unknown="infrequent_if_exist",
-        max_categories=_MAX_CATEGORIES,
+        categories=[_frequent(X[name]) for name in texts],
+        handle_unknown="ignore",
         sparse_output=False,
     )
-    parts = [
-        ("numbers", numbers(), of("number", "boolean")),
-        ("dates", numbers(DateParts()), of("date")),
-        ("categories", one_hot, of("category")),
-    ]
-    return ColumnTransformer([part for part in parts if part[2]])
+    parts = {
+        "numbers": (scaled(SimpleImputer(strategy="median")), numbers),
+        "missing": (
+            MissingIndicator(features="all"),
+            [name for name in numbers if X[name].null_count()],
+        ),
+        "dates": (
+            scaled(DateParts()),
+            [name for name in used if kinds[name] == "date"],
+        ),
+        "categories": (one_hot, texts),
+    }
+    at = {name: name if by_name else i for i, name in enumerate(X.columns)}
+    return ColumnTransformer(
+        [(part, how, [at[c] for c in columns]) for part, (how, columns) in parts.items() if columns]
+    )
+
+
+def _frequent(texts: pl.Series) -> list[str | None]:
+    """The categories that get a place of their own, missing among them; in order."""
+    counts = texts.value_counts(name="n").sort("n", texts.name, descending=[True, False])
+    found: list[str | None] = counts[texts.name].head(_MAX_CATEGORIES).to_list()
+    return sorted(found, key=lambda text: (text is None, text or ""))
 
 
 class DateParts(TransformerMixin, BaseEstimator):
-    """Dates as numbers: days since 1970, and the time of year, week and day on circles."""
+    """Dates as numbers: days since 1970, and the time of year, week and day on circles.
 
-    _PERIODS = 365.2425, 7.0, 1.0
+    A missing one is set to the median, and marked.
+    """
+
+    PERIODS = 365.2425, 7.0, 1.0
 
     def fit(self, X: Any, y: Any = None) -> Self:
         self.n_features_in_ = X.shape[1]
+        self.medians_ = np.array([np.nanmedian(days) for days in self._days(X)])
         return self
 
     def transform(self, X: Any) -> NDArray[np.float64]:
-        """Seven columns for each of X, a data frame; NaN where a date is missing."""
+        """Eight columns for each of X, a data frame; the last marks the missing."""
         parts = []
-        for name in X.columns:
-            seconds = np.asarray(X[name]).astype("datetime64[s]")
-            days = (seconds - np.datetime64(0, "s")) / np.timedelta64(1, "D")
-            parts.append(days)
-            for period in self._PERIODS:
-                parts += [np.sin(2 * np.pi * days / period), np.cos(2 * np.pi * days / period)]
+        for days, median in zip(self._days(X), self.medians_, strict=True):
+            missing = np.isnan(days)
+            filled = np.where(missing, median, days)
+            parts.append(filled)
+            for period in self.PERIODS:
+                # Whole turns off: else the noise of their sines would be scaled up
+                angle = 2 * np.pi * (filled / period % 1.0)
+                parts += [np.sin(angle), np.cos(angle)]
+            parts.append(missing)
         return np.column_stack(parts)
+
+    def _days(self, X: Any) -> list[NDArray[np.float64]]:
+        seconds = [np.asarray(X[name]).astype("datetime64[s]") for name in X.columns]
+        return [(s - np.datetime64(0, "s")) / np.timedelta64(1, "D") for s in seconds]
 
 
 def model_input(X: pl.DataFrame, by_name: bool) -> Any:

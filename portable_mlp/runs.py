@@ -206,7 +206,7 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     _check_writable(settings.out)
 
     preprocessing = make_preprocessing(
-        table.kinds, table.used, scale=settings.scaling, by_name=table.by_name
+        table.X, table.used, scale=settings.scaling, by_name=table.by_name
     )
     numbers = preprocessing.fit_transform(model_input(table.X, table.by_name))
     scaler = StandardScaler(with_mean=settings.scaling, with_std=settings.scaling)

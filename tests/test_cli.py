@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from sklearn.model_selection import train_test_split
 
-import portable_mlp
 from portable_mlp import load
 from portable_mlp.cli import main
-from portable_mlp.data import PENGUINS, read_csv
+from portable_mlp.data import PENGUINS, read_csv, read_table
 from portable_mlp.persistence import read_metadata
 
 pl = pytest.importorskip("polars")
@@ -212,13 +211,42 @@ def test_evaluate_and_info(penguins, capsys):
     assert "classes: female, male" in out
 
 
-def test_export(penguins, tmp_path, capsys):
-    if not hasattr(portable_mlp, "to_onnx"):
-        pytest.skip("no ONNX export yet")
+def as_onnx_takes_it(column, kind):
+    if kind == "tensor(string)":
+        return column.fill_null("").to_numpy().astype(object)
+    if kind == "tensor(double)":
+        return (np.asarray(column) - np.datetime64(0, "D")) / np.timedelta64(1, "D")
+    return column.cast(pl.Float32).to_numpy().astype(np.float32)
+
+
+@pytest.mark.parametrize("target", ["sex", "body_mass_g"])
+def test_export_agrees_with_the_model(target, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    run("export", penguins / "model.safetensors", tmp_path / "model.onnx")
+    pytest.importorskip("skl2onnx")
+    X = read_table([PENGUINS]).drop("region")
+    holes = np.arange(X.height)[:, None] % np.arange(7, 7 + X.width) == 0  # elsewhere in each
+    X = X.with_columns(
+        pl.when(pl.Series(~holes[:, i])).then(pl.col(name))
+        for i, name in enumerate(X.columns)
+        if name != target
+    )
+    X.write_parquet(tmp_path / "t.parquet")
+    model = tmp_path / "run/model.safetensors"
+    data = ["--data", tmp_path / "t.parquet", "--target", target]
+    run("train", *data, "--epochs", 20, "--out", model.parent)
+    run("export", model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    assert session.get_inputs()
+    unknown = X.with_columns(species=pl.lit("Emperor"))
+    for rows in (X, unknown):
+        feed = {
+            i.name: as_onnx_takes_it(rows[i.name], i.type)[:, None] for i in session.get_inputs()
+        }
+        got = session.run(None, feed)
+        if target == "sex":
+            assert got[0].tolist() == load(model).predict(rows).tolist()
+            np.testing.assert_allclose(got[1], load(model).predict_proba(rows), atol=1e-5)
+        else:
+            np.testing.assert_allclose(got[0][:, 0], load(model).predict(rows), rtol=1e-5)
 
 
 # ------------------------------------------------------------------ interrupted, resumed

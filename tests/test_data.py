@@ -138,9 +138,9 @@ def test_a_column_of_lists_is_named():
 
 def test_preprocessing_by_hand():
     X = MIXED.drop("price").with_columns(pl.col("sold").cast(pl.Datetime))
-    kinds = {name: KINDS[name] for name in X.columns}
     used = ["size", "garden", "town"]
-    got = make_preprocessing(kinds, used, scale=True, by_name=True).fit_transform(X)
+    transformer = make_preprocessing(X, used, scale=True, by_name=True)
+    got = transformer.fit_transform(X)
 
     def scaled(values):
         return (values - values.mean()) / values.std()
@@ -149,17 +149,15 @@ def test_preprocessing_by_hand():
     garden = np.array([1, 0, 1, 1, 1, 0])
     towns = sorted(set(MIXED["town"]) - {None})
     one_hot = [[t == name for name in [*towns, None]] for t in MIXED["town"]]
-    wanted = [scaled(size), scaled(garden), scaled(np.arange(6) == 1), scaled(np.arange(6) == 2)]
+    wanted = [scaled(size), scaled(garden), np.arange(6) == 1, np.arange(6) == 2]
     np.testing.assert_allclose(got, np.column_stack([*wanted, one_hot]), atol=1e-12)
     unknown = X.with_columns(town=pl.lit("Paris"))
-    again = make_preprocessing(kinds, used, scale=True, by_name=True).fit(X).transform(unknown)
-    assert not again[:, 4:].any()
+    assert not transformer.transform(unknown)[:, 4:].any()
 
 
 def test_preprocessing_of_arrays_goes_by_position(rng):
     frame = pl.DataFrame({f"column_{i}": rng.standard_normal(9) for i in range(3)})
-    kinds = dict.fromkeys(frame.columns, "number")
-    transformer = make_preprocessing(kinds, ["column_0", "column_2"], scale=True, by_name=False)
+    transformer = make_preprocessing(frame, ["column_0", "column_2"], scale=True, by_name=False)
     got = transformer.fit_transform(preprocessing.model_input(frame, False))
     kept = frame.to_numpy()[:, [0, 2]]
     np.testing.assert_allclose(got, (kept - kept.mean(0)) / kept.std(0), atol=1e-12)
@@ -176,9 +174,24 @@ def test_dates_are_days_and_points_on_circles(zone, tmp_path):
     frame = read_table([write(frame.with_columns(y=1), tmp_path / "t.parquet")]).drop("y")
     got = preprocessing.DateParts().fit_transform(frame)
     turns = 2 * np.pi * 8.5 / np.array([365.2425, 7.0, 1.0])
-    wanted = [8.5, *np.column_stack([np.sin(turns), np.cos(turns)]).ravel()]
+    wanted = [8.5, *np.column_stack([np.sin(turns), np.cos(turns)]).ravel(), 0.0]
     np.testing.assert_allclose(got[0], wanted, atol=1e-12)
-    assert np.isnan(got[1]).all()
+    np.testing.assert_allclose(got[1], [*wanted[:-1], 1.0], atol=1e-12)  # as the median
+
+
+def test_dates_without_a_time_have_no_time_of_day():
+    frame = pl.DataFrame({"d": [dt.date(2024, 1, d) for d in range(1, 31)]})
+    got = preprocessing.DateParts().fit_transform(frame)
+    assert np.ptp(got[:, 5:7], axis=0).tolist() == [0.0, 0.0]  # not noise, for a scaler to blow up
+
+
+def test_rare_categories_share_no_place(rng):
+    texts = [f"t{i:03}" for i in range(100)] * 2 + [None, None] + [f"t{i:03}" for i in range(63)]
+    X = pl.DataFrame({"a": texts})
+    transformer = make_preprocessing(X, ["a"], scale=True, by_name=True)
+    got = transformer.fit_transform(X)
+    assert got.shape[1] == 64  # the 63 of three rows, and of those of two the first: missing
+    np.testing.assert_array_equal(got.sum(axis=1), [t is None or t < "t063" for t in texts])
 
 
 def test_bundled_table_has_every_kind():
