@@ -33,6 +33,7 @@ app = App(
     help="Train a neural network on a table, look at it, and use it.",
     version=__version__,
     config=_from_files,
+    suppress_keyboard_interrupt=False,
 )
 
 

@@ -94,7 +94,7 @@ def _svg(draw: Any, name: str, size: tuple[float, float] = (4.6, 3.2)) -> Markup
 
 
 def _curves(run: Run) -> Markup:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator
 
     kept = _kept_epoch(run)
     columns = {name: [getattr(e, name) for e in run.history] for name in run.history[0]._fields}
@@ -110,8 +110,9 @@ def _curves(run: Run) -> Markup:
         if validated:
             ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         if ax.get_yscale() == "log":
-            ax.yaxis.set_major_formatter(LogFormatter())
-            ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
+            ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}")
         if kept is not None:
             ax.axvline(kept, color="#889", linestyle=":", linewidth=1)
 
@@ -204,7 +205,8 @@ def _values(values: pl.Series, kind: str) -> str:
         low, mean, high = (f"{v:.5g}" for v in (values.min(), values.mean(), values.max()))
         return f"{low} to {high}, mean {mean}"
     if kind == "date":
-        return f"{values.min()} to {values.max()}"
+        low, high = (str(v).removesuffix(" 00:00:00") for v in (values.min(), values.max()))
+        return f"{low} to {high}"
     counts = values.cast(pl.String).value_counts(sort=True, name="rows")
     shown = [f"{name} {n / len(values):.0%}" for name, n in counts.head(4).iter_rows()]
     more = f" and {counts.height - 4} more" if counts.height > 4 else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
 import tempfile
 import time
 import warnings
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ from portable_mlp.preprocessing import (
     model_input,
     useless_columns,
 )
+from portable_mlp.report import report
+from portable_mlp.training import _deferred_interrupt
 from portable_mlp.typing import Array
 
 MODEL, HISTORY, SETTINGS, REPORT = "model.safetensors", "history.csv", "config.toml", "report.html"
@@ -194,26 +196,67 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
         as it came; it is ``interrupted``.
     """
     began = time.perf_counter()
+    if settings.optimizer == "lbfgs" and settings.checkpoint_every is not None:
+        raise ValueError("--checkpoint-every is for the other optimizers: lbfgs cannot go on")
     table = read(settings)
-    task = "classification" if table.classify else "regression"
     say(
-        f"{task}: {len(table.y)} rows to train on, {len(table.y_test)} to test,"
-        f" {len(table.used)} columns"
+        f"{'classification' if table.classify else 'regression'}: {len(table.y)} rows to train on,"
+        f" {len(table.y_test)} to test, {len(table.used)} columns"
     )
     if table.dropped:
         say("dropped: " + ", ".join(f"{name} ({why})" for name, why in table.dropped.items()))
     get_backend(settings.where.device, settings.where.backend)
     _check_writable(settings.out)
-
     preprocessing = make_preprocessing(
         table.X, table.used, scale=settings.scaling, by_name=table.by_name
     )
     numbers = preprocessing.fit_transform(model_input(table.X, table.by_name))
-    scaler = StandardScaler(with_mean=settings.scaling, with_std=settings.scaling)
-    y = table.y
-    if not table.classify:
-        y = scaler.fit_transform(y.reshape(-1, 1).astype(np.float64))[:, 0]
+    model, history, interrupted = _fit(settings, table, numbers, resume)
+    if interrupted and not history:
+        raise KeyboardInterrupt
 
+    out = settings.out
+    notes = {
+        "target": table.target,
+        "target_kind": table.target_kind,
+        "columns": table.kinds,
+        "dropped": table.dropped,
+        "by_name": table.by_name,
+        "settings": settings_table(settings),
+    }
+    save(model, out / MODEL, preprocessing, notes=notes)
+    _write_history(out / HISTORY, history)
+    _write(out / SETTINGS, to_toml(settings))
+    pipeline = make_pipeline(preprocessing, model)
+    test = table.X_test, table.y_test
+    run = Run(
+        settings,
+        table,
+        pipeline,
+        history,
+        evaluate(pipeline, table.X, table.y, by_name=table.by_name),
+        evaluate(pipeline, *test, by_name=table.by_name),
+        importances(pipeline, *test, table.used, by_name=table.by_name, seed=settings.seed),
+        time.perf_counter() - began,
+        interrupted,
+    )
+    _write(out / REPORT, report(run))
+    for name, scores in (("train", run.training.scores()), ("test ", run.test.scores())):
+        metric, value = next(iter(scores.items()))
+        say(f"{name} {metric} {value:.4f}")
+    say(f"model:  {out / MODEL}")
+    say(f"report: {out / REPORT}")
+    return run
+
+
+def _fit(
+    settings: Training, table: Table, numbers: NDArray[Any], resume: bool
+) -> tuple[Any, list[Epoch], bool]:
+    """The model, its history, and whether it was interrupted."""
+    y, scaler = table.y, None
+    if settings.scaling and not table.classify:
+        scaler = StandardScaler()
+        y = scaler.fit_transform(y.reshape(-1, 1).astype(np.float64))[:, 0]
     checkpoint = settings.out / _CHECKPOINT
     if resume and checkpoint.exists():
         _check_same(settings, table, checkpoint)
@@ -221,9 +264,8 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     else:
         checkpoint.unlink(missing_ok=True)  # another run's is none of this
         model = _new_model(settings, table)
-    history = _History(getattr(getattr(model, "_state", None), "history", ()))
-    stop = _StopOnInterrupt() if settings.optimizer == "lbfgs" else None
-    watching: list[Callback] = [history, Progress(full=True), *([stop] if stop else [])]
+    history = _History(model._state.history if hasattr(model, "_state") else ())
+    watching: list[Callback] = [history, Progress(full=True)]
     if settings.checkpoint_every is not None:
         _write(settings.out / SETTINGS, to_toml(settings))  # for --resume
         notes = {"settings": settings_table(settings), "digests": table.digests}
@@ -235,21 +277,22 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
         backend=settings.where.backend,
     )
     with _named_shortage(settings, len(y)), _noted_interrupt() as interrupted:
-        (model.continue_fit if settings.optimizer != "lbfgs" else model.fit)(numbers, y)
-    if stop is not None and stop.interrupted:
-        interrupted.append(True)
-    if interrupted and not history.epochs:
-        raise KeyboardInterrupt
+        if settings.optimizer == "lbfgs":
+            # The other solvers see to interrupts themselves
+            with _deferred_interrupt() as event:
+                watching.append(_StopWhen(event))
+                model.fit(numbers, y)
+                interrupted += [True] * event.is_set()
+        else:
+            model.continue_fit(numbers, y)  # on a new model, it begins
     model.set_params(callbacks=None)
-    if not table.classify and settings.scaling:
+    if scaler is not None:
         # y = mean + scale · ŷ is linear: the output layer can do it itself
         real = model.coefs_[-1].dtype.type
         model.coefs_[-1] *= real(scaler.scale_[0])
         model.intercepts_[-1] *= real(scaler.scale_[0])
         model.intercepts_[-1] += real(scaler.mean_[0])
-    return _finish(
-        settings, table, preprocessing, model, history.epochs, began, bool(interrupted), say
-    )
+    return model, history.epochs, bool(interrupted)
 
 
 def _new_model(settings: Training, table: Table) -> Any:
@@ -267,8 +310,6 @@ def _new_model(settings: Training, table: Table) -> Any:
         early_stopping=early,
         n_iter_no_change=settings.patience,
         random_state=settings.seed,
-        device=settings.where.device,
-        backend=settings.where.backend,
         dtype=settings.dtype,
     )
 
@@ -298,54 +339,6 @@ def _check_same(settings: Training, table: Table, checkpoint: Path) -> None:
         raise ValueError(f"{', '.join(other)}: not the rows that the run began with")
 
 
-def _finish(
-    settings: Training,
-    table: Table,
-    preprocessing: Any,
-    model: Any,
-    history: list[Epoch],
-    began: float,
-    interrupted: bool,
-    say: Callable[[str], None],
-) -> Run:
-    from portable_mlp.report import report
-
-    out = settings.out
-    notes = {
-        "target": table.target,
-        "target_kind": table.target_kind,
-        "columns": table.kinds,
-        "dropped": table.dropped,
-        "by_name": table.by_name,
-        "settings": settings_table(settings),
-    }
-    saved = save(model, out / MODEL, preprocessing, notes=notes)
-    _write_history(out / HISTORY, history)
-    _write(out / SETTINGS, to_toml(settings))
-    pipeline = make_pipeline(preprocessing, model)
-    by_name = table.by_name
-    run = Run(
-        settings,
-        table,
-        pipeline,
-        history,
-        evaluate(pipeline, table.X, table.y, by_name=by_name),
-        evaluate(pipeline, table.X_test, table.y_test, by_name=by_name),
-        importances(
-            pipeline, table.X_test, table.y_test, table.used, by_name=by_name, seed=settings.seed
-        ),
-        time.perf_counter() - began,
-        interrupted,
-    )
-    _write(out / REPORT, report(run))
-    for name, scores in (("train", run.training.scores()), ("test ", run.test.scores())):
-        metric, value = next(iter(scores.items()))
-        say(f"{name} {metric} {value:.4f}")
-    say(f"model:  {saved}")
-    say(f"report: {out / REPORT}")
-    return run
-
-
 def _write(path: Path, text: str) -> None:
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
@@ -371,23 +364,14 @@ class _History(Callback):
         self.epochs.append(epoch)
 
 
-class _StopOnInterrupt(Callback):
-    """Ctrl-C ends L-BFGS after its iteration; the other solvers see to that themselves."""
+class _StopWhen(Callback):
+    """Stops after the epoch in which an event is set."""
 
-    interrupted = False
-
-    def on_fit_begin(self, max_epochs: int) -> None:
-        def handle(signum: int, frame: Any) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, self._previous)
-
-        self._previous = signal.signal(signal.SIGINT, handle)
+    def __init__(self, event: Event) -> None:
+        self._event = event
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool:
-        return self.interrupted
-
-    def on_fit_end(self) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        return self._event.is_set()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,10 +110,21 @@ def predict_file(
 
     lazy = register_io_source(every, schema=first.schema)
     with replacing(out) as beside:
-        if out.suffix == ".csv":
-            lazy.sink_csv(beside)
-        else:
-            lazy.sink_parquet(beside)
+        _sink(lazy.sink_csv if out.suffix == ".csv" else lazy.sink_parquet, beside)
+
+
+def _sink(sink: Callable[[Path], Any], path: Path) -> None:
+    """Write a lazy frame; Ctrl-C is a KeyboardInterrupt."""
+    try:
+        sink(path)
+    except KeyboardInterrupt:
+        # Polars raises one, and passes the signal on to Python, which raises another: here,
+        # and not while the first is cleaned up after
+        try:  # noqa: SIM105  # suppress is a call itself, and would meet it
+            time.sleep(0)
+        except KeyboardInterrupt:
+            pass
+        raise
 
 
 def evaluate_file(stored: Stored, data: Sequence[Path]) -> Evaluation:
