@@ -104,13 +104,22 @@ def predict_file(
     if first is None:
         raise ValueError(f"{', '.join(map(str, data))}: there are no rows")
 
+    failures: list[Exception] = []
+
     def every(*_: Any) -> Iterator[pl.DataFrame]:
         yield first
-        yield from ahead
+        try:
+            yield from ahead
+        except Exception as error:
+            failures.append(error)  # Polars has errors of its own
+            raise
 
     lazy = register_io_source(every, schema=first.schema)
     with replacing(out) as beside:
-        _sink(lazy.sink_csv if out.suffix == ".csv" else lazy.sink_parquet, beside)
+        try:
+            _sink(lazy.sink_csv if out.suffix == ".csv" else lazy.sink_parquet, beside)
+        except pl.exceptions.PolarsError as error:
+            raise (failures[0] if failures else OSError(f"{out}: {error}")) from error
 
 
 def _sink(sink: Callable[[Path], Any], path: Path) -> None:
