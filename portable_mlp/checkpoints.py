@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ class Checkpoint(Callback):
     reads it, and `continue_fit` of what comes back goes on, with the same rows, to the
     weights of a run that was never interrupted: on NumPy to the last bit.  It is
     written as `portable_mlp.save` writes: whatever kills the process leaves the last
-    checkpoint whole.  Ctrl-C leaves one of its very moment.
+    checkpoint whole.  Ctrl-C leaves one of its very moment.  A disk that is full is a
+    RuntimeWarning: training goes on, and the next one is tried when its time comes.
 
     Parameters
     ----------
@@ -61,11 +64,17 @@ class Checkpoint(Callback):
         self.notes = notes
 
     def on_fit_begin(self, max_epochs: int) -> None:
+        if not self.path.parent.is_dir():  # said before an hour of training, not after
+            raise FileNotFoundError(errno.ENOENT, "no folder for the checkpoint", str(self.path))
         self._saved = time.monotonic()
 
     def wants_pause(self) -> bool:
         return time.monotonic() - self._saved >= self.every
 
     def on_pause(self, model: Callable[[], Any]) -> None:
-        save_checkpoint(model(), self.path, self.preprocessing, notes=self.notes)
+        try:
+            save_checkpoint(model(), self.path, self.preprocessing, notes=self.notes)
+        except OSError as error:
+            said = f"{error}: training goes on without a new checkpoint"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
         self._saved = time.monotonic()

@@ -55,7 +55,7 @@ from portable_mlp.peer import (
 )
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
 from portable_mlp.sources import ArraySource, Selection, Source, SparseSource, on_backend
-from portable_mlp.training import Begun, State, Trainer, Validate, fit_lbfgs
+from portable_mlp.training import State, Trainer, Validate, fit_lbfgs
 from portable_mlp.typing import Array
 from portable_mlp.validation import check_weights, check_X, check_y
 
@@ -622,7 +622,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         if old is None:
             return state
         if mode == "partial":
-            return replace(trainer.resume(old, state), done=0, begun=Begun())
+            return replace(trainer.resume(old, state).cut_short(), done=0)
         if mode == "continue":
             new = trainer.resume(old, state)
             if old.watched == "score" and self.early_stopping and old.arrays.leaves:
@@ -635,7 +635,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         # A warm start forgets the moments and the schedule
         return replace(
             state,
-            rows=old.rows,
+            rows=old.cut_short().rows,
             watched=old.watched,
             best=old.best,
             stalled_for=old.stalled_for,
@@ -655,7 +655,7 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             "loss_": losses[-1] if losses else inf,
             "loss_curve_": losses,
             "n_iter_": len(losses) - before,
-            "t_": state.rows,
+            "t_": state.cut_short().rows,
             "best_loss_": None if early else state.best,
             "validation_loss_curve_": (
                 [epoch.validation_loss for epoch in history] if validated else None

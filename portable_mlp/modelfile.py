@@ -49,6 +49,9 @@ class ModelFileError(ValueError):
 def write(path: str | Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Path:
     """Write a container; a crash at any point leaves the old file or the new one.
 
+    A process that is killed while it writes leaves ``.NAME.*.part`` beside it, which
+    nothing reads.
+
     Raises
     ------
     ValueError

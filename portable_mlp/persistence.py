@@ -49,6 +49,7 @@ _NUMBERS: dict[str, Any] = {
     "n_iter_": int, "t_": int, "loss_": Real, "best_loss_": Real | None,
     "best_validation_score_": Real | None, "_multilabel": bool,
 }  # fmt: skip
+_LABELS = {"classes": "classes_", "feature_names": "feature_names_in_"}
 _CURVES = ("loss_curve_", "validation_loss_curve_", "validation_scores_")
 _COUNTS = ("steps", "rows", "epochs", "done", "stalled_for")
 _MOST_DIRECTORY = 2**20  # bytes, of some 65 for each array of the preprocessing
@@ -87,7 +88,11 @@ def save(
     OSError
         If the file cannot be written; what was there before is still there.
     """
-    return write(path, *_describe(model, preprocessing, notes))
+    meta, arrays = _describe(model, preprocessing, notes)
+    if isinstance(model.random_state, np.random.RandomState):
+        said = "random_state: a generator's state is not stored"
+        warnings.warn(said, UserWarning, stacklevel=2)
+    return write(path, meta, arrays)
 
 
 def save_checkpoint(
@@ -169,8 +174,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         as_written = ("format", "library_version", "estimator", "params", "fitted", "notes")
         return {
             **{name: meta[name] for name in as_written},
-            "classes": _read_labels(contents, "classes"),
-            "feature_names": _read_labels(contents, "feature_names"),
+            **{name: _read_labels(contents, name) for name in _LABELS},
             "preprocessing": "preprocessing" in contents,
             "checkpoint": "state" in meta,
             "shapes": contents.shapes,
@@ -199,8 +203,7 @@ def _describe(
     arrays: dict[str, NDArray[Any]] = {}
     for name in ("coefs", "intercepts", "layer_params"):
         arrays |= {f"{name}.{i}": to_host(a) for i, a in enumerate(getattr(model, name + "_"))}
-    for name in ("classes", "feature_names"):
-        attribute = {"classes": "classes_", "feature_names": "feature_names_in_"}[name]
+    for name, attribute in _LABELS.items():
         if hasattr(model, attribute):
             values = np.asarray(getattr(model, attribute))
             meta["labels"][name], arrays[name] = _encode_labels(attribute, values)
@@ -230,7 +233,7 @@ def _build(contents: Contents) -> Any:
     model.n_features_in_, model.n_outputs_ = model.coefs_[0].shape[0], model.coefs_[-1].shape[1]
     model.n_layers_ = len(model.coefs_) + 1
     model.out_activation_ = model._loss.link_name
-    for name, attribute in (("classes", "classes_"), ("feature_names", "feature_names_in_")):
+    for name, attribute in _LABELS.items():
         values = _read_labels(contents, name)
         if values is not None:
             setattr(model, attribute, values)
@@ -285,6 +288,10 @@ def _build_state(model: Any, contents: Contents) -> State:
     if leaves and [leaf.shape for leaf in leaves] != shapes:
         raise ValueError("its last weights are not of the shapes of the best")
     memory = schedule.init()
+    if memory is not None:
+        memory = type(memory)(*meta["schedule"])
+        if not all(isinstance(value, Real | None) for value in memory):
+            raise ValueError(f"its schedule remembers {memory}")
     kind, position, *rest = meta["generator"]
     generator = (kind, contents.array("state.generator"), position, *rest)
     np.random.RandomState().set_state(generator)  # raises unless it is one
@@ -298,10 +305,10 @@ def _build_state(model: Any, contents: Contents) -> State:
         raise ValueError(f"it counts {counts} and {begun}")
     return State(
         Arrays(leaves, [tuple(moments[i * n : (i + 1) * n]) for i in range(len(shapes))]),
-        None if memory is None else type(memory)(*meta["schedule"]),
+        memory,
         origin=(optimizer, schedule, layout, meta["backend"], meta["dtype"]),
         generator=generator,
-        begun=begun,
+        begun=begun._replace(loss=float(begun.loss)),
         watched=meta["watched"],
         best=float(meta["best"]),
         history=[
@@ -328,7 +335,6 @@ def _encode(name: str, value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, np.random.RandomState):
-        warnings.warn(f"{name}: a generator's state is not stored", UserWarning, stacklevel=5)
         return None
     if value is None or isinstance(value, str | int | float | bool):
         return value

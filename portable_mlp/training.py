@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, Epoch, pausing
-from portable_mlp.engines import ENGINES, Engine, Values
+from portable_mlp.engines import ENGINES, Engine
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
 from portable_mlp.optimizers import Moments, Optimizer
@@ -49,6 +49,9 @@ class Begun(NamedTuple):
     loss: float = 0.0
 
 
+NOT_BEGUN = Begun()
+
+
 @dataclass
 class State:
     """Where training stands: arrays on the device, counters on the host.
@@ -64,11 +67,11 @@ class State:
     generator : tuple
         State of the random generator before the run's first draw.
     steps, rows, epochs : int
-        Done, and seen, since the moments began.
+        Done, and seen, in whole epochs since the moments began.
     done : int
         Epochs of the present run; the draws of so many are repeated when it goes on.
     begun : Begun
-        The part of the next epoch that is among the steps and rows.
+        What is done of the next one.
     stalled_for : int
         Epochs in a row without progress.
     watched : {"loss", "score"}
@@ -87,7 +90,7 @@ class State:
     rows: int = 0
     epochs: int = 0
     done: int = 0
-    begun: Begun = Begun()
+    begun: Begun = NOT_BEGUN
     stalled_for: int = 0
     watched: str = "loss"
     best: float = inf
@@ -98,6 +101,11 @@ class State:
     def leaves(self) -> list[Array]:
         """The parameters to use: the best, where a score was watched, or the last."""
         return self.arrays.leaves if self.best_leaves is None else self.best_leaves
+
+    def cut_short(self) -> State:
+        """What is begun counted, but not to be ended: the next epoch is a new one."""
+        steps, rows, _ = self.begun
+        return replace(self, steps=self.steps + steps, rows=self.rows + rows, begun=NOT_BEGUN)
 
     def beside_leaves(self) -> State:
         """What is to be kept beside `leaves`: of the arrays, those that differ from them."""
@@ -195,13 +203,12 @@ class Trainer:
         )
         # Steps too: they correct the bias of moments that began at zero
         return replace(
-            old,
+            old.cut_short(),
             arrays=fresh.arrays,
             history=history,
             origin=fresh.origin,
             schedule=fresh.schedule,
             steps=0,
-            begun=Begun(),
         )
 
     def _fresh(self, params: Params) -> tuple[list[Array], list[Moments]]:
@@ -266,9 +273,17 @@ class Trainer:
 
         Raises
         ------
+        ValueError
+            If the state is in the middle of an epoch over other rows.
         DivergenceError
             If the loss or a parameter is not finite and there is nothing to restore.
         """
+        steps, seen, _ = state.begun
+        if seen != min(steps * self.batch_size, source.n_rows):
+            raise ValueError(
+                f"training stopped {seen} rows into an epoch, and goes on with the rows and the"
+                " batch size that it had"
+            )
         watched = "score" if early_stopping else "loss"
         if state.watched != watched:
             # What was best of the one says nothing of the other
@@ -378,12 +393,10 @@ class Trainer:
         """An epoch's changing numbers, a step each, and the last learning rate."""
         hypers = []
         rate = nan
-        steps, rows = state.steps - state.begun.steps, state.rows - state.begun.rows
         for i in range(n_steps):
-            step = steps + i
-            clock = Clock(step, planned_epochs * n_steps, state.epochs, rows)
+            clock = Clock(state.steps + i, planned_epochs * n_steps, state.epochs, state.rows)
             rate = self.schedule.rate(self.learning_rate, clock, state.schedule)
-            coefficients = self.optimizer.coefficients(step + 1, rate)
+            coefficients = self.optimizer.coefficients(state.steps + i + 1, rate)
             hypers.append(Hyper(self.alpha, coefficients, keys[i]))
         return hypers, rate
 
@@ -400,11 +413,12 @@ class Trainer:
 
         None if interrupted.
         """
+        steps, seen, loss = state.begun
         end = 0
         for data, rows in source.parts(self.batch_size, order):
             start = end
             end += ceil((data.x.shape[0] if rows is None else len(rows)) / self.batch_size)
-            while state.begun.steps < end:
+            while steps < end:
                 state.arrays, values = engine.run(
                     state.arrays,
                     data,
@@ -412,28 +426,22 @@ class Trainer:
                     self.batch_size,
                     hypers[start:end],
                     pauses.due,
-                    state.begun.steps - start,
+                    steps - start,
                 )
-                self._count(state, values, source.n_rows)
+                for value, penalty in values:
+                    n = min(self.batch_size, source.n_rows - seen)
+                    loss += n * (self.loss_scale * value + penalty)
+                    seen += n
+                steps += len(values)
                 if pauses.due():
+                    state.begun = Begun(steps, seen, loss)
                     pauses.hold()
-                if pauses.interrupted.is_set():
-                    return None
-        loss = state.begun.loss / source.n_rows
-        state.begun = Begun()
-        return loss
-
-    def _count(self, state: State, values: Values, n_rows: int) -> None:
-        """Add steps to what is begun."""
-        steps, before, total = state.begun
-        rows = before
-        for value, penalty in values:
-            n = min(self.batch_size, n_rows - rows)
-            total += n * (self.loss_scale * value + penalty)
-            rows += n
-        state.steps += len(values)
-        state.rows += rows - before
-        state.begun = Begun(steps + len(values), rows, total)
+                    if pauses.interrupted.is_set():
+                        return None
+        state.steps += steps
+        state.rows += seen
+        state.begun = NOT_BEGUN
+        return loss / source.n_rows
 
     def _snapshot(self, state: State) -> list[Array]:
         return self.params(self.copy(state.arrays.leaves))

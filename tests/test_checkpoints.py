@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -132,14 +133,26 @@ def test_the_twin_that_forgets(forgotten, tmp_path):
     assert same(load(checkpoint.path).continue_fit(X, LABELS), whole)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_kill_9(tmp_path, record_property):
+def run_script(*arguments):
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork")
     script = Path(__file__).parent / "killed.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(script), *map(str, arguments)],
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_kill_9_finds_a_careless_writer(tmp_path):
+    """The twin: written in place, the checkpoint is broken when the writing is."""
+    broken = [row for row in run_script(tmp_path, "careless") if "broken" in row]
+    assert {tuple(row["moment"]) for row in broken} >= {("write", 1), ("write", 2), ("write", 12)}
+    assert all("is not a model file, or is damaged" in row["broken"] for row in broken)
+
+
+def test_kill_9(tmp_path, record_property):
+    found = run_script(tmp_path)
     for row in found:
         where = (
             "no checkpoint" if row["begun"] is None else "epoch {}, step {}".format(*row["begun"])
@@ -241,5 +254,44 @@ def test_what_a_checkpoint_cannot_do(tmp_path):
     with pytest.raises(ValueError, match="solver='lbfgs' cannot take a checkpoint"):
         model.fit(X, LABELS)
     model = MLPClassifier(max_iter=1, callbacks=[Checkpoint(tmp_path / "none" / "x", every=0)])
-    with pytest.raises(FileNotFoundError, match="cannot save.*none/x"):
+    with pytest.raises(FileNotFoundError, match="no folder for the checkpoint.*none/x"):
         model.fit(X, LABELS)
+
+
+def test_other_rows_in_the_middle_of_an_epoch_are_refused(tmp_path):
+    checkpoint = Once(tmp_path / "checkpoint", 18)
+    MLPClassifier(**SETTINGS, callbacks=[checkpoint]).fit(X, LABELS)
+    model = load(checkpoint.path)
+    assert model._state.begun.steps == 7
+    with pytest.raises(ValueError, match="224 rows into an epoch, and goes on with the rows"):
+        model.continue_fit(X[:100], LABELS[:100])
+    with pytest.raises(ValueError, match="the batch size that it had"):
+        model.set_params(batch_size=50).continue_fit(X, LABELS)
+
+
+def test_a_generator_as_seed(tmp_path):
+    """Its state is in the checkpoint, so a checkpoint does not warn as a model file does."""
+    settings = {**SETTINGS, "random_state": np.random.RandomState(1)}
+    checkpoint = Once(tmp_path / "checkpoint", 18)
+    whole = MLPClassifier(**settings, callbacks=[checkpoint]).fit(X, LABELS)
+    assert same(load(checkpoint.path).continue_fit(X, LABELS), whole)
+
+
+def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
+    whole = MLPClassifier(**SETTINGS).fit(X, LABELS)
+    checkpoint = EverySteps(tmp_path / "checkpoint", None)
+    saved = []
+    replace = os.replace
+
+    def full_after_two(old, new):
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved.append(new)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", full_after_two)
+    with pytest.warns(RuntimeWarning, match="No space left.*checkpoint.*training goes on"):
+        model = MLPClassifier(**SETTINGS, callbacks=[checkpoint]).fit(X, LABELS)
+    assert same(model, whole)
+    assert os.listdir(tmp_path) == ["checkpoint"]
+    assert load(checkpoint.path)._state.begun.steps == 6  # the last that fitted

@@ -192,7 +192,7 @@ def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):
         patch.setattr(NumPyDialect, "gather", gather)
         assert t.fit(state, source(x, y), 10, np.random.RandomState(0)) == "interrupted"
     assert signal.getsignal(signal.SIGINT) is before
-    assert state.steps == 3
+    assert state.begun.steps == 3
     assert not state.history
     # The very parameters of a run that was asked for three batches
     same = start(t)
