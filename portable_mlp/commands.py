@@ -117,7 +117,8 @@ def evaluate(
 
     evaluation = evaluate_file(load_stored(model, where.device, where.backend), data)
     print(f"{len(evaluation.y)} rows")
-    _print_table([{"": name, " ": value} for name, value in evaluation.scores().items()])
+    for name, value in evaluation.scores().items():
+        print(f"{name} {value:.6g}")
     if evaluation.classes is not None:
         _print_table(evaluation.by_class())
 

@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to, which takes its place when the block ends.
 
-    It is forced to the disk before it does; if the block raises, it is removed, and
-    what was there before stays.
+    What was written is forced to the disk before it does.  If the block raises, or the
+    process ends, what was there before is what remains.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; it names ``path``.
     """
-    beside = None
+    target = Path(os.path.realpath(path))  # not the link, but what it leads to
+    beside = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.part{target.suffix}")
     try:
-        handle, name = tempfile.mkstemp(f"-{path.name}", ".", path.parent)
-        beside = Path(name)
-        os.close(handle)
+        beside.touch(exist_ok=False)
         yield beside
-        with open(beside, "rb") as file:
+        with open(beside, "r+b") as file:
             os.fsync(file.fileno())
-        beside.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone
-        beside.replace(path)
+        os.replace(beside, target)
+        if os.name == "posix":  # elsewhere folders cannot be opened
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the name, too, is on the disk
+            finally:
+                os.close(folder)
     except BaseException as error:
-        if beside is not None:
-            beside.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk, even if there is no such file
+            beside.unlink()
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+            said = f"cannot save: {os.strerror(error.errno)}"
+            raise OSError(error.errno, said, str(path)) from error
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
