@@ -180,6 +180,24 @@ def test_importance_is_what_shuffling_a_column_costs(target, runs):
         assert std < 4 * np.std(costs) + 1e-4
 
 
+def test_many_classes_are_told_by_what_they_are_taken_for(tmp_path, rng):
+    X = rng.standard_normal((400, 3))
+    y = np.repeat(np.arange(40), 10)
+    np.savez(tmp_path / "t.npz", X=X, y=[f"c{i:02}" for i in y])
+    shown = page(run(tmp_path / "run", "--data", tmp_path / "t.npz", "--target", "y"))
+    ((header, *rows),) = shown.tables["confusion"]
+    assert header == ["class", "predicted", "rows"]
+    _, test = train_test_split(np.arange(400), test_size=0.2, random_state=0, stratify=y)
+    predicted = load(tmp_path / "run/model.safetensors").predict(X[test])
+    truth = np.array([f"c{i:02}" for i in y])[test]
+    counts = [int(count) for _, _, count in rows]
+    assert counts == sorted(counts, reverse=True)
+    assert len(rows) == 30
+    for a, b, count in rows:
+        assert a != b
+        assert int(count) == np.sum((truth == a) & (predicted == b)) > 0
+
+
 def test_data_and_how_it_was_made(runs):
     shown = page(runs["sex"])
     ((_, *rows),) = shown.tables["data"]
