@@ -199,6 +199,8 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     if settings.optimizer == "lbfgs" and settings.checkpoint_every is not None:
         raise ValueError("--checkpoint-every is for the other optimizers: lbfgs cannot go on")
     table = read(settings)
+    if _stops_early(settings) and len(table.y) <= 10:  # a tenth has to be two
+        raise ValueError(f"{len(table.y)} rows are too few to hold some out: --no-early-stopping")
     say(
         f"{'classification' if table.classify else 'regression'}: {len(table.y)} rows to train on,"
         f" {len(table.y_test)} to test, {len(table.used)} columns"
@@ -275,6 +277,7 @@ def _fit(
         max_iter=settings.epochs,
         device=settings.where.device,
         backend=settings.where.backend,
+        scoring=_log_score if table.classify and _stops_early(settings) else None,
     )
     with _named_shortage(settings, len(y)), _noted_interrupt() as interrupted:
         if settings.optimizer == "lbfgs":
@@ -285,7 +288,7 @@ def _fit(
                 interrupted += [True] * event.is_set()
         else:
             model.continue_fit(numbers, y)  # on a new model, it begins
-    model.set_params(callbacks=None)
+    model.set_params(callbacks=None, scoring=None)
     if scaler is not None:
         # y = mean + scale · ŷ is linear: the output layer can do it itself
         real = model.coefs_[-1].dtype.type
@@ -296,22 +299,32 @@ def _fit(
 
 
 def _new_model(settings: Training, table: Table) -> Any:
-    early = settings.early_stopping and settings.optimizer != "lbfgs"
     estimator = MLPClassifier if table.classify else MLPRegressor
     return estimator(
-        # Accuracy on a few rows stands still for long, and stops training early
-        scoring="neg_log_loss" if table.classify and early else None,
         hidden_layer_sizes=settings.hidden,
         activation=settings.activation,
         solver=settings.optimizer,
         learning_rate_init=settings.learning_rate,
         batch_size=_batch_size(settings, len(table.y)),
         dropout=settings.dropout,
-        early_stopping=early,
+        early_stopping=_stops_early(settings),
         n_iter_no_change=settings.patience,
         random_state=settings.seed,
         dtype=settings.dtype,
     )
+
+
+def _stops_early(settings: Training) -> bool:
+    return settings.early_stopping and settings.optimizer != "lbfgs"
+
+
+def _log_score(model: Any, X: Any, y: NDArray[Any]) -> float:
+    """Mean log-likelihood of labels: accuracy stands still for long on the few held-out rows.
+
+    scikit-learn's would have every class among them.
+    """
+    logs = model.predict_log_proba(X)
+    return float(logs[np.arange(len(y)), np.searchsorted(model.classes_, y)].mean())
 
 
 def _batch_size(settings: Training, n_rows: int) -> int:
