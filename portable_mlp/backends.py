@@ -371,6 +371,18 @@ def move(x: Any, to: Backend, dtype: str | None = None) -> Array:
     return to.asarray(x if home == to or isinstance(home, NumPyBackend) else home.to_host(x), dtype)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a want of memory, on the host or on a device.
+
+    CuPy's is a MemoryError; torch has a class of its own; JAX says so in its message.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
 def _import(library: str, remedy: str) -> Any:
     try:
         return import_module(library)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from math import isnan, nan
 from typing import Any, NamedTuple
 
@@ -88,46 +89,65 @@ def pausing(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 class Progress(Callback):
-    """A progress bar on a terminal, plain lines anywhere else."""
+    """A progress bar on a terminal, plain lines anywhere else.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    full : bool, default=False
+        Whether lines tell what the bar does; else they are scikit-learn's.
+    """
+
+    def __init__(self, full: bool = False) -> None:
         from rich.console import Console
 
         self._console = Console()
+        self._full = full
         self._bar: Any = None
+        self._before: int | None = None
 
     def on_fit_begin(self, max_epochs: int) -> None:
+        self._max_epochs = max_epochs
         if not self._console.is_terminal:
             return
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn
 
+        # The bar takes the room that the text leaves
         self._bar = Progress(
-            TextColumn("epoch"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
+            TextColumn("epoch {task.completed:.0f}/{task.total:.0f} {task.description}"),
+            BarColumn(bar_width=None),
             console=self._console,
+            expand=True,
         )
         self._task = self._bar.add_task("", total=max_epochs)
         self._bar.start()
 
+    def on_epoch_begin(self, epoch: int) -> None:
+        if self._before is None:
+            self._before = epoch - 1  # not 0 where training goes on
+
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> None:
-        score = epoch.validation_score
         if self._bar is not None:
-            text = f"loss {epoch.loss:.4g}" + ("" if isnan(score) else f"  validation {score:.4f}")
-            self._bar.update(self._task, completed=epoch.epoch, description=text)
-            return
-        print(f"Iteration {epoch.epoch}, loss = {epoch.loss:.8f}")
-        if not isnan(score):
-            print(f"Validation score: {score:f}")
+            self._bar.update(self._task, completed=epoch.epoch, description=self._told(epoch))
+        elif self._full:
+            print(f"epoch {epoch.epoch}/{self._max_epochs} {self._told(epoch)}", flush=True)
+        else:
+            print(f"Iteration {epoch.epoch}, loss = {epoch.loss:.8f}")
+            if not isnan(epoch.validation_score):
+                print(f"Validation score: {epoch.validation_score:f}")
 
     def on_fit_end(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _told(self, epoch: Epoch) -> str:
+        """Losses, validation score, learning rate, epochs a second, and the time left."""
+        numbers = {
+            "loss": f"{epoch.loss:.4g}",
+            "val": f"{epoch.validation_loss:.4g}",
+            "score": f"{epoch.validation_score:.3f}",
+            "lr": f"{epoch.learning_rate:.3g}",
+        }
+        rate = (epoch.epoch - (self._before or 0)) / max(epoch.seconds, 1e-9)
+        left = timedelta(seconds=round((self._max_epochs - epoch.epoch) / rate))
+        told = [f"{name} {value}" for name, value in numbers.items() if value != "nan"]
+        return " ".join([*told, f"{rate:.{0 if rate >= 10 else 2}f}/s", f"{left} left"])

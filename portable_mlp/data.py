@@ -1,18 +1,32 @@
-"""Tables: from a CSV file or a bundled data set to columns and a target."""
+"""Tables: from files, or a bundled data set, to rows and a target."""
 
 from __future__ import annotations
 
 import csv
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 _MISSING = ["", "NA", "N/A", "NaN", "nan", "null"]
+_AT_ONCE = 2**17  # rows of a whole file that are looked at together
+_ARRAYS = (".npy", ".npz")
 
 BUNDLED = ("digits", "breast_cancer", "iris", "wine", "diabetes")
 """Data sets that ship with scikit-learn; the last is a regression."""
+
+PENGUINS = Path(__file__).with_name("penguins.csv")
+"""Birds of three species, to tell their sex (Gorman et al. 2014, doi:10.1371/journal.pone.0090081).
+
+Numbers, text, booleans, dates and missing values, by way of the palmerpenguins package; CC0.
+"""
 
 
 def load_bundled(name: str) -> tuple[Any, NDArray[Any]]:
@@ -23,12 +37,188 @@ def load_bundled(name: str) -> tuple[Any, NDArray[Any]]:
     return X, y
 
 
+def bundled_table(name: str) -> Any:
+    """A data set of `BUNDLED`, or the mixed columns of `PENGUINS`, the target the last."""
+    if name == PENGUINS.stem:
+        return read_table([PENGUINS])
+    import sklearn.datasets
+
+    pl = _polars()
+    data = getattr(sklearn.datasets, f"load_{name}")()
+    frame = pl.DataFrame(np.asarray(data.data), schema=list(map(str, data.feature_names)))
+    target = data.target_names[data.target] if "target_names" in data else data.target
+    return frame.with_columns(pl.Series("target", target.tolist()))
+
+
+def is_array_file(path: Path) -> bool:
+    """Whether a file holds arrays, whose columns have no names but their positions."""
+    return path.suffix.lower() in _ARRAYS
+
+
+def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
+    """All rows of one or more files.
+
+    A file is Parquet, ``.npy`` or ``.npz`` by its name, and CSV otherwise.  CSV columns
+    are separated by commas, semicolons or tabs, whatever the first line has most of; the
+    first line is a header unless all of its fields but the target's are numbers.  Empty
+    fields and NA, N/A, NaN, nan, null are missing values.  The columns of an array are
+    called column_0, column_1, …, as are those of a CSV
+    without header; in an ``.npz`` by the array's name, such as X_0.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        With the same columns, in any order.
+    target : str, default="-1"
+        The target's name or position, to tell a header from numbers.
+
+    Returns
+    -------
+    polars.DataFrame
+
+    Raises
+    ------
+    ValueError
+        If a file is empty, malformed or unlike the first.
+    """
+    pl = _polars()
+    frames: list[Any] = []
+    for path in map(Path, paths):
+        parts = list(_parts(path, None, target, None, {}))
+        if not parts or not parts[0].height:
+            raise ValueError(f"{path} has a header and no rows")
+        frame = pl.concat(parts)
+        if frames:
+            check_columns(path, frames[0].columns, frame.columns)
+            frame = frame.select(frames[0].columns)
+        frames.append(frame)
+    try:
+        return plain_types(pl.concat(frames, how="vertical_relaxed"))
+    except pl.exceptions.PolarsError as error:
+        named = ", ".join(map(str, paths))
+        raise ValueError(f"{named}: columns of the same name differ in type: {error}") from error
+
+
+def read_chunks(
+    paths: Sequence[Path], kinds: dict[str, str], rows: int | None, known: Sequence[str] = ()
+) -> Iterator[Any]:
+    """The columns that a model takes, a few rows at a time.
+
+    Memory is that of one chunk, except for ``.npz``, which has to be read whole.
+
+    Parameters
+    ----------
+    paths : sequence of path
+    kinds : dict
+        From the columns' names to their kinds, see `portable_mlp.preprocessing.KINDS`.
+    rows : int or None
+        At most, in a chunk; None for all of a file.
+    known : sequence of str
+        Other columns that errors do not call extra.
+
+    Yields
+    ------
+    polars.DataFrame
+
+    Raises
+    ------
+    ValueError
+        If columns are missing (it says which there are instead), or hold values of
+        another kind.
+    """
+    from portable_mlp.preprocessing import KINDS
+
+    pl = _polars()
+    types = {name: KINDS[kind] for name, kind in kinds.items()}
+    for path in map(Path, paths):
+        for frame in _parts(path, rows, None, list(kinds), types):
+            check_columns(path, list(kinds), frame.columns, [*kinds, *known])
+            try:
+                yield plain_types(frame.select(list(kinds))).cast(types)
+            except pl.exceptions.PolarsError as error:
+                raise ValueError(f"{path} is not what the model learned from: {error}") from error
+
+
+def split_target(frame: Any, target: str, source: str) -> tuple[Any, NDArray[Any], str]:
+    """Take the target out of a table.
+
+    Parameters
+    ----------
+    frame : polars.DataFrame
+    target : str
+        A column's name, or its position (from the end if negative).
+    source : str
+        What the table is called in errors.
+
+    Returns
+    -------
+    X : polars.DataFrame
+    y : ndarray (n_samples,)
+    name : str
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, it is alone, or values are missing in it.
+    """
+    name = find_column(frame.columns, target, source)
+    if frame.width < 2:
+        raise ValueError(
+            f"{source} holds the target {name!r} alone: there is nothing to learn from"
+        )
+    y = frame[name]
+    if y.null_count():
+        raise ValueError(f"{source}: the target {name!r} is missing in {y.null_count()} rows")
+    if y.dtype.is_float() and not y.is_finite().all():
+        raise ValueError(f"{source}: the target {name!r} has values that are not finite")
+    if y.dtype.is_temporal() or y.dtype.is_nested():
+        raise ValueError(f"{source}: the target {name!r} is neither labels nor numbers: {y.dtype}")
+    values: NDArray[Any] = y.to_numpy()
+    if values.dtype.kind == "O":
+        values = values.astype(str)
+    return frame.drop(name), values, name
+
+
+def find_column(names: Sequence[str], wanted: str, source: str) -> str:
+    """The name of a column that is given by its name or its position."""
+    if wanted in names:
+        return wanted
+    if re.fullmatch(r"-?\d+", wanted):
+        if -len(names) <= int(wanted) < len(names):
+            return names[int(wanted)]
+        raise ValueError(f"{source} has {len(names)} columns; there is no column {wanted}")
+    near = get_close_matches(wanted, names)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"{source} has no column {wanted!r}; it has: {_listed(names)}.{hint}")
+
+
+def check_columns(
+    path: Path, expected: Sequence[str], found: Sequence[str], known: Sequence[str] | None = None
+) -> None:
+    """Raise a ValueError that says which columns are missing, and which are extra.
+
+    With ``known``, columns that may be there, extra ones alone are no error.
+    """
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in (known or expected)]
+    if not missing and (known is not None or not extra):
+        return
+    said = [f"missing: {_listed(missing)}"] if missing else []
+    said += [f"extra: {_listed(extra)}"] if extra else []
+    raise ValueError(f"{path} has other columns than expected; {'; '.join(said)}")
+
+
+def plain_types(frame: Any) -> Any:
+    """Decimals as floating-point numbers, categories as text, all times as UTC."""
+    pl = _polars()
+    plain = {pl.Decimal: pl.Float64, pl.Categorical: pl.String, pl.Enum: pl.String}
+    plain |= {pl.Datetime: pl.Datetime}  # without a time zone
+    return frame.cast({name: plain[t.base_type()] for name, t in frame.schema.items()
+                       if t.base_type() in plain})  # fmt: skip
+
+
 def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any]]:
     """Read a CSV file and split off the target column.
-
-    Columns are separated by commas, semicolons or tabs, whatever the first line has most
-    of.  The first line is a header unless all of its fields but the target's are numbers.
-    Empty fields and NA, N/A, NaN, nan, null are missing values.
 
     Parameters
     ----------
@@ -46,52 +236,175 @@ def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any
     ValueError
         If the file is empty or malformed, has no such column, or holds the target alone.
     """
-    try:
-        import polars as pl
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reading CSV files needs polars: pip install 'portable_mlp[cli]'"
-        ) from error
+    X, y, _ = split_target(read_table([Path(path)], str(target)), str(target), str(path))
+    return X, y
 
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        line = file.readline()
+
+# ------------------------------------------------------------------ files
+
+
+def _parts(
+    path: Path,
+    rows: int | None,
+    target: str | None,
+    names: list[str] | None,
+    types: dict[str, Any],
+) -> Iterator[Any]:
+    """Frames of at most ``rows`` rows; of any number if that is None."""
+    pl = _polars()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    read = {".parquet": _parquet_parts, ".pq": _parquet_parts} | dict.fromkeys(
+        _ARRAYS, _array_parts
+    )
+    try:
+        if (reader := read.get(path.suffix.lower())) is not None:
+            yield from reader(path, rows)
+        else:
+            yield from _csv_parts(path, rows, target, names, types)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _parquet_parts(path: Path, rows: int | None) -> Iterator[Any]:
+    lazy = _polars().scan_parquet(path)
+    height = lazy.select(_polars().len()).collect().item()
+    for start in range(0, height, rows or max(height, 1)):
+        yield lazy.slice(start, rows).collect()
+
+
+def _array_parts(path: Path, rows: int | None) -> Iterator[Any]:
+    try:
+        loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+        columns: dict[str, NDArray[Any]] = {}
+        for name, array in {"": loaded}.items() if path.suffix == ".npy" else loaded.items():
+            if array.ndim not in (1, 2):
+                raise ValueError(f"its array {name} has {array.ndim} dimensions")
+            if array.ndim == 1:
+                columns[name or "column_0"] = array
+            else:
+                columns |= {f"{name or 'column'}_{i}": a for i, a in enumerate(array.T)}
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    lengths = {len(array) for array in columns.values()}
+    if len(lengths) != 1:
+        raise ValueError(f"{path} holds arrays of different lengths: {sorted(lengths)}")
+    (height,) = lengths
+    for start in range(0, height, rows or max(height, 1)):
+        part = slice(start, start + (rows or height))
+        frame = _polars().DataFrame({k: np.ascontiguousarray(a[part]) for k, a in columns.items()})
+        yield frame.fill_nan(None)
+
+
+def _csv_parts(
+    path: Path,
+    rows: int | None,
+    target: str | None,
+    names: list[str] | None,
+    types: dict[str, Any],
+) -> Iterator[Any]:
+    pl = _polars()
+    first, separator = _first_line(path)
+    header = _has_header(first, target, names)
+
+    columns = None if header else [f"column_{i}" for i in range(len(first))]
+
+    def parse(source: Any, has_header: bool) -> Any:
+        return pl.read_csv(
+            source,
+            separator=separator,
+            has_header=has_header,
+            new_columns=columns,
+            null_values=_MISSING,
+            infer_schema_length=0 if types else None,
+            schema_overrides=types,
+        )
+
+    blocks = _checked_blocks(path, separator, len(first), header, rows or _AT_ONCE)
+    if rows is None:
+        for _ in blocks:
+            pass
+        frame = parse(path, header)
+        yield frame if types else _with_dates(frame)
+        return
+    for number, block in enumerate(blocks):
+        frame = parse(BytesIO(block), header and number == 0)
+        columns = frame.columns
+        if frame.height:
+            yield frame
+
+
+def _with_dates(frame: Any) -> Any:
+    """Text that is dates throughout, as dates."""
+    pl = _polars()
+    for column in frame.select(pl.col(pl.String)):
+        if column.null_count() < len(column):
+            with suppress(pl.exceptions.PolarsError):
+                frame = frame.with_columns(column.str.to_datetime())
+    return frame
+
+
+def _first_line(path: Path) -> tuple[list[str], str]:
+    """The fields of the first line, and what separates them."""
+    with open(path, "rb") as file:
+        line = next(_text_lines(path, file), "")
     if not line.strip():
         raise ValueError(f"{path} is empty, or begins with an empty line")
     separator = max(",;\t", key=line.count)
-    first = next(csv.reader([line], delimiter=separator))
-    skip = target % len(first) if isinstance(target, int) and -len(first) <= target else None
-    has_header = isinstance(target, str) or not all(
-        _is_number(field) for i, field in enumerate(first) if i != skip
-    )
-    try:
-        table = pl.read_csv(
-            path,
-            separator=separator,
-            has_header=has_header,
-            null_values=_MISSING,
-            infer_schema_length=None,
-        )
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if table.height == 0:
-        raise ValueError(f"{path} has a header and no rows")
-    if isinstance(target, int):
-        if not -table.width <= target < table.width:
-            raise ValueError(f"{path} has {table.width} columns; there is no column {target}")
-        target = table.columns[target]
-    if target not in table.columns:
-        raise ValueError(f"{path} has no column {target!r}; it has: {', '.join(table.columns)}")
-    if table.width < 2:
-        raise ValueError(
-            f"{path} holds the target {target!r} alone: there is nothing to learn from"
-        )
-    y = table[target]
-    if y.null_count():
-        raise ValueError(f"{path}: the target {target!r} is missing in {y.null_count()} rows")
-    values: NDArray[Any] = y.to_numpy()
-    if values.dtype.kind == "O":
-        values = values.astype(str)
-    return table.drop(target), values
+    return next(csv.reader([line], delimiter=separator)), separator
+
+
+def _has_header(first: list[str], target: str | None, names: list[str] | None) -> bool:
+    if names is not None:
+        made_up = all(re.fullmatch(r"column_\d+", name) for name in names)
+        return not made_up or any(field in names for field in first)
+    if target is None or not re.fullmatch(r"-?\d+", target):
+        return True
+    position = int(target) % len(first) if -len(first) <= int(target) < len(first) else None
+    return not all(_is_number(field) for i, field in enumerate(first) if i != position)
+
+
+def _checked_blocks(
+    path: Path, separator: str, width: int, header: bool, rows: int
+) -> Iterator[bytes]:
+    """The text, ``rows`` rows at a time, once each row has as many fields as the first.
+
+    Polars fills a short row with missing values, and does not say where a long one is.
+    """
+    lines: list[str] = []
+
+    def keep(text: Iterable[str]) -> Iterator[str]:
+        for line in text:
+            lines.append(line)
+            yield line
+
+    with open(path, "rb") as file:
+        reader = csv.reader(keep(_text_lines(path, file)), delimiter=separator)
+        try:
+            for number, fields in enumerate(reader, 0 if header else 1):
+                if len(fields) != width and not (width == 1 and not fields):
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: {len(fields)} fields, where the first"
+                        f" line has {width}"
+                    )
+                if number and number % rows == 0:
+                    yield "".join(lines).encode()
+                    lines.clear()
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    if lines:
+        yield "".join(lines).encode()
+
+
+def _text_lines(path: Path, file: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            raise ValueError(
+                f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8 text; save it as UTF-8"
+            ) from error
 
 
 def _is_number(field: str) -> bool:
@@ -102,29 +415,16 @@ def _is_number(field: str) -> bool:
     return True
 
 
-def make_preprocessing(X: Any, dtype: str) -> Any:
-    """A transformer, not fitted, from a table to scaled numbers.
+def _listed(names: Sequence[str], at_most: int = 20) -> str:
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
 
-    Numbers are scaled to mean 0 and variance 1, missing ones set to the median;
-    everything else is one-hot encoded.
 
-    Parameters
-    ----------
-    X : ndarray or polars.DataFrame
-    dtype : {"float32", "float64"}
-        Of the result.
-    """
-    from sklearn.compose import make_column_transformer
-    from sklearn.impute import SimpleImputer
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
-
-    def scale() -> Any:
-        return make_pipeline(SimpleImputer(strategy="median"), StandardScaler())
-
-    if isinstance(X, np.ndarray):
-        return make_pipeline(scale())
-    numbers = [name for name, kind in X.schema.items() if kind.is_numeric()]
-    others = [name for name in X.columns if name not in numbers]
-    one_hot = OneHotEncoder(handle_unknown="ignore", sparse_output=False, dtype=dtype)
-    return make_column_transformer((scale(), numbers), (one_hot, others))
+def _polars() -> Any:
+    try:
+        import polars
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading tables needs polars: pip install 'portable_mlp[cli]'"
+        ) from error
+    return polars

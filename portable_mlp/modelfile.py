@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -24,6 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save as to_bytes
+
+from portable_mlp.files import replacing
 
 FORMAT = "portable_mlp/2"
 
@@ -71,31 +72,9 @@ def write(path: str | Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]
 
 def write_whole(path: str | Path, parts: list[bytes | memoryview]) -> Path:
     """Write a file of these parts, in place of what was there: all of it, or nothing."""
-    try:
-        _replace(Path(path), parts)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot save: {error.strerror}", str(path)) from error
+    with replacing(path) as beside, open(beside, "wb") as file:
+        file.writelines(parts)
     return Path(path)
-
-
-def _replace(path: Path, parts: list[bytes | memoryview]) -> None:
-    target = Path(os.path.realpath(path))  # not the link, but what it leads to
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(temporary, "xb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere folders cannot be opened
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too, is on the disk
-        finally:
-            os.close(folder)
 
 
 # ---------------------------------------------------------------- reading

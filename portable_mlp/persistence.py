@@ -53,7 +53,8 @@ _LABELS = {"classes": "classes_", "feature_names": "feature_names_in_"}
 _CURVES = ("loss_curve_", "validation_loss_curve_", "validation_scores_")
 _COUNTS = ("steps", "rows", "epochs", "done", "stalled_for")
 _MOST_DIRECTORY = 2**20  # bytes, of some 65 for each array of the preprocessing
-_TRUSTED = ["numpy.dtype"]  # a parameter of scikit-learn's encoders
+# A parameter of scikit-learn's encoders, and this library's own transformer
+_TRUSTED = ["numpy.dtype", "portable_mlp.preprocessing.DateParts"]
 
 
 def save(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 
@@ -104,29 +103,15 @@ class LossCurveDisplay:
         return self
 
 
-def plot_learning_curve(model: Any, path: str | Path) -> Path:
-    """Write a `LossCurveDisplay` as a PNG, without pyplot.
-
-    Parameters
-    ----------
-    model : MLPClassifier or MLPRegressor
-    path : path
-        Overwritten.
-
-    Returns
-    -------
-    Path
+def figure(**options: Any) -> Any:
+    """A matplotlib Figure without pyplot, which would keep it.
 
     Raises
     ------
     ModuleNotFoundError
         If matplotlib is missing; the message names what to install.
     """
-    figure = _matplotlib().Figure(figsize=(7.0, 4.0), layout="constrained")
-    LossCurveDisplay.from_estimator(model, ax=figure.subplots())
-    path = Path(path)
-    figure.savefig(path, dpi=150)
-    return path
+    return _matplotlib().Figure(**options)
 
 
 def _matplotlib() -> Any:

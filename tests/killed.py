@@ -105,7 +105,7 @@ def write_in_place(path, parts):
 def main(folder, careless):
     warnings.simplefilter("ignore")
     if careless:
-        modelfile._replace = write_in_place
+        modelfile.write_whole = write_in_place
     for name, fit in CASES.items():
         whole = fit()
         for i, moment in enumerate(MOMENTS):

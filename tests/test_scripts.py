@@ -17,6 +17,7 @@ from portable_mlp.data import read_csv
 pytest.importorskip("polars")
 pytest.importorskip("skops")
 pytest.importorskip("matplotlib")
+pytest.importorskip("cyclopts")
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -63,11 +64,10 @@ def test_recipe_reads_a_csv_with_or_without_a_header(header, tmp_path):
     assert "on 40 rows" in run("train_binary.py", "--data", tmp_path / "table.csv").stdout
 
 
-def test_train_leaves_a_picture_and_a_model_that_predicts(tmp_path):
+def test_train_leaves_a_report_and_a_model_that_predicts(tmp_path):
     out = run("train.py", "--device", "cpu", "--epochs", 30, cwd=tmp_path).stdout
     assert float(re.search(r"test  accuracy (\S+)", out)[1]) > 0.9
-    png = tmp_path / "runs/latest/learning_curve.png"
-    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "runs/latest/report.html").read_text(encoding="utf-8")
     from sklearn.datasets import load_digits
 
     X, y = load_digits(return_X_y=True)
@@ -96,14 +96,18 @@ def test_regression_on_a_csv_maps_the_target_back(tmp_path):
     X, y = read_csv(tmp_path / "houses.csv", "price")
     model = load(tmp_path / "runs/latest/model.safetensors")
     assert np.allclose(y, price, atol=0.01)
-    assert abs(model.predict(X).mean() - price.mean()) < 2000
+    predicted = model.predict(X)
+    assert abs(predicted.mean() - price.mean()) < 2000
+    run("predict.py", "runs/latest/model.safetensors", "houses.csv", cwd=tmp_path)
+    written = np.loadtxt(tmp_path / "predictions.csv", skiprows=1)
+    np.testing.assert_allclose(written, predicted, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--target", "prise"], "has no column 'prise'; it has: a, year, price, kind"),
-        (["--activation", "rleu"], "Did you mean 'relu'"),
+        (["--activation", "rleu"], 'Did you mean "relu"'),
         (["--backend", "numpy", "--device", "gpu"], "backend='numpy' computes on the CPU only"),
     ],
 )
@@ -149,7 +153,7 @@ def test_separators_and_missing_values(separator, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a,b,c\n1,2,3\n1,2,3,4,5\n", "cannot be read"),
+        ("a,b,c\n1,2,3\n1,2,3,4,5\n", "line 3: 5 fields"),
         ("a,b,c\n", "has a header and no rows"),
         ("a,b\n1,2\n3,NA\n", "target 'b' is missing in 1 rows"),
     ],

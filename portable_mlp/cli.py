@@ -1,0 +1,63 @@
+"""The program: runs a command, and turns what goes wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from portable_mlp.backends import BackendError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``portable-mlp``.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Without the program's name; the process's own if not given.
+
+    Returns
+    -------
+    int
+        0; 2 after an error, which is one line on stderr, unless ``--debug`` shows where
+        it comes from; 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        from cyclopts import CycloptsError
+
+        from portable_mlp.commands import app
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}: pip install 'portable_mlp[cli]'")
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line
+        try:
+            return (
+                app(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0
+            )
+        except (
+            CycloptsError, BackendError, OSError, ValueError, MemoryError, ModuleNotFoundError
+        ) as error:  # fmt: skip
+            if "--debug" in argv:
+                raise
+            return _fail(_message(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        named = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{named}"
+    return str(error) or "out of memory"
+
+
+def _fail(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)
