@@ -228,6 +228,12 @@ def replayed(program, block=1 << 20):
         donated = [np.array(a) for a in wanted]
 
 
+def test_a_choice_is_not_written_over_its_condition():
+    """In blocks, where scratch memory is used again."""
+    steps = [("tanh", 0, 0), ("where", 0, 4), *[("tanh", 0, 0)] * 3, ("tanh", 23, 0)]
+    replayed(([*steps, ("tanh", 0, 0)], [0, 0, 20], 0), block=10)
+
+
 @settings(max_examples=300, deadline=None)
 @given(programs())
 def test_programs_at_random(program):

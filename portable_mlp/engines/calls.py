@@ -412,7 +412,11 @@ class _Plan:
 
     def _place_scratch(self, x: Node, left: dict[Node, int], spare: list[int], rows: int) -> None:
         """A result that only its own segment reads: a block of it is enough."""
-        self._retire(x, left, spare)
+        # An operand's memory serves if each element is read before it is written over
+        alike = all(o.dtype.itemsize == x.dtype.itemsize for o in x.arrays)
+        over_operands = alike and x.op != "where"
+        if over_operands:
+            self._retire(x, left, spare)
         n_bytes = rows * (x.n_bytes // x.shape[0])
         fits = [s for s in spare if self.scratch[s] >= n_bytes]
         if fits:
@@ -422,6 +426,8 @@ class _Plan:
             number = len(self.scratch)
             self.scratch.append(n_bytes)
         self.place[x] = -1 - number, 0
+        if not over_operands:
+            self._retire(x, left, spare)
 
     def _retire(self, x: Node, left: dict[Node, int], spare: list[int]) -> None:
         """Scratch memory that x is the last to read; an elementwise result may go there."""
