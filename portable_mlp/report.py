@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ def report(run: Run) -> str:
         run=run,
         table=table,
         scores=scores,
-        curves=_curves(run) if run.history else None,
+        curves=_svg(partial(learning_curves, run), "learning curves") if run.history else None,
         kept=_kept_epoch(run),
         classes=None if test.classes is None else _classes(test),
         residuals=None if test.classes is not None else _residuals(test, table.target),
@@ -93,30 +94,27 @@ def _svg(draw: Any, name: str, size: tuple[float, float] = (4.6, 3.2)) -> Markup
     )
 
 
-def _curves(run: Run) -> Markup:
+def learning_curves(run: Run, ax: Any) -> None:
+    """Draw a run's losses, and its score, over the epochs."""
     from matplotlib.ticker import LogLocator
 
     kept = _kept_epoch(run)
     columns = {name: [getattr(e, name) for e in run.history] for name in run.history[0]._fields}
     validated = not np.isnan(columns["validation_loss"]).all()
-
-    def draw(ax: Any) -> None:
-        LossCurveDisplay(
-            columns["loss"],
-            columns["validation_loss"] if validated else None,
-            # Of a classification it is the loss once more
-            columns["validation_score"] if validated and not run.table.classify else None,
-        ).plot(ax=ax)
-        if validated:
-            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-        if ax.get_yscale() == "log":
-            ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}")
-        if kept is not None:
-            ax.axvline(kept, color="#889", linestyle=":", linewidth=1)
-
-    return _svg(draw, "learning curves")
+    LossCurveDisplay(
+        columns["loss"],
+        columns["validation_loss"] if validated else None,
+        # Of a classification it is the loss once more
+        columns["validation_score"] if validated and not run.table.classify else None,
+    ).plot(ax=ax)
+    if validated:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    if ax.get_yscale() == "log":
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
+    if kept is not None:
+        ax.axvline(kept, color="#889", linestyle=":", linewidth=1)
 
 
 def _kept_epoch(run: Run) -> int | None:

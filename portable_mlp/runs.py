@@ -32,6 +32,7 @@ from portable_mlp.data import PENGUINS, bundled_table, is_array_file, read_table
 from portable_mlp.evaluation import Evaluation, Importance, evaluate, importances
 from portable_mlp.files import replacing
 from portable_mlp.persistence import read_metadata
+from portable_mlp.plots import figure
 from portable_mlp.preprocessing import (
     check_finite,
     column_kinds,
@@ -39,11 +40,12 @@ from portable_mlp.preprocessing import (
     model_input,
     useless_columns,
 )
-from portable_mlp.report import report
-from portable_mlp.training import _deferred_interrupt
+from portable_mlp.report import learning_curves, report
+from portable_mlp.training import deferred_interrupt
 from portable_mlp.typing import Array
 
-MODEL, HISTORY, SETTINGS, REPORT = "model.safetensors", "history.csv", "config.toml", "report.html"
+MODEL, HISTORY, SETTINGS = "model.safetensors", "history.csv", "config.toml"
+CURVE, REPORT = "learning_curve.png", "report.html"
 _CHECKPOINT = "checkpoint.safetensors"
 _MAY_CHANGE = {"epochs", "device", "backend", "checkpoint_every", "out"}  # on the way
 
@@ -242,12 +244,19 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
         time.perf_counter() - began,
         interrupted,
     )
+    if history:
+        picture = figure(figsize=(7.0, 4.0), layout="constrained")
+        learning_curves(run, picture.subplots())
+        with replacing(out / CURVE) as beside:
+            picture.savefig(beside, dpi=150)
     _write(out / REPORT, report(run))
     for name, scores in (("train", run.training.scores()), ("test ", run.test.scores())):
         metric, value = next(iter(scores.items()))
         say(f"{name} {metric} {value:.4f}")
-    say(f"model:  {out / MODEL}")
-    say(f"report: {out / REPORT}")
+    say(f"model:          {out / MODEL}")
+    if history:
+        say(f"learning curve: {out / CURVE}")
+    say(f"report:         {out / REPORT}")
     return run
 
 
@@ -282,7 +291,7 @@ def _fit(
     with _named_shortage(settings, len(y)), _noted_interrupt() as interrupted:
         if settings.optimizer == "lbfgs":
             # The other solvers see to interrupts themselves
-            with _deferred_interrupt() as event:
+            with deferred_interrupt() as event:
                 watching.append(_StopWhen(event))
                 model.fit(numbers, y)
                 interrupted += [True] * event.is_set()

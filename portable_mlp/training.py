@@ -293,7 +293,7 @@ class Trainer:
         for callback in callbacks:
             callback.on_fit_begin(max_epochs)
         try:
-            with self.backend.scope(self.dtype), _deferred_interrupt() as interrupted:
+            with self.backend.scope(self.dtype), deferred_interrupt() as interrupted:
                 reason = self._epochs(
                     state,
                     source,
@@ -510,7 +510,7 @@ class _Pauses:
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
+def deferred_interrupt() -> Iterator[threading.Event]:
     """Turn Ctrl-C into an event that the loop looks at between batches.
 
     A second Ctrl-C raises KeyboardInterrupt at once.  Only the main thread receives

@@ -82,7 +82,9 @@ def assert_same_model(a, b):
 
 def test_train_leaves_a_whole_folder(penguins):
     left = {path.name for path in penguins.iterdir()}
-    assert left == {"model.safetensors", "history.csv", "config.toml", "report.html"}
+    assert left == {
+        "model.safetensors", "history.csv", "config.toml", "learning_curve.png", "report.html",
+    }  # fmt: skip
     history = pl.read_csv(penguins / "history.csv")
     model = load(penguins / "model.safetensors")[-1]
     assert history["epoch"].to_list() == list(range(1, 9))
@@ -271,7 +273,7 @@ def test_interrupt_keeps_what_there_is(optimizer, tmp_path):
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert f"model:  {out / 'model.safetensors'}" in rest
+    assert f"model:          {out / 'model.safetensors'}" in rest
     model = load(out / "model.safetensors")
     history = pl.read_csv(out / "history.csv")
     if optimizer == "adam":

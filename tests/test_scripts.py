@@ -67,6 +67,7 @@ def test_recipe_reads_a_csv_with_or_without_a_header(header, tmp_path):
 def test_train_leaves_a_report_and_a_model_that_predicts(tmp_path):
     out = run("train.py", "--device", "cpu", "--epochs", 30, cwd=tmp_path).stdout
     assert float(re.search(r"test  accuracy (\S+)", out)[1]) > 0.9
+    assert (tmp_path / "runs/latest/learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "runs/latest/report.html").read_text(encoding="utf-8")
     from sklearn.datasets import load_digits
 
