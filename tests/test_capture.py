@@ -29,7 +29,7 @@ from portable_mlp import ACTIVATIONS, mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.engines import CaptureEngine, Engine, base, cplusplus, kernels
 from portable_mlp.engines.base import RecordedEngine
-from portable_mlp.engines.recording import Recorder, leaves, record, specify
+from portable_mlp.engines.recording import Recorder, Unrecordable, leaves, record, specify
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import Adam, SklearnAdam
 from portable_mlp.sources import ArraySource, Source
@@ -193,6 +193,90 @@ def test_a_builder_with_a_slip_would_be_seen(slip, monkeypatch):
 
     with pytest.raises(Exception):  # noqa: B017, PT011 (which one depends on the slip)
         check()
+
+
+def written(function, donated, *passed):
+    """What `function` returns, by NumPy and by its kernels: the outputs and the results."""
+    recorder = Recorder()
+    recorded, _ = record(
+        lambda d, *p: function(recorder, d, *p), recorder, specify((donated, *passed))
+    )
+    built = kernels.compile_program(recorded, len(donated))
+    wanted = function(np, [a.copy() for a in donated], *passed)
+    host, results = Emulation(), np.zeros((1, 2))
+    launch = host.compile(built.source)
+    mine = [a.copy() for a in donated]
+    arrays = [a for a in passed if isinstance(a, np.ndarray)]
+    memories = [*mine, *arrays, np.full(built.n_bytes, 255, np.uint8)]
+    numbers = np.array([[a for a in passed if not isinstance(a, np.ndarray)]])
+    at = np.zeros(1, np.int32)
+
+    def array(view):
+        return host.array(memories[view.place.memory], view)
+
+    for each in built.launches:
+        if isinstance(each, kernels.Kernel):
+            last = [results] if each is built.launches[-1] else []
+            launch(each, [numbers, at, *map(array, each.arguments), *last])
+        else:
+            host.multiply(array(each.left), array(each.right), array(each.out))
+    return (mine, results[0, : len(wanted[1])]), wanted
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda xp, d, b, i: ([d[0] - 0.1 * xp.sum(d[1]), d[1] * d[0]], [0.5 * xp.sum(d[1] * d[0])]),
+        lambda xp, d, b, i: ([d[1][0, 0] + d[0], xp.tanh(d[1])], []),
+        lambda xp, d, b, i: ([d[0], xp.astype(~b, d[1].dtype) + d[1]], []),
+        lambda xp, d, b, i: (
+            [d[0], xp.astype(xp.where(b, i, xp.astype(i, np.float32)), d[1].dtype)],
+            [],
+        ),
+    ],
+    ids=["without axes", "an element of what is overwritten", "not", "where converts"],
+)
+def test_corners(function):
+    donated = [np.array(2.5), np.arange(6.0).reshape(3, 2)]
+    bools = np.array([[True, False], [False, False], [True, True]])
+    integers = np.array([[2**40 + 1, 3], [-5, 0], [7, 2**40]])
+    got, wanted = written(function, donated, bools, integers)
+    for a, b in zip(got[0], wanted[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-15)
+    np.testing.assert_allclose(got[1], wanted[1], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda xp, x, n: xp.matmul(x[:, ::2], x[:2, :]), "gaps"),
+        (lambda xp, x, n: xp.matmul(x[::-1, :], x), "gaps"),
+        (lambda xp, x, n: xp.matmul(xp.arange(4, dtype=x.dtype), x), "nowhere in memory"),
+        (lambda xp, x, n: xp.matmul(xp.full((4, 4), n, dtype=x.dtype), x), "nowhere in memory"),
+        (lambda xp, x, n: x + xp.astype(xp.max(xp.astype(x, np.int32)), x.dtype), "max of int32"),
+        (lambda xp, x, n: x + xp.astype(xp.astype(x, np.float16), x.dtype), "kernels of float16"),
+        (lambda xp, x, n: x + xp.sum(xp.broadcast_to(x, (2**27, 4, 4))), "elements"),
+    ],
+)
+def test_refused(function, reason, monkeypatch):
+    monkeypatch.setattr(kernels, "_LONG", 8)  # a maximum of 16 elements is a launch of its own
+    recorder = Recorder()
+    program, _ = record(
+        lambda d, n: ([function(recorder, d[0], n)], []),
+        recorder,
+        specify(([np.ones((4, 4))], 0.5)),
+    )
+    with pytest.raises(Unrecordable, match=reason):
+        kernels.compile_program(program, 1)
+
+
+def test_a_result_out_of_what_is_overwritten_is_refused():
+    recorder = Recorder()
+    program, _ = record(
+        lambda d: ([recorder.tanh(d[0])], [d[0][0] * 2.0]), recorder, specify(([np.ones(4)],))
+    )
+    with pytest.raises(Unrecordable, match="an array that it overwrites"):
+        kernels.compile_program(program, 1)
 
 
 # ---------------------------------------------------------------- the source
