@@ -7,6 +7,7 @@ import subprocess
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from portable_mlp import ACTIVATIONS, mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.engines import CaptureEngine, Engine, base, cplusplus, kernels
 from portable_mlp.engines.base import RecordedEngine
+from portable_mlp.engines.capture import Cuda
 from portable_mlp.engines.recording import Recorder, Unrecordable, leaves, record, specify
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import Adam, SklearnAdam
@@ -427,6 +429,18 @@ def test_data_that_changes_from_call_to_call(made):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_shorter_last_batch_of_a_reader_does_not_start_it_anew(made):
+    trainer, arrays, batch = host_case(SquaredError(), n=22)
+    states = []
+    for source in (ByBatch(batch), ArraySource(batch)):
+        state = trainer.start(trainer.params(arrays.leaves))
+        trainer.fit(state, source, 6, np.random.RandomState(0))
+        states.append(state.arrays.leaves)
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert made[0].n_captured == 4  # of 5 rows and of 2, each where it was and then at home
+
+
 @pytest.mark.parametrize("batch_size", [12, 5])
 def test_columns_first(batch_size):
     """Data that lies in memory column by column."""
@@ -472,6 +486,47 @@ def test_it_goes_on_in_the_middle_of_an_epoch(made):
         results.append(now.leaves)
     np.testing.assert_array_equal(*results)
     assert made[0].n_captured == made[1].n_captured == 2
+
+
+def test_kernels_that_fail_change_nothing_and_the_step_itself_runs(monkeypatch):
+    class Fails(Emulation):
+        def compile(self, source):
+            launch = super().compile(source)
+
+            def fail(kernel, arguments):
+                if kernel.threads == 1:  # the last, behind the update
+                    raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+                launch(kernel, arguments)
+
+            return fail
+
+    monkeypatch.setattr(CaptureEngine, "runtime", Fails)
+    example = case(SquaredError(), Adam())
+    with pytest.warns(RuntimeWarning, match="runs eagerly.*kernels fail: CUDA_ERROR"):
+        got = run(CaptureEngine, *example)
+    wanted = run(Engine, *example)
+    for a, b in zip(got[0], wanted[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert got[1] == wanted[1]
+
+
+def test_a_kernel_is_loaded_once():
+    loaded = []
+
+    class Module:
+        def __init__(self, code):
+            pass
+
+        def get_function(self, name):
+            loaded.append(name)
+            return lambda blocks, threads, arguments: None
+
+    cuda = object.__new__(Cuda)
+    cuda._cupy = SimpleNamespace(RawModule=Module)
+    launch = cuda.compile("")
+    for name in "aba":
+        launch(kernels.Kernel(name, 1, 1, ()), [])
+    assert loaded == ["a", "b"]
 
 
 @dataclass(frozen=True)
