@@ -231,12 +231,13 @@ def written(function, donated, *passed):
         lambda xp, d, b, i: ([d[0] - 0.1 * xp.sum(d[1]), d[1] * d[0]], [0.5 * xp.sum(d[1] * d[0])]),
         lambda xp, d, b, i: ([d[1][0, 0] + d[0], xp.tanh(d[1])], []),
         lambda xp, d, b, i: ([d[0], xp.astype(~b, d[1].dtype) + d[1]], []),
+        lambda xp, d, b, i: ([d[0], xp.where(xp.isfinite(i), xp.floor(i), 0) + d[1]], []),
         lambda xp, d, b, i: (
             [d[0], xp.astype(xp.where(b, i, xp.astype(i, np.float32)), d[1].dtype)],
             [],
         ),
     ],
-    ids=["without axes", "an element of what is overwritten", "not", "where converts"],
+    ids=["without axes", "an element of what is overwritten", "not", "integers", "where converts"],
 )
 def test_corners(function):
     donated = [np.array(2.5), np.arange(6.0).reshape(3, 2)]
@@ -258,6 +259,7 @@ def test_corners(function):
         (lambda xp, x, n: x + xp.astype(xp.max(xp.astype(x, np.int32)), x.dtype), "max of int32"),
         (lambda xp, x, n: x + xp.astype(xp.astype(x, np.float16), x.dtype), "kernels of float16"),
         (lambda xp, x, n: x + xp.sum(xp.broadcast_to(x, (2**27, 4, 4))), "elements"),
+        (lambda xp, x, n: x + xp.astype(xp.astype(x, np.int32) ** 2, x.dtype), "of integers"),
     ],
 )
 def test_refused(function, reason, monkeypatch):
@@ -350,6 +352,21 @@ def test_updates_are_in_place_and_gradients_where_they_belong():
         assert "to[i]" not in built.source
     # and the penalty's sum, and its gradient
     assert len(deep.launches) - len(shallow.launches) == 2 + 4 + 2
+
+
+def test_functions_without_an_overload_for_integers_are_not_called_with_one():
+    """The host's compiler has overloads that NVIDIA's lacks."""
+    recorder = Recorder()
+
+    def function(d, i):
+        return [d + recorder.where(recorder.isfinite(i), recorder.floor(i), 0)], []
+
+    program, _ = record(
+        lambda d, i: function(d[0], i), recorder, specify(([np.ones(3)], np.ones(3, np.int32)))
+    )
+    source = kernels.compile_program(program, 1).source
+    assert "isfinite((double)m1[i])" in source
+    assert "floor" not in source
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

@@ -698,8 +698,15 @@ class _Builder:
         kind = TYPES[str(x.dtype)]
         if x.op in ("astype", "copy"):
             return f"({kind}){operands[0]}"
+        integers = all(dtype.kind != "f" for dtype in x.wanted)
+        if integers and x.op == "power":
+            raise Unrecordable("it takes a power of integers")
         if x.op == "invert" and x.dtype == bool:
             text = "(!{0})"
+        elif integers and x.op in ("floor", "ceil", "trunc"):
+            text = "{0}"
+        elif integers and x.op in ("isfinite", "isnan", "isinf"):
+            text = f"{x.op}((double){{0}})"  # NVIDIA's have no overload for integers
         elif x.op == "absolute":
             text = "fabs({0})" if x.dtype.kind == "f" else "({0} < 0 ? -{0} : {0})"
         else:
