@@ -570,6 +570,21 @@ def test_what_has_no_kernels_runs_eagerly_and_says_so(loss, reason):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+def test_work_memory_does_not_come_from_the_host():
+    """Gigabytes of zeros would go through page-locked memory, which CuPy keeps."""
+    moved = []
+
+    class Counts(HostBackend):
+        def asarray(self, x, dtype=None, copy=None):
+            moved.append(x.nbytes)
+            return super().asarray(x, dtype, copy)
+
+    trainer, arrays, batch = case(SquaredError(), Adam(), backend=Counts(), sizes=(5, 50, 3), n=500)
+    moved.clear()
+    run(CaptureEngine, trainer, arrays, batch, n_steps=1, batch_size=500)
+    assert max(moved) < 500 * 50 * 8
+
+
 def test_memory_is_that_of_a_step():
     """Beside parameters and moments: activations, gradients, and little else."""
     n, width, depth = 64, 128, 6

@@ -321,7 +321,9 @@ class CaptureEngine(RecordedEngine):
         now = self._now
         rows = [_row_by_row(a, backend.xp) for a in batch if a is not None]
         buffers = now.data if now.whole else rows
-        work = backend.asarray(np.zeros(kernels.n_bytes, np.uint8), copy=True)
+        work = backend.xp.zeros(
+            kernels.n_bytes, dtype=backend.dtype("uint8"), device=backend.device
+        )
         memories = [*leaves(arrays), *buffers, work]
         common = [now.table, now.at]
 
