@@ -225,19 +225,32 @@ def written(function, donated, *passed):
     return (mine, results[0, : len(wanted[1])]), wanted
 
 
+def joined(xp, x, b):
+    other = xp.astype(b[1:, :], x.dtype)
+    return xp.concat([xp.reshape(x[:1, :], (-1,)), xp.reshape(other, (-1,))])
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda xp, d, b, i: ([d[0] - 0.1 * xp.sum(d[1]), d[1] * d[0]], [0.5 * xp.sum(d[1] * d[0])]),
         lambda xp, d, b, i: ([d[1][0, 0] + d[0], xp.tanh(d[1])], []),
         lambda xp, d, b, i: ([d[0], xp.astype(~b, d[1].dtype) + d[1]], []),
+        lambda xp, d, b, i: ([d[0], xp.reshape(joined(xp, d[1], b), (3, 2))], []),
         lambda xp, d, b, i: ([d[0], xp.where(xp.isfinite(i), xp.floor(i), 0) + d[1]], []),
         lambda xp, d, b, i: (
             [d[0], xp.astype(xp.where(b, i, xp.astype(i, np.float32)), d[1].dtype)],
             [],
         ),
     ],
-    ids=["without axes", "an element of what is overwritten", "not", "integers", "where converts"],
+    ids=[
+        "without axes",
+        "an element of what is overwritten",
+        "not",
+        "joined",
+        "integers",
+        "where converts",
+    ],
 )
 def test_corners(function):
     donated = [np.array(2.5), np.arange(6.0).reshape(3, 2)]

@@ -431,6 +431,7 @@ class _Builder:
             in_place = (
                 at >= 0
                 and self.launches[at].kind == "points"
+                and base in self.launches[at].nodes  # no array joined of parts
                 and base not in self.homes
                 and base not in self.places
                 and base.dtype == x.dtype
