@@ -7,6 +7,7 @@ import subprocess
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ from portable_mlp import ACTIVATIONS, mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.engines import CaptureEngine, Engine, base, cplusplus, kernels
 from portable_mlp.engines.base import RecordedEngine
-from portable_mlp.engines.recording import Recorder, leaves, record, specify
+from portable_mlp.engines.capture import Cuda
+from portable_mlp.engines.recording import Recorder, Unrecordable, leaves, record, specify
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import Adam, SklearnAdam
 from portable_mlp.sources import ArraySource, Source
@@ -195,6 +197,105 @@ def test_a_builder_with_a_slip_would_be_seen(slip, monkeypatch):
         check()
 
 
+def written(function, donated, *passed):
+    """What `function` returns, by NumPy and by its kernels: the outputs and the results."""
+    recorder = Recorder()
+    recorded, _ = record(
+        lambda d, *p: function(recorder, d, *p), recorder, specify((donated, *passed))
+    )
+    built = kernels.compile_program(recorded, len(donated))
+    wanted = function(np, [a.copy() for a in donated], *passed)
+    host, results = Emulation(), np.zeros((1, 2))
+    launch = host.compile(built.source)
+    mine = [a.copy() for a in donated]
+    arrays = [a for a in passed if isinstance(a, np.ndarray)]
+    memories = [*mine, *arrays, np.full(built.n_bytes, 255, np.uint8)]
+    numbers = np.array([[a for a in passed if not isinstance(a, np.ndarray)]])
+    at = np.zeros(1, np.int32)
+
+    def array(view):
+        return host.array(memories[view.place.memory], view)
+
+    for each in built.launches:
+        if isinstance(each, kernels.Kernel):
+            last = [results] if each is built.launches[-1] else []
+            launch(each, [numbers, at, *map(array, each.arguments), *last])
+        else:
+            host.multiply(array(each.left), array(each.right), array(each.out))
+    return (mine, results[0, : len(wanted[1])]), wanted
+
+
+def joined(xp, x, b):
+    other = xp.astype(b[1:, :], x.dtype)
+    return xp.concat([xp.reshape(x[:1, :], (-1,)), xp.reshape(other, (-1,))])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda xp, d, b, i: ([d[0] - 0.1 * xp.sum(d[1]), d[1] * d[0]], [0.5 * xp.sum(d[1] * d[0])]),
+        lambda xp, d, b, i: ([d[1][0, 0] + d[0], xp.tanh(d[1])], []),
+        lambda xp, d, b, i: ([d[0], xp.astype(~b, d[1].dtype) + d[1]], []),
+        lambda xp, d, b, i: ([d[0], xp.reshape(joined(xp, d[1], b), (3, 2))], []),
+        lambda xp, d, b, i: ([d[0], xp.where(xp.isfinite(i), xp.floor(i), 0) + d[1]], []),
+        lambda xp, d, b, i: (
+            [d[0], xp.astype(xp.where(b, i, xp.astype(i, np.float32)), d[1].dtype)],
+            [],
+        ),
+    ],
+    ids=[
+        "without axes",
+        "an element of what is overwritten",
+        "not",
+        "joined",
+        "integers",
+        "where converts",
+    ],
+)
+def test_corners(function):
+    donated = [np.array(2.5), np.arange(6.0).reshape(3, 2)]
+    bools = np.array([[True, False], [False, False], [True, True]])
+    integers = np.array([[2**40 + 1, 3], [-5, 0], [7, 2**40]])
+    got, wanted = written(function, donated, bools, integers)
+    for a, b in zip(got[0], wanted[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-15)
+    np.testing.assert_allclose(got[1], wanted[1], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda xp, x, n: xp.matmul(x[:, ::2], x[:2, :]), "gaps"),
+        (lambda xp, x, n: xp.matmul(x[::-1, :], x), "gaps"),
+        (lambda xp, x, n: xp.matmul(xp.arange(4, dtype=x.dtype), x), "nowhere in memory"),
+        (lambda xp, x, n: xp.matmul(xp.full((4, 4), n, dtype=x.dtype), x), "nowhere in memory"),
+        (lambda xp, x, n: x + xp.astype(xp.max(xp.astype(x, np.int32)), x.dtype), "max of int32"),
+        (lambda xp, x, n: x + xp.astype(xp.astype(x, np.float16), x.dtype), "kernels of float16"),
+        (lambda xp, x, n: x + xp.sum(xp.broadcast_to(x, (2**27, 4, 4))), "elements"),
+        (lambda xp, x, n: x + xp.astype(xp.astype(x, np.int32) ** 2, x.dtype), "of integers"),
+    ],
+)
+def test_refused(function, reason, monkeypatch):
+    monkeypatch.setattr(kernels, "_LONG", 8)  # a maximum of 16 elements is a launch of its own
+    recorder = Recorder()
+    program, _ = record(
+        lambda d, n: ([function(recorder, d[0], n)], []),
+        recorder,
+        specify(([np.ones((4, 4))], 0.5)),
+    )
+    with pytest.raises(Unrecordable, match=reason):
+        kernels.compile_program(program, 1)
+
+
+def test_a_result_out_of_what_is_overwritten_is_refused():
+    recorder = Recorder()
+    program, _ = record(
+        lambda d: ([recorder.tanh(d[0])], [d[0][0] * 2.0]), recorder, specify(([np.ones(4)],))
+    )
+    with pytest.raises(Unrecordable, match="an array that it overwrites"):
+        kernels.compile_program(program, 1)
+
+
 # ---------------------------------------------------------------- the source
 
 
@@ -264,6 +365,21 @@ def test_updates_are_in_place_and_gradients_where_they_belong():
         assert "to[i]" not in built.source
     # and the penalty's sum, and its gradient
     assert len(deep.launches) - len(shallow.launches) == 2 + 4 + 2
+
+
+def test_functions_without_an_overload_for_integers_are_not_called_with_one():
+    """The host's compiler has overloads that NVIDIA's lacks."""
+    recorder = Recorder()
+
+    def function(d, i):
+        return [d + recorder.where(recorder.isfinite(i), recorder.floor(i), 0)], []
+
+    program, _ = record(
+        lambda d, i: function(d[0], i), recorder, specify(([np.ones(3)], np.ones(3, np.int32)))
+    )
+    source = kernels.compile_program(program, 1).source
+    assert "isfinite((double)m1[i])" in source
+    assert "floor" not in source
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -343,6 +459,18 @@ def test_data_that_changes_from_call_to_call(made):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_shorter_last_batch_of_a_reader_does_not_start_it_anew(made):
+    trainer, arrays, batch = host_case(SquaredError(), n=22)
+    states = []
+    for source in (ByBatch(batch), ArraySource(batch)):
+        state = trainer.start(trainer.params(arrays.leaves))
+        trainer.fit(state, source, 6, np.random.RandomState(0))
+        states.append(state.arrays.leaves)
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert made[0].n_captured == 4  # of 5 rows and of 2, each where it was and then at home
+
+
 @pytest.mark.parametrize("batch_size", [12, 5])
 def test_columns_first(batch_size):
     """Data that lies in memory column by column."""
@@ -390,6 +518,47 @@ def test_it_goes_on_in_the_middle_of_an_epoch(made):
     assert made[0].n_captured == made[1].n_captured == 2
 
 
+def test_kernels_that_fail_change_nothing_and_the_step_itself_runs(monkeypatch):
+    class Fails(Emulation):
+        def compile(self, source):
+            launch = super().compile(source)
+
+            def fail(kernel, arguments):
+                if kernel.threads == 1:  # the last, behind the update
+                    raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+                launch(kernel, arguments)
+
+            return fail
+
+    monkeypatch.setattr(CaptureEngine, "runtime", Fails)
+    example = case(SquaredError(), Adam())
+    with pytest.warns(RuntimeWarning, match="runs eagerly.*kernels fail: CUDA_ERROR"):
+        got = run(CaptureEngine, *example)
+    wanted = run(Engine, *example)
+    for a, b in zip(got[0], wanted[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert got[1] == wanted[1]
+
+
+def test_a_kernel_is_loaded_once():
+    loaded = []
+
+    class Module:
+        def __init__(self, code):
+            pass
+
+        def get_function(self, name):
+            loaded.append(name)
+            return lambda blocks, threads, arguments: None
+
+    cuda = object.__new__(Cuda)
+    cuda._cupy = SimpleNamespace(RawModule=Module)
+    launch = cuda.compile("")
+    for name in "aba":
+        launch(kernels.Kernel(name, 1, 1, ()), [])
+    assert loaded == ["a", "b"]
+
+
 @dataclass(frozen=True)
 class NoKernel(SquaredError):
     def per_row(self, z, y, xp):
@@ -412,6 +581,21 @@ def test_what_has_no_kernels_runs_eagerly_and_says_so(loss, reason):
     plain, arrays, batch = case(SquaredError(), Adam(), batch_size=5)
     for a, b in zip(got, fit(plain, arrays, batch), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_work_memory_does_not_come_from_the_host():
+    """Gigabytes of zeros would go through page-locked memory, which CuPy keeps."""
+    moved = []
+
+    class Counts(HostBackend):
+        def asarray(self, x, dtype=None, copy=None):
+            moved.append(x.nbytes)
+            return super().asarray(x, dtype, copy)
+
+    trainer, arrays, batch = case(SquaredError(), Adam(), backend=Counts(), sizes=(5, 50, 3), n=500)
+    moved.clear()
+    run(CaptureEngine, trainer, arrays, batch, n_steps=1, batch_size=500)
+    assert max(moved) < 500 * 50 * 8
 
 
 def test_memory_is_that_of_a_step():

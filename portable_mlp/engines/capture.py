@@ -11,8 +11,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -69,10 +69,11 @@ class Cuda:
 
     def compile(self, source: str) -> Callable[[Kernel, Sequence[Array]], None]:
         """Return what launches a kernel of the source."""
-        module = self._cupy.RawModule(code=source)
+        # CuPy's get_function makes a new one each time, which is loaded at its first launch
+        function_of = cache(self._cupy.RawModule(code=source).get_function)
 
         def launch(kernel: Kernel, arguments: Sequence[Array]) -> None:
-            function = module.get_function(kernel.name)
+            function = function_of(kernel.name)
             function((kernel.blocks,), (kernel.threads,), tuple(arguments))
 
         return launch
@@ -144,6 +145,37 @@ class _Program:
     replay: Callable[[], None] | None = None
 
 
+@dataclass
+class _Memory:
+    """What the programs for data of one shape point at: graphs hold pointers, not arrays.
+
+    Attributes
+    ----------
+    given : list of array
+        The data that came last.
+    data : list of array
+        Where it is: the same, or arrays of our own.
+    own : bool
+        Which of them.
+    whole : bool
+        Whether all data are one batch.
+    table, rows, losses, at : array
+        A step's numbers, row numbers of the data, values of each step, and the next step.
+    programs : dict
+        By the number of rows.
+    """
+
+    given: list[Array]
+    data: list[Array]
+    own: bool
+    whole: bool
+    table: Array
+    rows: Array
+    losses: Array
+    at: Array
+    programs: dict[int, _Program] = field(default_factory=dict)
+
+
 class CaptureEngine(RecordedEngine):
     """Repeats a captured step.
 
@@ -155,20 +187,16 @@ class CaptureEngine(RecordedEngine):
     name = "capture"
     runtime: ClassVar[Callable[[], Any]] = Cuda
 
+    _SHAPES = 4  # of data, to hold programs for: a reader's batches, and its last
     # Relative to the step's change, in the Euclidean norm
     _TOLERANCE: ClassVar[dict[str, float]] = {"float32": 1e-2, "float64": 1e-6}
 
     def __init__(self, backend: Backend, recipe: Recipe) -> None:
         super().__init__(backend, recipe)
         self.cuda: Any = None
-        self._held: tuple[Arrays, list[Array], int, bool] | None = None
-        self._own = False
-        self._data: list[Array] = []
-        self._table: Array = None
-        self._rows: Array = None
-        self._losses: Array = None
-        self._at: Array = None
-        self._programs: dict[int, _Program] = {}
+        self._arrays: Arrays | None = None
+        self._memories: dict[Any, _Memory] = {}
+        self._now: Any = None
 
     def repeat(
         self,
@@ -183,7 +211,7 @@ class CaptureEngine(RecordedEngine):
     ) -> None:
         n = data.x.shape[0] if order is None else len(order)
         self._prepare(arrays, data, order, batch_size, hypers)
-        self._at[...] = done = first
+        self._now.at[...] = done = first
         try:
             for hyper in hypers[first:]:
                 size = min(batch_size, n - done * batch_size)
@@ -210,35 +238,42 @@ class CaptureEngine(RecordedEngine):
         table = np.array([(h.alpha, *h.coefficients, *h.keys) for h in hypers], np.float64)
         rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
         whole = order is None and n <= batch_size
-        # Graphs hold pointers, not arrays: so what they point at is held here
-        alike = self._held is not None and (
-            arrays is self._held[0]
-            and (batch_size, whole) == self._held[2:]
-            and [(a.shape, a.dtype) for a in given] == [(a.shape, a.dtype) for a in self._data]
-            and len(rows) <= len(self._rows)
-            and len(table) <= len(self._table)
-        )
-        known = alike and all(a is b for a, b in zip(given, self._held[1], strict=True))  # type: ignore[index]
-        if alike and not known and self._own:
-            for mine, a in zip(self._data, given, strict=True):
+        if self.cuda is None:
+            self.cuda = type(self).runtime()
+        if arrays is not self._arrays:
+            self._memories.clear()
+            self._arrays = arrays
+        key = batch_size, whole, tuple((a.shape, str(a.dtype)) for a in given)
+        now = self._memories.get(key)
+        if now is not None and (len(rows) > len(now.rows) or len(table) > len(now.table)):
+            now = None
+        known = now is not None and all(a is b for a, b in zip(given, now.given, strict=True))
+        if now is not None and now.own and not known:
+            for mine, a in zip(now.data, given, strict=True):
                 mine[...] = a
-        elif not known:
-            if self.cuda is None:
-                self.cuda = type(self).runtime()
+        elif now is None or not known:
             # Data that changes from call to call comes into arrays of our own
-            self._own = alike
-            self._data = [to(a, copy=True) if alike else a for a in given]
-            self._data = [_row_by_row(a, self.backend.xp) for a in self._data]
-            self._table, self._rows = to(table, copy=True), to(rows, copy=True)
-            self._losses = to(np.zeros((len(hypers), 2)))
-            self._at = to(np.zeros(1, np.int32))
-            self._programs.clear()
-        self._held = arrays, given, batch_size, whole
-        self._table[: len(table), ...] = to(table)
-        self._rows[: len(rows)] = to(rows)
+            own = now is not None
+            if now is None and len(self._memories) == self._SHAPES:
+                self._memories.clear()
+            now = _Memory(
+                given,
+                [_row_by_row(to(a, copy=True) if own else a, self.backend.xp) for a in given],
+                own,
+                whole,
+                to(table, copy=True),
+                to(rows, copy=True),
+                to(np.zeros((len(hypers), 2))),
+                to(np.zeros(1, np.int32)),
+            )
+            self._memories[key] = now
+        now.given = given
+        now.table[: len(table), ...] = to(table)
+        now.rows[: len(rows)] = to(rows)
+        self._now = now
 
     def _results(self, first: int, end: int) -> Values:
-        found = self.backend.to_host(self._losses)[first:end].tolist()
+        found = self.backend.to_host(self._now.losses)[first:end].tolist()
         return [(loss, penalty) for loss, penalty in found]
 
     # ------------------------------------------------------------ a step
@@ -252,17 +287,17 @@ class CaptureEngine(RecordedEngine):
         size: int,
         hyper: Hyper,
     ) -> None:
-        program = self._programs.get(size)
+        program = self._now.programs.get(size)
         if program is not None:
             (program.replay or program.work)()
             return
         rows = slice(number * batch_size, number * batch_size + size)
-        chosen = self._rows[rows]
+        chosen = self._now.rows[rows]
         take = self.backend.xp.take
         batch = Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
         program = _Program(self._bind(arrays, batch, batch_size, size, hyper))
         self._check(arrays, batch, hyper, number, program.work)
-        self._programs[size] = program
+        self._now.programs[size] = program
         try:
             program.replay = self.cuda.capture(program.work)
         except CaptureError as reason:
@@ -283,12 +318,14 @@ class CaptureEngine(RecordedEngine):
         """Allocate, and return the function that launches a step."""
         backend, cuda = self.backend, self.cuda
         kernels = _kernels(self.recipe, Tree(specify((arrays, batch, hyper))))
-        whole = self._held is not None and self._held[3]
+        now = self._now
         rows = [_row_by_row(a, backend.xp) for a in batch if a is not None]
-        buffers = self._data if whole else rows
-        work = backend.asarray(np.zeros(kernels.n_bytes, np.uint8), copy=True)
+        buffers = now.data if now.whole else rows
+        work = backend.xp.zeros(
+            kernels.n_bytes, dtype=backend.dtype("uint8"), device=backend.device
+        )
         memories = [*leaves(arrays), *buffers, work]
-        common = [self._table, self._at]
+        common = [now.table, now.at]
 
         def at(view: View) -> Array:
             return cuda.array(memories[view.place.memory], view)
@@ -300,16 +337,16 @@ class CaptureEngine(RecordedEngine):
         def later(function: Callable[..., None], *arguments: Any) -> None:
             calls.append(lambda: function(*arguments))
 
-        if not whole:
+        if not now.whole:
             views = [_as_view(b) for b in buffers]
             gather = gather_kernel(views, size, batch_size)
-            pairs = [a for pair in zip(self._data, buffers, strict=True) for a in pair]
-            arguments = [*common, self._rows, *pairs]
+            pairs = [a for pair in zip(now.data, buffers, strict=True) for a in pair]
+            arguments = [*common, now.rows, *pairs]
             later(cuda.compile(gather.source), gather.launches[0], arguments)
         launch = cuda.compile(kernels.source)
         for number, each in enumerate(kernels.launches):
             if isinstance(each, Kernel):
-                last = [self._losses] if number == len(kernels.launches) - 1 else []
+                last = [now.losses] if number == len(kernels.launches) - 1 else []
                 later(launch, each, [*common, *map(at, each.arguments), *last])
             else:
                 later(cuda.multiply, at(each.left), at(each.right), at(each.out))
@@ -333,8 +370,17 @@ class CaptureEngine(RecordedEngine):
             [tuple(next(again) for _ in m) for m in arrays.moments],
         )
         wanted, values = step(self.recipe, copies, batch, hyper)
-        work()
         xp = backend.xp
+
+        def undo() -> None:
+            for a, old in zip(own, before, strict=True):
+                a[...] = xp.asarray(old)
+
+        try:
+            work()
+        except Exception as failure:  # the compiler's, CUDA's and cuBLAS's have no common base
+            undo()
+            raise Unrecordable(f"its kernels fail: {failure}") from failure
         tolerance = self._TOLERANCE[str(own[0].dtype)]
         host = [backend.to_host(a).astype(np.float64) for a in (*leaves(wanted), *own, *before)]
         n = len(own)
@@ -351,8 +397,7 @@ class CaptureEngine(RecordedEngine):
             finite = np.isfinite(right).all()
             alike &= bool(not finite or error <= tolerance * change + 10 * rounding)
         if not alike:
-            for a, old in zip(own, before, strict=True):
-                a[...] = xp.asarray(old)
+            undo()
             raise Unrecordable("its kernels do not compute what the step computes")
 
 

@@ -175,6 +175,7 @@ def gather_kernel(batch: Sequence[View], n_rows: int, batch_size: int) -> Kernel
 
 _THREADS = 256  # of a block
 _LONG = 64  # elements; a sum over more is shared by many threads, or not kept in registers
+_MOST = 2**30  # elements: kernels count them, and a stride beyond, in an int
 _SHARE = 8192  # elements that one block adds up
 
 # ---------------------------------------------------------------- the builder
@@ -197,6 +198,11 @@ class _Builder:
         self.program = program
         self.arrays = [x for x in program.inputs if not x.is_number]
         self.numbers = {x: k for k, x in enumerate(x for x in program.inputs if x.is_number)}
+        for x in (*self.arrays, *program.nodes):
+            if not x.is_number and str(x.dtype) not in TYPES:
+                raise Unrecordable(f"there are no CUDA kernels of {x.dtype}")
+            if x.size > _MOST:
+                raise Unrecordable(f"it has an array of more than {_MOST} elements")
         self.donated = self.arrays[:n_donated]
         self.outputs = program.outputs[:n_donated]
         self.results = program.outputs[n_donated:]
@@ -230,9 +236,11 @@ class _Builder:
 
     def _put(self, x: Node) -> None:
         """Launch what is no kernel of many nodes, and before it what it reads."""
+        if x.op in ("max", "min") and x.dtype.kind != "f":
+            raise Unrecordable(f"it takes the {x.op} of {x.dtype}")
         if x.op == "matmul" and any(o.ndim > 1 for o in x.operands):
             self._check_product(x)
-            self.constants += [o.root for o in x.operands if o.root.op == "full"]
+            self.constants += [o.root for o in x.operands if _inline(o.root)]
             self._launch(_Launch("product", [x]))
         elif x.op == "matmul" or (x.op in REDUCTIONS and x.size == 1 and _length(x) > _LONG):
             self._launch(_Launch("total", [x], points=_length(x)))
@@ -338,6 +346,9 @@ class _Builder:
             raise Unrecordable("it multiplies stacks of matrices")
         if x.dtype not in (np.float32, np.float64) or any(o.dtype != x.dtype for o in x.operands):
             raise Unrecordable(f"it multiplies matrices of {x.dtype}")
+        for root in (o.root for o in x.operands):
+            if _inline(root) and (root.op != "full" or isinstance(root.operands[0], Node)):
+                raise Unrecordable("it multiplies by a matrix that is nowhere in memory")
 
     # ------------------------------------------------------------ what is read
 
@@ -407,7 +418,8 @@ class _Builder:
         for base, access in self._last_reads():
             readers[base].append((end, access.flat))
         for y in self.outputs:
-            readers[y.root].append((end, ""))
+            for base, _ in self._bases(y, Access("0")):
+                readers[base].append((end, ""))
         moves = []
         for x, y in zip(self.donated, self.outputs, strict=True):
             base = y
@@ -419,6 +431,7 @@ class _Builder:
             in_place = (
                 at >= 0
                 and self.launches[at].kind == "points"
+                and base in self.launches[at].nodes  # no array joined of parts
                 and base not in self.homes
                 and base not in self.places
                 and base.dtype == x.dtype
@@ -431,6 +444,8 @@ class _Builder:
                 self.places[base] = self.places[x]
             else:
                 moves.append((x, y))
+        if {base for base, _ in self._last_reads()} & {x for x, _ in moves}:
+            raise Unrecordable("it returns a number out of an array that it overwrites")
         # First aside, then home: an output may read what another overwrites
         for x, y in moves:
             self.launches.append(_Launch("move aside", [x, y], points=x.size))
@@ -545,6 +560,8 @@ class _Builder:
 
         left, right = x.operands
         a, b = matrix(left, row=True), matrix(right, row=False)
+        if not _in_pieces(a) or not _in_pieces(b):
+            raise Unrecordable("it multiplies by a matrix with gaps in its rows and columns")
         n, m = a.shape[0], b.shape[1]
         out = View(self.places[x], (n, m), (m, 1), x.dtype)
         self.written.append(Product(a, b, out))
@@ -653,8 +670,6 @@ class _Builder:
             return [f"{kind} {name} = {value};"]
         if loop:
             raise Unrecordable("it sums along an axis of an array of more than two axes")
-        if x.op in ("max", "min") and x.dtype.kind != "f":
-            raise Unrecordable(f"it takes the {x.op} of {x.dtype}")
         ((operand, access),) = self._operands(x, own)
         start, combine = COMBINE[x.op]
         term = self._read(operand, x.dtype, access, used, i)
@@ -684,7 +699,16 @@ class _Builder:
         kind = TYPES[str(x.dtype)]
         if x.op in ("astype", "copy"):
             return f"({kind}){operands[0]}"
-        if x.op == "absolute":
+        integers = all(dtype.kind != "f" for dtype in x.wanted)
+        if integers and x.op == "power":
+            raise Unrecordable("it takes a power of integers")
+        if x.op == "invert" and x.dtype == bool:
+            text = "(!{0})"
+        elif integers and x.op in ("floor", "ceil", "trunc"):
+            text = "{0}"
+        elif integers and x.op in ("isfinite", "isnan", "isinf"):
+            text = f"{x.op}((double){{0}})"  # NVIDIA's have no overload for integers
+        elif x.op == "absolute":
             text = "fabs({0})" if x.dtype.kind == "f" else "({0} < 0 ? -{0} : {0})"
         else:
             text = FUNCTIONS[x.op]
@@ -743,7 +767,15 @@ class _Builder:
 
 def _inline(x: Node) -> bool:
     """Whether x is computed anew where it is read: it costs less than to keep it."""
-    return x.op in ("full", "arange") or (x.shape == () and x.elementwise)
+    return x.op in ("full", "arange") or (x.shape == () and x.elementwise and x.op != "input")
+
+
+def _in_pieces(matrix: View) -> bool:
+    """Whether rows or columns are in one piece each, one after the other, as cuBLAS wants."""
+    (n, m), (down, along) = matrix.shape, matrix.strides
+    rows = (along == 1 or m == 1) and (down >= m or n == 1)
+    columns = (down == 1 or n == 1) and (along >= n or m == 1)
+    return rows or columns
 
 
 def _length(x: Node) -> int:

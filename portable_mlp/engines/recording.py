@@ -266,6 +266,10 @@ class Recorder:
         a, b = self._operand(a), self._operand(b)
         kinds = [_kind(x) for x in (a, b)]
         _, _, dtype = np.add.resolve_dtypes((*kinds, None))
+        a, b = (
+            self.astype(x, dtype) if isinstance(x, Traced) and not x.is_number else x
+            for x in (a, b)
+        )
         shapes = [x.shape for x in (condition, a, b) if isinstance(x, Traced)]
         return self.node("where", (condition, a, b), (), np.broadcast_shapes(*shapes), dtype)
 
