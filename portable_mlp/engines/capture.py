@@ -138,14 +138,6 @@ def layout(a: Array) -> tuple[int, int]:
 
 
 @dataclass
-class _Program:
-    """A step on batches of one size, bound to its memory."""
-
-    work: Callable[[], None]
-    replay: Callable[[], None] | None = None
-
-
-@dataclass
 class _Memory:
     """What the programs for data of one shape point at: graphs hold pointers, not arrays.
 
@@ -173,15 +165,15 @@ class _Memory:
     rows: Array
     losses: Array
     at: Array
-    programs: dict[int, _Program] = field(default_factory=dict)
+    programs: dict[int, Callable[[], None]] = field(default_factory=dict)
 
 
 class CaptureEngine(RecordedEngine):
     """Repeats a captured step.
 
-    The first step on batches of a size is launched kernel by kernel and compared with the
-    step itself.  What cannot be captured goes on that way, what differs or cannot be
-    recorded runs as the step itself, with a warning that says why.
+    The first replay on batches of a size is compared with the step itself.  What cannot be
+    captured is launched kernel by kernel, what differs or cannot be recorded runs as the
+    step itself, with a warning that says why.
     """
 
     name = "capture"
@@ -289,23 +281,14 @@ class CaptureEngine(RecordedEngine):
     ) -> None:
         program = self._now.programs.get(size)
         if program is not None:
-            (program.replay or program.work)()
+            program()
             return
         rows = slice(number * batch_size, number * batch_size + size)
         chosen = self._now.rows[rows]
         take = self.backend.xp.take
         batch = Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
-        program = _Program(self._bind(arrays, batch, batch_size, size, hyper))
-        self._check(arrays, batch, hyper, number, program.work)
-        self._now.programs[size] = program
-        try:
-            program.replay = self.cuda.capture(program.work)
-        except CaptureError as reason:
-            warnings.warn(
-                f"the step is launched kernel by kernel, without a CUDA graph: {reason}",
-                RuntimeWarning,
-                stacklevel=8,
-            )
+        work = self._bind(arrays, batch, batch_size, size, hyper)
+        self._now.programs[size] = self._checked(arrays, batch, hyper, number, work)
 
     def _bind(
         self,
@@ -357,10 +340,10 @@ class CaptureEngine(RecordedEngine):
 
         return launch_all
 
-    def _check(
+    def _checked(
         self, arrays: Arrays, batch: Batch, hyper: Hyper, number: int, work: Callable[[], None]
-    ) -> None:
-        """Do one step, and compare it with the step itself; undo it where they differ."""
+    ) -> Callable[[], None]:
+        """Capture the work, do it once, and compare that with the step; undo it if they differ."""
         backend = self.backend
         own = [*leaves(arrays)]
         before = [backend.asarray(a, copy=True) for a in own]
@@ -370,17 +353,23 @@ class CaptureEngine(RecordedEngine):
             [tuple(next(again) for _ in m) for m in arrays.moments],
         )
         wanted, values = step(self.recipe, copies, batch, hyper)
-        xp = backend.xp
 
         def undo() -> None:
             for a, old in zip(own, before, strict=True):
-                a[...] = xp.asarray(old)
+                a[...] = old
+            self._now.at[...] = number
 
-        try:
-            work()
-        except Exception as failure:  # the compiler's, CUDA's and cuBLAS's have no common base
-            undo()
-            raise Unrecordable(f"its kernels fail: {failure}") from failure
+        def attempt(action: Callable[[], None]) -> None:
+            try:
+                action()
+            except Exception as failure:  # the compiler's, CUDA's, cuBLAS's: no common base
+                undo()
+                raise Unrecordable(f"its kernels fail: {failure}") from failure
+
+        attempt(work)  # loads the kernels, which cannot be while they are captured
+        undo()
+        program = self._captured(work)
+        attempt(program)
         tolerance = self._TOLERANCE[str(own[0].dtype)]
         host = [backend.to_host(a).astype(np.float64) for a in (*leaves(wanted), *own, *before)]
         n = len(own)
@@ -399,6 +388,20 @@ class CaptureEngine(RecordedEngine):
         if not alike:
             undo()
             raise Unrecordable("its kernels do not compute what the step computes")
+        return program
+
+    def _captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What repeats the work by one call, or the work itself."""
+        try:
+            replay: Callable[[], None] = self.cuda.capture(work)
+        except CaptureError as reason:
+            warnings.warn(
+                f"the step is launched kernel by kernel, without a CUDA graph: {reason}",
+                RuntimeWarning,
+                stacklevel=9,
+            )
+            return work
+        return replay
 
 
 def _row_by_row(a: Array, xp: Any) -> Array:
