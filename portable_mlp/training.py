@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, Epoch, pausing
-from portable_mlp.engines import ENGINES, Engine
+from portable_mlp.engines import ENGINES, Engine, Task
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
 from portable_mlp.optimizers import Moments, Optimizer
@@ -416,15 +416,9 @@ class Trainer:
             start = end
             end += ceil((data.x.shape[0] if rows is None else len(rows)) / self.batch_size)
             while steps < end:
-                state.arrays, values = engine.run(
-                    state.arrays,
-                    data,
-                    rows,
-                    self.batch_size,
-                    hypers[start:end],
-                    pauses.due,
-                    steps - start,
-                )
+                own = hypers[start:end]
+                task = Task(data, rows, self.batch_size, own, pauses.due, steps - start)
+                state.arrays, values = engine.run(state.arrays, task)
                 for value, penalty in values:
                     n = min(self.batch_size, source.n_rows - seen)
                     loss += n * (self.loss_scale * value + penalty)

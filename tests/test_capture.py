@@ -28,7 +28,7 @@ from test_engines import (
 
 from portable_mlp import ACTIVATIONS, mlp
 from portable_mlp.backends import NumPyBackend
-from portable_mlp.engines import CaptureEngine, Engine, base, cplusplus, kernels
+from portable_mlp.engines import CaptureEngine, Engine, Task, base, cplusplus, kernels
 from portable_mlp.engines.base import RecordedEngine
 from portable_mlp.engines.capture import Cuda
 from portable_mlp.engines.recording import Recorder, Unrecordable, leaves, record, specify
@@ -525,7 +525,8 @@ def test_it_goes_on_in_the_middle_of_an_epoch(made):
             order = np.random.RandomState(epoch).permutation(12)
             for first, end in pieces:
                 stops = iter([False] * (end - first - 1) + [True])
-                now, values = engine.run(now, batch, order, 5, hypers, stops.__next__, first)
+                task = Task(batch, order, 5, hypers, stops.__next__, first)
+                now, values = engine.run(now, task)
                 assert len(values) == end - first
         results.append(now.leaves)
     np.testing.assert_array_equal(*results)

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from portable_mlp import ACTIVATIONS, mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback
-from portable_mlp.engines import ENGINES, Engine, ReplayEngine, base
+from portable_mlp.engines import ENGINES, Engine, ReplayEngine, Task, base
 from portable_mlp.engines import replay as replay_module
 from portable_mlp.engines.base import RecordedEngine
-from portable_mlp.engines.calls import NumPyDialect, TorchDialect, _Plan, lower
+from portable_mlp.engines.calls import _Plan, lower
+from portable_mlp.engines.dialects import NumPyDialect, TorchDialect
 from portable_mlp.engines.recording import Recorder, Unrecordable, leaves, record, specify
 from portable_mlp.losses import LOSSES, BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import SGD, Adam, AdamW, RMSprop, SklearnAdam, SklearnSGD
@@ -84,7 +85,8 @@ def run(kind, trainer, arrays, batch, n_steps=4, batch_size=5):
                       tuple(range(7 * i, 7 * i + trainer.network.n_random)))
                 for i in range(n)
             ]  # fmt: skip
-            arrays, found = engine.run(arrays, batch, order, batch_size, hypers, lambda: False)
+            task = Task(batch, order, batch_size, hypers, lambda: False)
+            arrays, found = engine.run(arrays, task)
             values += found
         return [trainer.backend.to_host(a) for a in leaves(arrays)], values
 
@@ -346,8 +348,8 @@ def test_two_fits_at_once_share_a_program_but_no_buffer():
     one, two = (ReplayEngine(NUMPY, trainer.recipe) for _ in range(2))
     hypers = [Hyper(0.0, trainer.optimizer.coefficients(1, 0.01), ())]
     for _ in range(3):
-        one.run(first, batch, None, 12, hypers, lambda: False)
-        two.run(second, batch, None, 12, hypers, lambda: False)
+        one.run(first, Task(batch, None, 12, hypers, lambda: False))
+        two.run(second, Task(batch, None, 12, hypers, lambda: False))
     for a, b in zip(leaves(first), leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
 

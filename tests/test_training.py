@@ -12,8 +12,9 @@ import pytest
 from portable_mlp import DivergenceError, Network, mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback, Epoch
-from portable_mlp.engines import ENGINES, ReplayEngine
-from portable_mlp.engines.calls import NumPyDialect
+from portable_mlp.engines import ENGINES, Task
+from portable_mlp.engines.base import RecordedEngine
+from portable_mlp.engines.dialects import NumPyDialect
 from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import SGD, AdamW, SklearnAdam
@@ -60,7 +61,7 @@ class Ends(SquaredError):
 def test_batches_cover_all_rows_once_in_order(engine, monkeypatch):
     x, _ = problem()
     y = np.arange(50.0)[:, None]
-    monkeypatch.setattr(BACKEND, "engine", engine, raising=False)
+    monkeypatch.setattr(RecordedEngine, "EAGER", 0)
     order = np.random.RandomState(3).permutation(50)
     for rows in (None, np.arange(0, 50, 2)):
         given = np.arange(50) if rows is None else rows
@@ -71,7 +72,8 @@ def test_batches_cover_all_rows_once_in_order(engine, monkeypatch):
             run = ENGINES[engine](BACKEND, t.recipe)
             ((data, chosen),) = ArraySource(Batch(x, y), rows).parts(16, permutation)
             hypers = [Hyper(0.0, t.optimizer.coefficients(1, 0.0), ())] * 4
-            _, values = run.run(start(t).arrays, data, chosen, 16, hypers, lambda: False)
+            task = Task(data, chosen, 16, hypers, lambda: False)
+            _, values = run.run(start(t).arrays, task)
             means = [wanted[i : i + 16].mean() for i in range(0, n, 16)]
             np.testing.assert_allclose([v for v, _ in values], means, rtol=1e-12)
 
@@ -188,7 +190,7 @@ def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(ReplayEngine, "EAGER", 0)
+        patch.setattr(RecordedEngine, "EAGER", 0)
         patch.setattr(NumPyDialect, "gather", gather)
         assert t.fit(state, source(x, y), 10, np.random.RandomState(0)) == "interrupted"
     assert signal.getsignal(signal.SIGINT) is before

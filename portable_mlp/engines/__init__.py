@@ -4,14 +4,14 @@ All run the same step (`portable_mlp.steps`); they differ in what stands between
 and the library.
 
 - *eager* calls it (`base`).
-- *replay* records it once (`recording`), writes it as calls into fixed buffers (`calls`),
-  and repeats those (`replay`): NumPy and torch.
+- *replay* records it once (`recording`), writes it as calls into fixed buffers (`calls`,
+  in the words of `dialects`), and repeats those (`replay`): NumPy and torch.
 - *scan* hands a loop of steps to JAX's compiler (`scan`).
-- *capture* records it, writes it as CUDA kernels (`kernels`), and replays a graph of their
-  launches (`capture`): CuPy.
+- *capture* records it, writes it as CUDA kernels (`kernels`, in the words of `cplusplus` and
+  `elements`), and replays a graph of their launches (`capture`): CuPy.
 """
 
-from portable_mlp.engines.base import Engine
+from portable_mlp.engines.base import Engine, Task
 from portable_mlp.engines.capture import CaptureEngine
 from portable_mlp.engines.replay import ReplayEngine
 from portable_mlp.engines.scan import ScanEngine
@@ -20,4 +20,4 @@ ENGINES: dict[str, type[Engine]] = {
     engine.name: engine for engine in (Engine, ReplayEngine, ScanEngine, CaptureEngine)
 }
 
-__all__ = ["ENGINES", "CaptureEngine", "Engine", "ReplayEngine", "ScanEngine"]
+__all__ = ["ENGINES", "CaptureEngine", "Engine", "ReplayEngine", "ScanEngine", "Task"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +15,45 @@ from portable_mlp.engines.recording import Program, Recorder, Unrecordable, leav
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 
 Values = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Steps to do, one for each of ``hypers`` from the ``first`` on.
+
+    Parameters
+    ----------
+    data : Batch
+        Rows to take batches from, on the backend.
+    order : array of int, optional
+        Which rows, in which order; on the host.  All, as they stand, if not given.
+    batch_size : int
+        The last batch may be shorter.
+    hypers : sequence of Hyper, one a batch
+    stop : callable
+        Asked between steps whether to end early.
+    first : int, default=0
+        Batches before this one have been done.
+    """
+
+    data: Batch
+    order: NDArray[np.intp] | None
+    batch_size: int
+    hypers: Sequence[Hyper]
+    stop: Callable[[], bool]
+    first: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows of all batches."""
+        n: int = self.data.x.shape[0] if self.order is None else len(self.order)
+        return n
+
+    def batches(self) -> Iterator[slice]:
+        """The rows of each batch to come, as places in the order."""
+        n = self.n_rows
+        for start in range(self.first * self.batch_size, n, self.batch_size):
+            yield slice(start, min(start + self.batch_size, n))
 
 
 class Engine:
@@ -32,33 +71,14 @@ class Engine:
         self.backend = backend
         self.recipe = recipe
 
-    def run(
-        self,
-        arrays: Arrays,
-        data: Batch,
-        order: NDArray[np.intp] | None,
-        batch_size: int,
-        hypers: Sequence[Hyper],
-        stop: Callable[[], bool],
-        first: int = 0,
-    ) -> tuple[Arrays, Values]:
-        """One step for each of ``hypers`` from the ``first`` on, or fewer.
+    def run(self, arrays: Arrays, task: Task) -> tuple[Arrays, Values]:
+        """Do the steps of a task, or fewer.
 
         Parameters
         ----------
         arrays : Arrays
             Overwritten; use what comes back.
-        data : Batch
-            Rows to take batches from, on the backend.
-        order : array of int, optional
-            Which rows, in which order; on the host.  All, as they stand, if not given.
-        batch_size : int
-            The last batch may be shorter.
-        hypers : sequence of Hyper, one a batch
-        stop : callable
-            Asked between steps whether to end early.
-        first : int, default=0
-            Batches before this one have been done.
+        task : Task
 
         Returns
         -------
@@ -67,23 +87,19 @@ class Engine:
             Loss and penalty of each step that was done.
         """
         losses, penalties = [], []
-        batches = self._batches(data, order, batch_size, first)
-        for batch, hyper in zip(batches, hypers[first:], strict=False):
+        for batch, hyper in zip(self._batches(task), task.hypers[task.first :], strict=False):
             arrays, (loss, penalty) = step(self.recipe, arrays, batch, hyper)
             losses.append(loss)
             penalties.append(penalty)
-            if stop():
+            if task.stop():
                 break
         return arrays, self._fetch(losses, penalties)
 
-    def _batches(
-        self, data: Batch, order: NDArray[np.intp] | None, batch_size: int, first: int
-    ) -> Iterator[Batch]:
-        n = data.x.shape[0] if order is None else len(order)
-        indices = None if order is None else self.backend.indices(order)
+    def _batches(self, task: Task) -> Iterator[Batch]:
+        data = task.data
+        indices = None if task.order is None else self.backend.indices(task.order)
         take = self.backend.xp.take
-        for start in range(first * batch_size, n, batch_size):
-            rows = slice(start, min(start + batch_size, n))
+        for rows in task.batches():
             if indices is None:
                 yield Batch(*(None if a is None else a[rows, ...] for a in data))
             else:
@@ -110,22 +126,13 @@ class RecordedEngine(Engine):
         super().__init__(backend, recipe)
         self._begun = 0  # steps
 
-    def run(
-        self,
-        arrays: Arrays,
-        data: Batch,
-        order: NDArray[np.intp] | None,
-        batch_size: int,
-        hypers: Sequence[Hyper],
-        stop: Callable[[], bool],
-        first: int = 0,
-    ) -> tuple[Arrays, Values]:
-        if self._begun + len(hypers) <= self.EAGER:
-            self._begun += len(hypers)
-            return super().run(arrays, data, order, batch_size, hypers, stop, first)
+    def run(self, arrays: Arrays, task: Task) -> tuple[Arrays, Values]:
+        if self._begun + len(task.hypers) <= self.EAGER:
+            self._begun += len(task.hypers)
+            return super().run(arrays, task)
         values: Values = []
         try:
-            self.repeat(arrays, data, order, batch_size, hypers, stop, first, values)
+            self.repeat(arrays, task, values)
             return arrays, values
         except Unrecordable as reason:
             warnings.warn(
@@ -134,21 +141,10 @@ class RecordedEngine(Engine):
                 stacklevel=7,
             )
         self.run = super().run  # type: ignore[method-assign]
-        first += len(values)
-        arrays, more = super().run(arrays, data, order, batch_size, hypers, stop, first)
+        arrays, more = super().run(arrays, replace(task, first=task.first + len(values)))
         return arrays, values + more
 
-    def repeat(
-        self,
-        arrays: Arrays,
-        data: Batch,
-        order: NDArray[np.intp] | None,
-        batch_size: int,
-        hypers: Sequence[Hyper],
-        stop: Callable[[], bool],
-        first: int,
-        values: Values,
-    ) -> None:
+    def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
         """What ``run`` does, in place; appends to ``values``.
 
         Raises

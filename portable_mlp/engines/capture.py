@@ -17,10 +17,9 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.base import RecordedEngine, Tree, Values, recorded
+from portable_mlp.engines.base import RecordedEngine, Task, Tree, Values, recorded
 from portable_mlp.engines.kernels import Kernel, Kernels, View, compile_program, gather_kernel
 from portable_mlp.engines.recording import Unrecordable, leaves, specify
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
@@ -190,52 +189,34 @@ class CaptureEngine(RecordedEngine):
         self._memories: dict[Any, _Memory] = {}
         self._now: Any = None
 
-    def repeat(
-        self,
-        arrays: Arrays,
-        data: Batch,
-        order: NDArray[np.intp] | None,
-        batch_size: int,
-        hypers: Sequence[Hyper],
-        stop: Callable[[], bool],
-        first: int,
-        values: Values,
-    ) -> None:
-        n = data.x.shape[0] if order is None else len(order)
-        self._prepare(arrays, data, order, batch_size, hypers)
-        self._now.at[...] = done = first
+    def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
+        self._prepare(arrays, task)
+        done = task.first
+        self._now.at[...] = done
         try:
-            for hyper in hypers[first:]:
-                size = min(batch_size, n - done * batch_size)
-                self._step(arrays, data, batch_size, done, size, hyper)
+            for rows, hyper in zip(task.batches(), task.hypers[done:], strict=False):
+                self._step(arrays, task, done, rows, hyper)
                 done += 1
-                if stop():
+                if task.stop():
                     break
         finally:
-            values += self._results(first, done)
+            values += self._results(task.first, done)
 
     # ------------------------------------------------------------ an epoch
 
-    def _prepare(
-        self,
-        arrays: Arrays,
-        data: Batch,
-        order: NDArray[np.intp] | None,
-        batch_size: int,
-        hypers: Sequence[Hyper],
-    ) -> None:
+    def _prepare(self, arrays: Arrays, task: Task) -> None:
         """Put what an epoch's steps read where they read it."""
-        to, given = self.backend.asarray, [a for a in data if a is not None]
-        n = data.x.shape[0]
+        to, given = self.backend.asarray, [a for a in task.data if a is not None]
+        n, order, hypers = task.n_rows, task.order, task.hypers
         table = np.array([(h.alpha, *h.coefficients, *h.keys) for h in hypers], np.float64)
         rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
-        whole = order is None and n <= batch_size
+        whole = order is None and n <= task.batch_size
         if self.cuda is None:
             self.cuda = type(self).runtime()
         if arrays is not self._arrays:
             self._memories.clear()
             self._arrays = arrays
-        key = batch_size, whole, tuple((a.shape, str(a.dtype)) for a in given)
+        key = task.batch_size, whole, tuple((a.shape, str(a.dtype)) for a in given)
         now = self._memories.get(key)
         if now is not None and (len(rows) > len(now.rows) or len(table) > len(now.table)):
             now = None
@@ -270,33 +251,20 @@ class CaptureEngine(RecordedEngine):
 
     # ------------------------------------------------------------ a step
 
-    def _step(
-        self,
-        arrays: Arrays,
-        data: Batch,
-        batch_size: int,
-        number: int,
-        size: int,
-        hyper: Hyper,
-    ) -> None:
+    def _step(self, arrays: Arrays, task: Task, number: int, rows: slice, hyper: Hyper) -> None:
+        size = rows.stop - rows.start
         program = self._now.programs.get(size)
         if program is not None:
             program()
             return
-        rows = slice(number * batch_size, number * batch_size + size)
         chosen = self._now.rows[rows]
         take = self.backend.xp.take
-        batch = Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
-        work = self._bind(arrays, batch, batch_size, size, hyper)
+        batch = Batch(*(None if a is None else take(a, chosen, axis=0) for a in task.data))
+        work = self._bind(arrays, batch, task.batch_size, size, hyper)
         self._now.programs[size] = self._checked(arrays, batch, hyper, number, work)
 
     def _bind(
-        self,
-        arrays: Arrays,
-        batch: Batch,
-        batch_size: int,
-        size: int,
-        hyper: Hyper,
+        self, arrays: Arrays, batch: Batch, batch_size: int, size: int, hyper: Hyper
     ) -> Callable[[], None]:
         """Allocate, and return the function that launches a step."""
         backend, cuda = self.backend, self.cuda

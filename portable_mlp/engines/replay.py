@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from portable_mlp.backends import Backend
-from portable_mlp.engines.base import RecordedEngine, Tree, Values, recorded
-from portable_mlp.engines.calls import DIALECTS, Replay, lower
+from portable_mlp.engines.base import RecordedEngine, Task, Tree, Values, recorded
+from portable_mlp.engines.calls import Replay, lower
+from portable_mlp.engines.dialects import DIALECTS
 from portable_mlp.engines.recording import leaves, specify
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe
 from portable_mlp.typing import Array
@@ -28,40 +26,28 @@ class ReplayEngine(RecordedEngine):
         self._arrays: Arrays | None = None
         self._programs: dict[int, tuple[list[Array], Callable[..., tuple[Any, ...]]]] = {}
 
-    def repeat(
-        self,
-        arrays: Arrays,
-        data: Batch,
-        order: NDArray[np.intp] | None,
-        batch_size: int,
-        hypers: Sequence[Hyper],
-        stop: Callable[[], bool],
-        first: int,
-        values: Values,
-    ) -> None:
+    def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
         if arrays is not self._arrays:
             self._programs.clear()
             self._arrays = arrays
-        n = data.x.shape[0] if order is None else len(order)
+        n, batch_size, hypers = task.n_rows, task.batch_size, task.hypers
         # The longer batch first: its memory is enough for the shorter
         for size in sorted({min(batch_size, n), n % batch_size or batch_size}, reverse=True):
             if size not in self._programs:
-                self._programs[size] = self._bind(arrays, data, size, hypers[0])
-        indices = None if order is None else self.backend.indices(order)
-        given = [a for a in data if a is not None]
+                self._programs[size] = self._bind(arrays, task.data, size, hypers[0])
+        indices = None if task.order is None else self.backend.indices(task.order)
+        given = [a for a in task.data if a is not None]
         gather = self.dialect.gather
         found: Values = []
-        starts = range(first * batch_size, n, batch_size)
-        for start, hyper in zip(starts, hypers[first:], strict=False):
-            rows = slice(start, min(start + batch_size, n))
-            buffers, program = self._programs[rows.stop - start]
+        for rows, hyper in zip(task.batches(), hypers[task.first :], strict=False):
+            buffers, program = self._programs[rows.stop - rows.start]
             if indices is None:
                 batch = [a[rows] for a in given] if n > batch_size else given
             else:
                 chosen = indices[rows]
                 batch = [gather(a, chosen, b) for a, b in zip(given, buffers, strict=True)]
             found.append(program(*batch, hyper.alpha, *hyper.coefficients, *hyper.keys))
-            if stop():
+            if task.stop():
                 break
         if self.backend.name != "numpy":  # there they are numbers already
             losses, penalties = zip(*found, strict=True)

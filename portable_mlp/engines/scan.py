@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.base import Engine, Values
+from portable_mlp.engines.base import Engine, Task, Values
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 from portable_mlp.typing import Array
 
@@ -32,22 +30,11 @@ class ScanEngine(Engine):
         self._pace = 0.0  # steps a second
         self._loops: dict[tuple[int, int], Any] = {}
 
-    def run(
-        self,
-        arrays: Arrays,
-        data: Batch,
-        order: NDArray[np.intp] | None,
-        batch_size: int,
-        hypers: Sequence[Hyper],
-        stop: Callable[[], bool],
-        first: int = 0,
-    ) -> tuple[Arrays, Values]:
-        n = data.x.shape[0] if order is None else len(order)
-        indices = None if order is None else self.backend.indices(order)
-        whole = n // batch_size  # the short batch is a program of its own
-        pieces = [(whole, batch_size)] * (whole > 0) + [(whole + 1, n % batch_size)] * (
-            n % batch_size > 0
-        )
+    def run(self, arrays: Arrays, task: Task) -> tuple[Arrays, Values]:
+        n, batch_size, hypers = task.n_rows, task.batch_size, task.hypers
+        indices = None if task.order is None else self.backend.indices(task.order)
+        whole, short = divmod(n, batch_size)  # the short batch is a program of its own
+        pieces = [(whole, batch_size)] * (whole > 0) + [(whole + 1, short)] * (short > 0)
         alone = len(hypers) == 1
         numbers: Any = hypers[0]  # Python's numbers are handed over much faster than arrays
         if not alone:
@@ -55,16 +42,16 @@ class ScanEngine(Engine):
             keys = np.asarray([h.keys for h in hypers], np.int32)
             numbers = np.asarray(table, arrays.leaves[0].dtype), keys
         values: Values = []
-        done = first
+        done = task.first
         for end, size in pieces:
             if (size, batch_size) not in self._loops:  # to hash a recipe takes time
                 self._loops[size, batch_size] = _loop(self.recipe, size, batch_size)
             loop = self._loops[size, batch_size]
-            while done < end and not (done > first and stop()):
+            while done < end and not (done > task.first and task.stop()):
                 upto = min(end, done + max(1, int(self._pace * self.SECONDS)))
                 began = time.perf_counter()
                 span = None if alone else np.asarray((done, upto), np.int32)
-                arrays, piece = loop(arrays, data, indices, numbers, span)
+                arrays, piece = loop(arrays, task.data, indices, numbers, span)
                 values += map(tuple, np.asarray(piece)[done:upto].tolist())
                 self._pace = (upto - done) / (time.perf_counter() - began)
                 done = upto
