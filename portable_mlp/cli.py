@@ -23,7 +23,14 @@ def main(argv: list[str] | None = None) -> int:
         0; 2 after an error, which is one line on stderr, unless ``--debug`` shows where
         it comes from; 130 after Ctrl-C.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
     try:
         from cyclopts import CycloptsError
 
@@ -42,9 +49,6 @@ def main(argv: list[str] | None = None) -> int:
             if "--debug" in argv:
                 raise
             return _fail(_message(error))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
 
 
 def _message(error: Exception) -> str:
@@ -61,3 +65,7 @@ def _fail(message: str) -> int:
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
     print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Toml
+from cyclopts.validators import Number
 
 from portable_mlp import __version__
 from portable_mlp.config import Common, Training, Where
 
-_MANY = Parameter(consume_multiple=True, negative="")
+_MANY = Parameter(consume_multiple=1, negative="")
 
 
 def _from_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -25,7 +26,13 @@ def _from_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
                 path /= "config.toml"
             if not path.is_file():
                 raise FileNotFoundError(f"{argument.name}: there is no file {path}")
-            Toml(path, use_commands_as_keys=False)(app, commands, arguments)
+            given = Toml(path, use_commands_as_keys=False)
+            for name, value in given.config.items():
+                if isinstance(value, dict):  # it would be passed over
+                    raise ValueError(
+                        f"{path} has a table [{name}]: options stand outside of tables"
+                    )
+            given(app, commands, arguments)
 
 
 app = App(
@@ -72,7 +79,7 @@ def predict(
     data: Annotated[tuple[Path, ...], _MANY],
     *,
     out: Path = Path("predictions.csv"),
-    chunk_rows: int | None = None,
+    chunk_rows: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
     where: Where = Where(),
     common: Common = Common(),
 ) -> None:
@@ -176,7 +183,8 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 
     table = Table(box=None, pad_edge=False)
     for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+        justify: Any = "left" if isinstance(value, str) else "right"
+        table.add_column(name, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

@@ -58,7 +58,8 @@ class Training:
     """A training run, from the files it reads to the folder it leaves."""
 
     data: Annotated[
-        tuple[Path, ...], Parameter(group=_DATA, consume_multiple=True, negative="")
+        tuple[Path, ...],
+        Parameter(group=_DATA, consume_multiple=1, negative="", show_default=False),
     ] = ()
     """CSV, Parquet, .npy or .npz files with the same columns."""
     dataset: Annotated[_Bundled, Parameter(group=_DATA)] = "digits"
@@ -76,7 +77,14 @@ class Training:
 
     hidden: Annotated[
         tuple[int, ...],
-        Parameter(group=_NETWORK, converter=_widths, n_tokens=1, accepts_keys=False, negative=""),
+        Parameter(
+            group=_NETWORK,
+            converter=_widths,
+            n_tokens=1,
+            accepts_keys=False,
+            negative="",
+            show_default=lambda widths: ",".join(map(str, widths)),
+        ),
     ] = (100,)
     """Widths of the hidden layers, such as 128,64."""
     activation: Annotated[_Activation, Parameter(group=_NETWORK)] = "relu"
@@ -97,7 +105,7 @@ class Training:
     """Hold out a tenth of the training rows, and keep the weights that are best on them."""
     patience: Annotated[int, _COUNT] = 20
     """Epochs without progress before training stops."""
-    seed: Annotated[int, Parameter(group=_NETWORK)] = 0
+    seed: Annotated[int, Parameter(group=_NETWORK, validator=Number(gte=0, lt=2**32))] = 0
     """Of all that is random."""
 
     where: Where = Where()

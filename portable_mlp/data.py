@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile
@@ -91,7 +92,8 @@ def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
         if frames:
             check_columns(path, frames[0].columns, frame.columns)
             frame = frame.select(frames[0].columns)
-        frames.append(frame)
+        empty = [c.name for c in frame.select(pl.col(pl.String)) if c.null_count() == len(c)]
+        frames.append(frame.cast(dict.fromkeys(empty, pl.Null)))  # of any type, in other files
     try:
         return plain_types(pl.concat(frames, how="vertical_relaxed"))
     except pl.exceptions.PolarsError as error:
@@ -114,7 +116,9 @@ def read_chunks(
     rows : int or None
         At most, in a chunk; None for all of a file.
     known : sequence of str
-        Other columns that errors do not call extra.
+        All columns of the table that the model learned from, the target the last: errors
+        do not call them extra, and where columns have their positions for names, the
+        target's need not be there.
 
     Yields
     ------
@@ -131,7 +135,7 @@ def read_chunks(
     pl = _polars()
     types = {name: KINDS[kind] for name, kind in kinds.items()}
     for path in map(Path, paths):
-        for frame in _parts(path, rows, None, list(kinds), types):
+        for frame in _parts(path, rows, None, list(known or kinds), types):
             check_columns(path, list(kinds), frame.columns, [*kinds, *known])
             try:
                 yield plain_types(frame.select(list(kinds))).cast(types)
@@ -209,12 +213,12 @@ def check_columns(
 
 
 def plain_types(frame: Any) -> Any:
-    """Decimals as floating-point numbers, categories as text, all times as UTC."""
+    """Decimals as floating-point numbers, categories as text, times as UTC, NaN as missing."""
     pl = _polars()
     plain = {pl.Decimal: pl.Float64, pl.Categorical: pl.String, pl.Enum: pl.String}
     plain |= {pl.Datetime: pl.Datetime}  # without a time zone
     return frame.cast({name: plain[t.base_type()] for name, t in frame.schema.items()
-                       if t.base_type() in plain})  # fmt: skip
+                       if t.base_type() in plain}).fill_nan(None)  # fmt: skip
 
 
 def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any]]:
@@ -254,12 +258,12 @@ def _parts(
     pl = _polars()
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
-    read = {".parquet": _parquet_parts, ".pq": _parquet_parts} | dict.fromkeys(
-        _ARRAYS, _array_parts
-    )
+    suffix = path.suffix.lower()
     try:
-        if (reader := read.get(path.suffix.lower())) is not None:
-            yield from reader(path, rows)
+        if suffix in (".parquet", ".pq"):
+            yield from _parquet_parts(path, rows)
+        elif suffix in _ARRAYS:
+            yield from _array_parts(path, rows, names)
         else:
             yield from _csv_parts(path, rows, target, names, types)
     except pl.exceptions.PolarsError as error:
@@ -273,7 +277,7 @@ def _parquet_parts(path: Path, rows: int | None) -> Iterator[Any]:
         yield lazy.slice(start, rows).collect()
 
 
-def _array_parts(path: Path, rows: int | None) -> Iterator[Any]:
+def _array_parts(path: Path, rows: int | None, names: list[str] | None) -> Iterator[Any]:
     try:
         loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         columns: dict[str, NDArray[Any]] = {}
@@ -283,7 +287,9 @@ def _array_parts(path: Path, rows: int | None) -> Iterator[Any]:
             if array.ndim == 1:
                 columns[name or "column_0"] = array
             else:
-                columns |= {f"{name or 'column'}_{i}": a for i, a in enumerate(array.T)}
+                made_up = [f"{name}_{i}" for i in range(array.shape[1])]
+                own = made_up if name else _positions(array.shape[1], names)
+                columns |= dict(zip(own, array.T, strict=True))
     except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     lengths = {len(array) for array in columns.values()}
@@ -292,8 +298,7 @@ def _array_parts(path: Path, rows: int | None) -> Iterator[Any]:
     (height,) = lengths
     for start in range(0, height, rows or max(height, 1)):
         part = slice(start, start + (rows or height))
-        frame = _polars().DataFrame({k: np.ascontiguousarray(a[part]) for k, a in columns.items()})
-        yield frame.fill_nan(None)
+        yield _polars().DataFrame({k: np.ascontiguousarray(a[part]) for k, a in columns.items()})
 
 
 def _csv_parts(
@@ -307,7 +312,7 @@ def _csv_parts(
     first, separator = _first_line(path)
     header = _has_header(first, target, names)
 
-    columns = None if header else [f"column_{i}" for i in range(len(first))]
+    columns = None if header else _positions(len(first), names)
 
     def parse(source: Any, has_header: bool) -> Any:
         return pl.read_csv(
@@ -322,42 +327,66 @@ def _csv_parts(
 
     blocks = _checked_blocks(path, separator, len(first), header, rows or _AT_ONCE)
     if rows is None:
-        for _ in blocks:
-            pass
-        frame = parse(path, header)
-        yield frame if types else _with_dates(frame)
+        height = sum(n for _, n in blocks)
+        frame = parse(path, header).head(height)  # polars reads empty lines at the end, too
+        yield frame if types else _with_dates(path, frame)
         return
-    for number, block in enumerate(blocks):
+    for number, (block, _) in enumerate(blocks):
         frame = parse(BytesIO(block), header and number == 0)
         columns = frame.columns
         if frame.height:
             yield frame
 
 
-def _with_dates(frame: Any) -> Any:
-    """Text that is dates throughout, as dates."""
+def _with_dates(path: Path, frame: Any) -> Any:
+    """Text that is dates throughout, as dates.
+
+    Raises
+    ------
+    ValueError
+        If a column is numbers, but for spaces or decimal commas: polars takes it for text.
+    """
     pl = _polars()
     for column in frame.select(pl.col(pl.String)):
-        if column.null_count() < len(column):
-            with suppress(pl.exceptions.PolarsError):
-                frame = frame.with_columns(column.str.to_datetime())
+        if column.null_count() == len(column):
+            continue
+        plain = column.str.strip_chars().str.replace(",", ".", literal=True)
+        numbers = plain.cast(pl.Float64, strict=False).null_count() == column.null_count()
+        if numbers and (plain != column).any():
+            raise ValueError(
+                f"{path}: column {column.name!r} has numbers with spaces or decimal commas, such"
+                f" as {column.filter(plain != column)[0]!r}: write them as 1.5"
+            )
+        with suppress(pl.exceptions.PolarsError):
+            frame = frame.with_columns(column.str.to_datetime())
     return frame
 
 
 def _first_line(path: Path) -> tuple[list[str], str]:
     """The fields of the first line, and what separates them."""
     with open(path, "rb") as file:
-        line = next(_text_lines(path, file), "")
-    if not line.strip():
-        raise ValueError(f"{path} is empty, or begins with an empty line")
-    separator = max(",;\t", key=line.count)
-    return next(csv.reader([line], delimiter=separator)), separator
+        lines = _text_lines(path, file)
+        line = next(lines, "")
+        if not line.strip():
+            raise ValueError(f"{path} is empty, or begins with an empty line")
+        separator = max(",;\t", key=re.sub(r'"[^"]*("|$)', "", line).count)  # outside quotes
+        return next(csv.reader(chain([line], lines), delimiter=separator)), separator
+
+
+def _are_positions(names: list[str]) -> bool:
+    return all(re.fullmatch(r"column_\d+", name) for name in names)
+
+
+def _positions(width: int, names: list[str] | None) -> list[str]:
+    """Names for columns without: of those of ``names``, the last, the target, may be left out."""
+    if names and _are_positions(names) and width == len(names) - 1:
+        return names[:-1]
+    return [f"column_{i}" for i in range(width)]
 
 
 def _has_header(first: list[str], target: str | None, names: list[str] | None) -> bool:
     if names is not None:
-        made_up = all(re.fullmatch(r"column_\d+", name) for name in names)
-        return not made_up or any(field in names for field in first)
+        return not _are_positions(names) or any(field in names for field in first)
     if target is None or not re.fullmatch(r"-?\d+", target):
         return True
     position = int(target) % len(first) if -len(first) <= int(target) < len(first) else None
@@ -366,12 +395,14 @@ def _has_header(first: list[str], target: str | None, names: list[str] | None) -
 
 def _checked_blocks(
     path: Path, separator: str, width: int, header: bool, rows: int
-) -> Iterator[bytes]:
+) -> Iterator[tuple[bytes, int]]:
     """The text, ``rows`` rows at a time, once each row has as many fields as the first.
 
+    Each block comes with the number of its rows.  Empty lines at the end are left out.
     Polars fills a short row with missing values, and does not say where a long one is.
     """
     lines: list[str] = []
+    n_rows, blank = -1 if header else 0, None
 
     def keep(text: Iterable[str]) -> Iterator[str]:
         for line in text:
@@ -381,19 +412,25 @@ def _checked_blocks(
     with open(path, "rb") as file:
         reader = csv.reader(keep(_text_lines(path, file)), delimiter=separator)
         try:
-            for number, fields in enumerate(reader, 0 if header else 1):
-                if len(fields) != width and not (width == 1 and not fields):
+            for fields in reader:
+                if not fields and width > 1:
+                    blank = blank or reader.line_num
+                    continue
+                if blank or (fields and len(fields) != width):
+                    line, found = (blank, 0) if blank else (reader.line_num, len(fields))
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: {len(fields)} fields, where the first"
-                        f" line has {width}"
+                        f"{path}, line {line}: {found} fields, where the first line has {width}"
                     )
-                if number and number % rows == 0:
-                    yield "".join(lines).encode()
+                n_rows += 1
+                if n_rows == rows:
+                    yield "".join(lines).encode(), n_rows
                     lines.clear()
+                    n_rows = 0
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    if lines:
-        yield "".join(lines).encode()
+    text = "".join(lines)
+    if text := text.rstrip("\r\n") if width > 1 else text:
+        yield text.encode(), n_rows
 
 
 def _text_lines(path: Path, file: BinaryIO) -> Iterator[str]:

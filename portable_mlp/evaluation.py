@@ -16,6 +16,8 @@ from portable_mlp.preprocessing import model_input
 
 _REPEATS = 5
 _BUDGET = 2**17  # rows times columns that are predicted in a repeat of the importance
+_BUDGET_OF_ALL = 2**29  # in all repeats, for all columns: some twenty seconds
+_OVERHEAD = 300  # what a column costs beside its rows, in rows
 
 
 class Bin(NamedTuple):
@@ -123,18 +125,22 @@ def importances(
 ) -> list[Importance]:
     """Permutation importance of some columns, the largest first.
 
-    Of wide tables, the first rows alone are looked at.
+    Of wide tables, the first rows alone are looked at; of very wide ones, the first columns.
     """
     n = min(X.height, max(200, _BUDGET // X.width))
+    columns = columns[: max(1, _BUDGET_OF_ALL // (_REPEATS * (n + _OVERHEAD) * X.width))]
+    order = np.arange(n)
 
     def score(model: Any, rows: NDArray[np.intp], y: NDArray[Any]) -> float:
         # scikit-learn shuffles row numbers; each column is read in its own order
         shuffled = X[:n].with_columns(
-            pl.col(name).gather(rows[:, i]) for i, name in enumerate(columns)
+            pl.col(name).gather(rows[:, i])
+            for i, name in enumerate(columns)
+            if not np.array_equal(rows[:, i], order)
         )
         return float(model.score(model_input(shuffled, by_name), y))
 
-    numbers = np.repeat(np.arange(n)[:, None], len(columns), axis=1)
+    numbers = np.repeat(order[:, None], len(columns), axis=1)
     found = permutation_importance(
         model, numbers, y[:n], scoring=score, n_repeats=_REPEATS, random_state=seed
     )

@@ -45,6 +45,8 @@ def export_onnx(path: Path, out: Path) -> None:
     types = None
     if isinstance(pipeline, Pipeline) and notes.get("by_name"):
         used = {name: of for name, of in notes["columns"].items() if name not in notes["dropped"]}
+        if "" in used:
+            raise ValueError("a column has no name: ONNX needs one, so name it and train again")
         types = [(name, _TYPES[kind]([None, 1])) for name, kind in used.items()]
         _name_missing(pipeline[0])
     to_onnx(pipeline, out, initial_types=types)

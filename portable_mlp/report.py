@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -82,7 +83,8 @@ def _number(value: float) -> str:
 def _svg(draw: Any, name: str, size: tuple[float, float] = (4.6, 3.2)) -> Markup:
     from matplotlib import rc_context
 
-    with rc_context({**_LOOK, "svg.hashsalt": name}):
+    with rc_context({**_LOOK, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # text stays text, and browsers have fonts
         picture = figure(figsize=size, layout="constrained")
         draw(picture.subplots())
         text = StringIO()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest
+from math import ceil
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -122,13 +123,7 @@ def read(settings: Training) -> Table:
         _check_classes(target, y)
     elif y.dtype.kind not in "iufb":
         raise ValueError(f"the target {target!r} is no number: use --task classification")
-    numbers = np.arange(len(y))
-    train, test = train_test_split(
-        numbers,
-        test_size=settings.test_fraction,
-        random_state=settings.seed,
-        stratify=y if classify else None,
-    )
+    train, test = _split(settings, y, classify)
     kinds, dropped = column_kinds(X), useless_columns(X[train])
     if len(dropped) == len(kinds):
         raise ValueError(
@@ -136,7 +131,7 @@ def read(settings: Training) -> Table:
         )
     return Table(
         X[train], y[train], X[test], y[test], target, column_kinds(frame)[target], kinds, dropped,
-        by_name=_has_names(settings),
+        by_name=_has_names(settings) or not {"category", "date"}.isdisjoint(kinds.values()),
         digests={str(path): _digest(path) for path in settings.data},
         classify=classify,
     )  # fmt: skip
@@ -166,6 +161,23 @@ def _check_classes(target: str, y: NDArray[Any]) -> None:
             f"the target {target!r} has a class of one row, {classes[counts.argmin()]}: there"
             " have to be two at least, to train and to test on"
         )
+
+
+def _split(settings: Training, y: NDArray[Any], classify: bool) -> tuple[Any, Any]:
+    """The rows to train on, and those to test on."""
+    said = f"--test-fraction {settings.test_fraction} of {len(y)} rows"
+    try:
+        train, test = train_test_split(
+            np.arange(len(y)),
+            test_size=settings.test_fraction,
+            random_state=settings.seed,
+            stratify=y if classify else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{said} cannot be held back: {error}") from error
+    if classify and (lost := np.setdiff1d(y, y[train])).size:
+        raise ValueError(f"{said} leaves none to train on of the class {lost[0]}: lower it")
+    return train, test
 
 
 def _digest(path: Path) -> str:
@@ -200,6 +212,8 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     began = time.perf_counter()
     if settings.optimizer == "lbfgs" and settings.checkpoint_every is not None:
         raise ValueError("--checkpoint-every is for the other optimizers: lbfgs cannot go on")
+    if resume and settings.checkpoint_every is None:
+        raise ValueError(f"{settings.out} was begun without --checkpoint-every: begin anew")
     table = read(settings)
     if _stops_early(settings) and len(table.y) <= 10:  # a tenth has to be two
         raise ValueError(f"{len(table.y)} rows are too few to hold some out: --no-early-stopping")
@@ -215,7 +229,7 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
         table.X, table.used, scale=settings.scaling, by_name=table.by_name
     )
     numbers = preprocessing.fit_transform(model_input(table.X, table.by_name))
-    model, history, interrupted = _fit(settings, table, numbers, resume)
+    model, history, interrupted = _fit(settings, table, numbers, resume, say)
     if interrupted and not history:
         raise KeyboardInterrupt
 
@@ -228,9 +242,12 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
         "by_name": table.by_name,
         "settings": settings_table(settings),
     }
-    save(model, out / MODEL, preprocessing, notes=notes)
-    _write_history(out / HISTORY, history)
-    _write(out / SETTINGS, to_toml(settings))
+    with _deferred_interrupt() as late:  # what took hours is not lost in its last second
+        save(model, out / MODEL, preprocessing, notes=notes)
+        _write_history(out / HISTORY, history)
+        _write(out / SETTINGS, to_toml(settings))
+    if late.is_set():
+        raise KeyboardInterrupt
     pipeline = make_pipeline(preprocessing, model)
     test = table.X_test, table.y_test
     run = Run(
@@ -261,13 +278,19 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
 
 
 def _fit(
-    settings: Training, table: Table, numbers: NDArray[Any], resume: bool
+    settings: Training,
+    table: Table,
+    numbers: NDArray[Any],
+    resume: bool,
+    say: Callable[[str], None],
 ) -> tuple[Any, list[Epoch], bool]:
     """The model, its history, and whether it was interrupted."""
     y, scaler = table.y, None
     if settings.scaling and not table.classify:
         scaler = StandardScaler()
         y = scaler.fit_transform(y.reshape(-1, 1).astype(np.float64))[:, 0]
+        if settings.dtype == "float32" and abs(scaler.mean_[0]) > 1e5 * scaler.scale_[0]:
+            say(f"{table.target} varies little around {scaler.mean_[0]:.5g}: use --dtype float64")
     checkpoint = settings.out / _CHECKPOINT
     if resume and checkpoint.exists():
         _check_same(settings, table, checkpoint)
@@ -337,7 +360,8 @@ def _log_score(model: Any, X: Any, y: NDArray[Any]) -> float:
 
 
 def _batch_size(settings: Training, n_rows: int) -> int:
-    return min(settings.batch_size or min(max(n_rows // 100, 32), 1024), n_rows)
+    used = n_rows - ceil(0.1 * n_rows) if _stops_early(settings) else n_rows
+    return min(settings.batch_size or min(max(n_rows // 100, 32), 1024), used)
 
 
 def _check_writable(folder: Path) -> None:

@@ -150,10 +150,10 @@ def evaluate_file(stored: Stored, data: Sequence[Path]) -> Evaluation:
     X, y, _ = split_target(frame, stored.target, ", ".join(map(str, data)))
     classes = getattr(stored.pipeline, "classes_", None)
     if classes is not None:
-        y = y.astype(str if classes.dtype.kind in "US" else classes.dtype)
-        unknown = np.setdiff1d(y, classes)
+        unknown = np.setdiff1d(y.astype(str) if classes.dtype.kind == "U" else y, classes)
         if unknown.size:
             raise ValueError(f"labels that the model does not know: {', '.join(map(str, unknown))}")
+        y = y.astype(classes.dtype)
     return evaluate(stored.pipeline, X, y, by_name=stored.by_name)
 
 

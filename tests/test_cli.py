@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import train_test_split
 
-from portable_mlp import load
+from portable_mlp import load, save
 from portable_mlp.cli import main
 from portable_mlp.data import PENGUINS, read_csv, read_table
 from portable_mlp.persistence import read_metadata
@@ -215,6 +215,61 @@ def test_evaluate_and_info(penguins, capsys):
     assert "classes: female, male" in out
 
 
+def test_evaluate_takes_labels_as_they_are(tmp_path, rng, capsys):
+    x = rng.standard_normal(100)
+    names = np.where(x > 0, "a [/b] c " * 20, "<i>")
+    for name, y in {"whole": 3 + (x > 0), "half": 3.5 + (x > 0), "names": names}.items():
+        pl.DataFrame({"x": x, "y": y}).write_csv(tmp_path / f"{name}.csv")
+    for name in ("whole", "names"):
+        data = tmp_path / f"{name}.csv"
+        run("train", "--data", data, "--epochs", 1, "--out", tmp_path / name)
+        run("evaluate", tmp_path / name / "model.safetensors", data)
+    assert capsys.readouterr().out.count("[/b]") == 20  # it is no markup of rich's
+    run("evaluate", tmp_path / "whole/model.safetensors", tmp_path / "half.csv", code=2)
+    assert "does not know: 3.5, 4.5" in capsys.readouterr().err
+
+
+def test_arrays_of_text_and_dates(tmp_path, rng, capsys):
+    x = rng.standard_normal(90)
+    days = np.datetime64("2024-01-01") + np.arange(90)
+    np.savez(tmp_path / "t.npz", d=days, x=x, s=np.array(["u", "v", "w"] * 30), y=x > 0)
+    run("train", "--data", tmp_path / "t.npz", "--epochs", 1, "--out", tmp_path / "run")
+    model = tmp_path / "run/model.safetensors"
+    assert read_metadata(model)["notes"]["columns"] == {"d": "date", "x": "number", "s": "category"}
+    run("evaluate", model, tmp_path / "t.npz")
+    assert "90 rows" in capsys.readouterr().out
+
+
+def test_export_needs_names(tmp_path, capsys):
+    pytest.importorskip("skl2onnx")
+    (tmp_path / "t.csv").write_text(",y\n" + "".join(f"{i},{i % 2}\n" for i in range(40)))
+    run(
+        "train",
+        "--data",
+        tmp_path / "t.csv",
+        "--target",
+        "y",
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "run",
+    )
+    run("export", tmp_path / "run/model.safetensors", tmp_path / "m.onnx", code=2)
+    assert "a column has no name" in capsys.readouterr().err
+
+
+def test_a_target_too_fine_for_float32_is_named(tmp_path, rng, capsys):
+    pl.DataFrame({"x": [*range(50)], "y": 1e9 + rng.standard_normal(50)}).write_csv(
+        tmp_path / "t.csv"
+    )
+    command = ["train", "--data", tmp_path / "t.csv", "--epochs", 1, "--out", tmp_path / "run"]
+    run(*command)
+    said = "y varies little around 1e+09: use --dtype float64\n"
+    assert said in capsys.readouterr().out
+    run(*command, "--dtype", "float64")
+    assert said not in capsys.readouterr().out
+
+
 def as_onnx_takes_it(column, kind):
     if kind == "tensor(string)":
         return column.fill_null("").to_numpy().astype(object)
@@ -283,6 +338,21 @@ def test_interrupt_keeps_what_there_is(optimizer, tmp_path):
         assert len(history) == model[-1].n_iter_ < 1000000
         assert np.isfinite(model.score(X, y))
     assert "interrupted" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_interrupt_while_saving_keeps_the_model(tmp_path, monkeypatch, capsys):
+    from portable_mlp import runs
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "save", interrupted)
+    train(tmp_path / "run", code=130)
+    assert capsys.readouterr().err == "interrupted\n"
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"model.safetensors", "history.csv", "config.toml"}
+    assert load(tmp_path / "run/model.safetensors")[-1].n_iter_ == 8
 
 
 def test_interrupted_prediction_leaves_nothing(penguins, tmp_path):
@@ -397,6 +467,8 @@ def place(tmp_path, monkeypatch, penguins):
         "broken.npy": "nothing",
         "bad.toml": "epochs = [",
         "typo.toml": "epoch = 3\n",
+        "table.toml": "[train]\nepochs = 3\n",
+        "rare.csv": good + 2 * (lines[1].replace(",male", ",unknown") + "\n"),
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -439,13 +511,20 @@ ERRORS = [
     (f"{TRAIN} good.csv --optimizer lbfgs --checkpoint-every 1", "lbfgs cannot go on"),
     (f"{TRAIN} good.csv --config bad.toml", "TOML"),
     (f"{TRAIN} good.csv --config typo.toml", "Did you mean --epochs"),
+    (f"{TRAIN} good.csv --config table.toml", r"table.toml has a table \[train\]"),
+    (f"{TRAIN}", "--data requires at least 1"),
+    (f"{TRAIN} good.csv --seed -1", "--seed"),
+    (f"{TRAIN} good.csv --test-fraction 0.001", "--test-fraction 0.001 of 333 rows cannot"),
+    (f"{TRAIN} rare.csv --test-fraction 0.9", "leaves none to train on of the class unknown"),
     (f"{TRAIN} good.csv --config nothing.toml", "there is no file nothing.toml"),
     ("train --resume nothing", "there is no file nothing/config.toml"),
+    ("train --resume penguins", "penguins was begun without --checkpoint-every"),
     ("trian", 'Did you mean "train"'),
     (f"{PREDICT} other.csv", OTHER),
     (f"{PREDICT} text.csv", "could not parse `long` as dtype `f64` at column 'bill_length_mm'"),
     (f"{PREDICT} ragged.csv", "ragged.csv, line 335"),
     (f"{PREDICT} ragged.csv --chunk-rows 10", "ragged.csv, line 335"),
+    (f"{PREDICT} good.csv --chunk-rows 0", "--chunk-rows"),
     (f"{PREDICT} latin.csv", "latin.csv, line 335"),
     (f"{PREDICT} empty.csv", "empty.csv is empty"),
     (f"{PREDICT} header.csv", "there are no rows"),

@@ -199,3 +199,78 @@ def test_bundled_table_has_every_kind():
     assert set(column_kinds(frame).values()) == {"number", "boolean", "category", "date"}
     assert frame.null_count().sum_horizontal().item() > 0
     assert preprocessing.useless_columns(frame) == {"region": "constant"}
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2, 3])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b\n1,2\n3,4\n\n",
+        "a,b\r\n1,2\r\n3,4\r\n\r\n\r\n",
+        '"a";"b"\n"1";"2"\n3;4',
+    ],
+)
+def test_empty_lines_at_the_end_are_no_rows(text, rows, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(text.encode())
+    chunks = read_chunks([path], {"a": "number", "b": "number"}, rows)
+    assert pl.concat(list(chunks)).rows() == [(1.0, 2.0), (3.0, 4.0)]
+    assert read_table([path]).rows() == [(1, 2), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ('"a,b,c";d\n1;2\n', ["a,b,c", "d"]),
+        ('"two\nlines",d\n1,2\n', ["two\nlines", "d"]),
+        ('"two;;\nlines",d\n1,2\n', ["two;;\nlines", "d"]),
+    ],
+)
+def test_quotes_in_the_header(text, columns, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    frame = read_table([path])
+    assert frame.columns == columns
+    assert frame.rows() == [(1, 2)]
+    (chunk,) = read_chunks([path], dict.fromkeys(columns, "number"), 1)
+    assert chunk.rows() == [(1.0, 2.0)]
+
+
+@pytest.mark.parametrize("text", ["x;y\n1,5;a\n2;b\n", "x,y\n 1,a\n 2.5,b\n"])
+def test_numbers_that_would_be_text_are_named(text, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="column 'x' has numbers with spaces or decimal commas"):
+        read_table([path])
+
+
+def test_nan_in_parquet_is_missing(tmp_path):
+    pl.DataFrame({"x": [1.0, float("nan")]}).write_parquet(tmp_path / "t.parquet")
+    assert read_table([tmp_path / "t.parquet"])["x"].to_list() == [1.0, None]
+    (chunk,) = read_chunks([tmp_path / "t.parquet"], {"x": "number"}, None)
+    assert chunk["x"].to_list() == [1.0, None]
+
+
+def test_a_column_that_is_empty_in_one_file_has_the_type_of_the_other(tmp_path):
+    (tmp_path / "a.csv").write_text("x,d,y\n,,1\n,,2\n")
+    (tmp_path / "b.csv").write_text("x,d,y\n1.5,2024-01-02,3\n")
+    for order in ("ab", "ba"):
+        frame = read_table([tmp_path / f"{name}.csv" for name in order])
+        assert column_kinds(frame) == {"x": "number", "d": "date", "y": "number"}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "npy"])
+@pytest.mark.parametrize("target", [0, 2, 4])
+def test_positions_are_those_of_the_table_when_the_target_is_not_there(suffix, target, tmp_path):
+    names = [f"column_{i}" for i in range(5)]
+    known = [name for i, name in enumerate(names) if i != target]
+    rows = np.arange(10.0).reshape(2, 5)
+    wanted = np.delete(rows, target, axis=1)[:, [0, 2]]
+    for table in (rows, np.delete(rows, target, axis=1)):
+        if suffix == "npy":
+            np.save(tmp_path / "t.npy", table)
+        else:
+            np.savetxt(tmp_path / "t.csv", table, delimiter=",")
+        kinds = dict.fromkeys([known[0], known[2]], "number")
+        chunks = read_chunks([tmp_path / f"t.{suffix}"], kinds, 1, [*known, names[target]])
+        np.testing.assert_array_equal(pl.concat(list(chunks)).to_numpy(), wanted)

@@ -198,6 +198,26 @@ def test_many_classes_are_told_by_what_they_are_taken_for(tmp_path, rng):
         assert int(count) == np.sum((truth == a) & (predicted == b)) > 0
 
 
+def test_names_need_no_font_of_matplotlib(tmp_path):
+    rows = "".join(f"{i},{2 * i}.5\n" for i in range(40))
+    (tmp_path / "t.csv").write_text("x,日本\n" + rows, encoding="utf-8")
+    command = ["train", "--data", tmp_path / "t.csv", "--epochs", "1", "--out", tmp_path / "run"]
+    assert main([*map(str, command)]) == 0  # warnings are errors here
+    assert "predicted 日本</text>" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+
+
+def test_wide_tables_take_no_longer(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr("portable_mlp.evaluation._BUDGET_OF_ALL", 5 * (12 + 300) * 40 * 7)
+    np.savez(tmp_path / "t.npz", X=rng.standard_normal((60, 40)), y=np.arange(60) % 2)
+    out = tmp_path / "run"
+    command = ["train", "--data", tmp_path / "t.npz", "--epochs", "1", "--out", out]
+    assert main([*map(str, command)]) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "The table is wide: of its first 7 columns." in page
+    assert page.count(">X_6<") == 2
+    assert page.count(">X_7<") == 1  # in the data's table alone
+
+
 def test_data_and_how_it_was_made(runs):
     shown = page(runs["sex"])
     ((_, *rows),) = shown.tables["data"]
