@@ -242,7 +242,7 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
         "by_name": table.by_name,
         "settings": settings_table(settings),
     }
-    with _deferred_interrupt() as late:  # what took hours is not lost in its last second
+    with deferred_interrupt() as late:  # what took hours is not lost in its last second
         save(model, out / MODEL, preprocessing, notes=notes)
         _write_history(out / HISTORY, history)
         _write(out / SETTINGS, to_toml(settings))
