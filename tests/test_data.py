@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from portable_mlp.data import read_chunks, read_csv, read_table, split_target
+from portable_mlp.data import bundled_table, read_chunks, read_csv, read_table, split_target
 
 pl = pytest.importorskip("polars")
 pytest.importorskip("sklearn", minversion="1.9")
@@ -195,7 +194,7 @@ def test_rare_categories_share_no_place(rng):
 
 
 def test_bundled_table_has_every_kind():
-    frame = read_table([Path(__file__).parent.parent / "portable_mlp/penguins.csv"])
+    frame = bundled_table("penguins")
     assert set(column_kinds(frame).values()) == {"number", "boolean", "category", "date"}
     assert frame.null_count().sum_horizontal().item() > 0
     assert preprocessing.useless_columns(frame) == {"region": "constant"}
