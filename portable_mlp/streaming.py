@@ -19,6 +19,7 @@ from portable_mlp.evaluation import Evaluation, evaluate
 from portable_mlp.files import replacing
 from portable_mlp.persistence import read_metadata
 from portable_mlp.preprocessing import model_input
+from portable_mlp.training import deferred_interrupt
 
 _NUMBERS = 2**18  # in a chunk of the table
 
@@ -109,17 +110,22 @@ def predict_file(
     def every(*_: Any) -> Iterator[pl.DataFrame]:
         yield first
         try:
-            yield from ahead
+            for part in ahead:
+                if interrupted.is_set():
+                    return
+                yield part
         except Exception as error:
             failures.append(error)  # Polars has errors of its own
             raise
 
     lazy = register_io_source(every, schema=first.schema)
-    with replacing(out) as beside:
+    with replacing(out) as beside, deferred_interrupt() as interrupted:
         try:
             _sink(lazy.sink_csv if out.suffix == ".csv" else lazy.sink_parquet, beside)
         except pl.exceptions.PolarsError as error:
             raise (failures[0] if failures else OSError(f"{out}: {error}")) from error
+        if interrupted.is_set():  # Polars may take it for the end of the rows
+            raise KeyboardInterrupt
 
 
 def _sink(sink: Callable[[Path], Any], path: Path) -> None:

@@ -37,7 +37,7 @@ def test_tables_hold_what_was_measured(suite, peer, tmp_path):
     (own,), (other,) = (found["samples"][name][number] for name in ("portable_mlp numpy", peer))
     *_, row = (line for line in text.splitlines() if line.startswith(f"| {peer} |"))
     ratio, mean = map(float, row.split("|")[2:-1])
-    assert ratio == mean == pytest.approx(own / other, rel=0.01)
+    assert ratio == mean == pytest.approx(own / other, rel=0.01, abs=0.006)  # as printed
     assert not any(found["failures"].values())
     if "--fit" in suite:
         assert "Largest relative difference of the loss curves from scikit-learn's: " in text
