@@ -16,7 +16,7 @@ from portable_mlp.preprocessing import model_input
 
 _REPEATS = 5
 _BUDGET = 2**17  # rows times columns that are predicted in a repeat of the importance
-_BUDGET_OF_ALL = 2**29  # in all repeats, for all columns: some twenty seconds
+_BUDGET_OF_ALL = 2**29  # in all repeats, for all columns
 _OVERHEAD = 300  # what a column costs beside its rows, in rows
 
 
