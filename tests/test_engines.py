@@ -354,6 +354,23 @@ def test_two_fits_at_once_share_a_program_but_no_buffer():
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_short_batch_may_come_first():
+    # As where a fit over a sparse matrix goes on at its last batch
+    trainer, arrays, batch = case(SquaredError(), Adam())
+    short = Batch(*(a if a is None else a[:3] for a in batch))
+    hypers = [Hyper(0.0, trainer.optimizer.coefficients(1, 0.01), ())]
+    results = []
+    for kind in (ReplayEngine, Engine):
+        engine, own = kind(NUMPY, trainer.recipe), copy.deepcopy(arrays)
+        engine.EAGER = 0
+        for data in (short, batch, short):
+            order = np.arange(len(data.x))[::-1]
+            own, _ = engine.run(own, Task(data, order, 12, hypers, lambda: False))
+        results.append(own)
+    for a, b in zip(*map(leaves, results), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def source_of(dialect, **settings_):
     trainer, arrays, batch = case(SoftmaxCrossEntropy(), Adam(), "relu", **settings_)
     recorder = Recorder()

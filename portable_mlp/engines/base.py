@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,7 @@ from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 Values = list[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """Steps to do, one for each of ``hypers`` from the ``first`` on.
 
     Parameters
@@ -141,7 +140,7 @@ class RecordedEngine(Engine):
                 stacklevel=7,
             )
         self.run = super().run  # type: ignore[method-assign]
-        arrays, more = super().run(arrays, replace(task, first=task.first + len(values)))
+        arrays, more = super().run(arrays, task._replace(first=task.first + len(values)))
         return arrays, values + more
 
     def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:

@@ -32,9 +32,9 @@ class ReplayEngine(RecordedEngine):
             self._arrays = arrays
         n, batch_size, hypers = task.n_rows, task.batch_size, task.hypers
         # The longer batch first: its memory is enough for the shorter
-        for size in sorted({min(batch_size, n), n % batch_size or batch_size}, reverse=True):
+        for size in (min(batch_size, n), n % batch_size or batch_size):
             if size not in self._programs:
-                self._programs[size] = self._bind(arrays, task.data, size, hypers[0])
+                self._bind(arrays, task.data, size, hypers[0])
         indices = None if task.order is None else self.backend.indices(task.order)
         given = [a for a in task.data if a is not None]
         gather = self.dialect.gather
@@ -54,19 +54,17 @@ class ReplayEngine(RecordedEngine):
             found = self._fetch(list(losses), list(penalties))
         values += found
 
-    def _bind(
-        self, arrays: Arrays, data: Batch, size: int, hyper: Hyper
-    ) -> tuple[list[Array], Callable[..., tuple[Any, ...]]]:
-        """Buffers for a batch of so many rows, and the function that does a step with it."""
-        if self._programs:
-            longest, _ = self._programs[max(self._programs)]
-            buffers = [buffer[:size] for buffer in longest]
+    def _bind(self, arrays: Arrays, data: Batch, size: int, hyper: Hyper) -> None:
+        """Make buffers for a batch of so many rows, and the function that does a step with it."""
+        longest = max(self._programs, default=0)
+        if size <= longest:
+            buffers = [buffer[:size] for buffer in self._programs[longest][0]]
         else:
             buffers = [self.dialect.buffer(a, size) for a in data if a is not None]
         batch = Batch(*buffers)
         arguments = specify((arrays, batch, hyper))
         replay = _replay(self.recipe, self.backend.name, Tree(arguments))
-        return buffers, replay.bind(list(leaves(arrays)), self.dialect)
+        self._programs[size] = buffers, replay.bind(list(leaves(arrays)), self.dialect)
 
 
 @lru_cache(maxsize=64)
