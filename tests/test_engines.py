@@ -145,12 +145,28 @@ def test_engines_of_other_backends_agree_with_eager_numpy(name, loss, weighted, 
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.abs(b).max())
 
 
+def test_narrow_products_and_masks_are_the_same_in_other_words(request):
+    backend = get_target("torch", request).backend
+    sizes, n = (20, 18, 17, 3), 40
+    what = SoftmaxCrossEntropy(), Adam(), "relu"
+    made = case(*what, backend, sizes=sizes, n=n)
+    arrays, values = run(ReplayEngine, *made, batch_size=20)
+    made = case(*what, sizes=sizes, n=n)
+    wanted, wanted_values = run(Engine, *made, batch_size=20)
+    np.testing.assert_allclose(values, wanted_values, rtol=1e-11)
+    for a, b in zip(arrays, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.abs(b).max())
+    source = source_of(TorchDialect, sizes=sizes, n=n)
+    assert source.count(".copy_(p") == 1  # the last layer's weights
+    assert "torch.bool" not in source
+
+
 # ---------------------------------------------------------------- programs at random
 
 SHAPE = (6, 4)
 UNARY = ["tanh", "exp", "abs", "negative", "square"]
 BINARY = ["add", "subtract", "multiply", "maximum", "minimum"]
-OTHER = ["sum", "max", "T", "reshape", "matmul", "index", "where", "concat", "astype"]
+OTHER = ["sum", "max", "T", "reshape", "matmul", "index", "where", "concat", "astype", "narrow"]
 
 
 @st.composite
@@ -186,17 +202,20 @@ def interpret(program, xp, donated, passed, number):
         elif op == "index":
             new = xp.concat([a[2:, :], b[:2, :]], axis=0)
         elif op == "where":
-            new = xp.where(a > b, a, number)
+            new = xp.where(a > (b if (i + j) % 3 else number), a, number)
         elif op == "concat":
             flat = xp.concat([xp.reshape(a, (-1,)), xp.reshape(xp.tanh(b), (-1,))])
             new = xp.reshape(flat[SHAPE[1] : SHAPE[1] + 24], SHAPE)
+        elif op == "narrow":  # of zeros and ones: exact, in whatever order it is summed
+            tall, short = xp.astype(b > number, b.dtype), xp.astype(a[:, :2] > 0.0, a.dtype)
+            new = a + xp.reshape(xp.matmul(tall.T, short), (-1,))[:4]
         else:
             new = xp.astype(a > number, a.dtype) * b
         stack.append(new)
     return [stack[i % len(stack)] for i in replaced], [xp.sum(stack[shown % len(stack)])]
 
 
-def replayed(program, block=1 << 20):
+def replayed(program, **settings_):
     """The program three times, each from what the last left; all it returned."""
     rng = np.random.RandomState(1)
     donated = [rng.standard_normal(SHAPE) for _ in range(3)]
@@ -209,12 +228,8 @@ def replayed(program, block=1 << 20):
         specify((donated, passed, 0.5)),
     )
 
-    class Dialect(NumPyDialect):
-        pass
-
-    Dialect.block = block
-    dialect = Dialect(NUMPY)
-    function = lower(recorded, 3, Dialect).bind(mine, dialect)
+    chosen = type("Dialect", (NumPyDialect,), {"block": 0, **settings_})
+    function = lower(recorded, 3, chosen).bind(mine, chosen(NUMPY))
     for i in range(3):
         before = passed.copy()
         wanted, shown = interpret(program, np, [a.copy() for a in donated], passed, 0.5 + i)
@@ -232,12 +247,17 @@ def test_a_choice_is_not_written_over_its_condition():
     replayed(([*steps, ("tanh", 0, 0)], [0, 0, 20], 0), block=10)
 
 
+def test_a_mask_that_is_a_condition_too_stays_one():
+    replayed(([("astype", 0, 0), ("where", 0, 0)], [4, 5, 0], 1), numeric_masks=True)
+
+
 @settings(max_examples=300, deadline=None)
 @given(programs())
 def test_programs_at_random(program):
     """Whatever is reused, overwritten or cut into blocks, the values are NumPy's own."""
     replayed(program)
     replayed(program, block=10)
+    replayed(program, block=10, narrow=3, numeric_masks=True)
 
 
 @pytest.mark.parametrize("slip", ["later reads forgotten", "every operand overwritten"])

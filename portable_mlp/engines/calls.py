@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import CodeType
 from typing import Any
@@ -21,7 +21,14 @@ from typing import Any
 import numpy as np
 
 from portable_mlp.engines.dialects import NumPyDialect
-from portable_mlp.engines.recording import NUMBERS, REDUCTIONS, VIEWS, Node, Program
+from portable_mlp.engines.recording import (
+    COMPARISONS,
+    NUMBERS,
+    REDUCTIONS,
+    VIEWS,
+    Node,
+    Program,
+)
 from portable_mlp.typing import Array
 
 
@@ -63,9 +70,28 @@ def lower(program: Program, n_donated: int, dialect: type[NumPyDialect]) -> Repl
         So many inputs, the first, are overwritten by as many outputs, the first.
     dialect : type of NumPyDialect
     """
+    if dialect.numeric_masks:
+        program = with_numeric_masks(program)
     plan = _Plan(program, n_donated, dialect.block)
     source = _Writer(plan, dialect).source()
     return Replay(source, compile(source, "<replay>", "exec"))
+
+
+def with_numeric_masks(program: Program) -> Program:
+    """The program with comparisons made in the type to which they are only converted."""
+    readers = Counter(o for x in program.nodes for o in x.arrays)
+    readers.update(y for y in program.outputs if isinstance(y, Node))
+    new: dict[Any, Any] = {}
+    for x in program.nodes:
+        source = x
+        if x.op == "astype" and x.operands[0].op in COMPARISONS and readers[x.operands[0]] == 1:
+            (source,) = x.operands
+        operands = tuple(new.get(o, o) for o in source.operands)
+        new[x] = replace(source, operands=operands, dtype=x.dtype)
+    outputs = tuple(new.get(y, y) for y in program.outputs)
+    merged = {o for x in program.nodes if x.op != new[x].op for o in x.operands}
+    nodes = tuple(y for x, y in new.items() if x not in merged)
+    return Program(program.inputs, outputs, nodes)
 
 
 def parts_at_home(calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
@@ -450,10 +476,29 @@ class _Writer:
             condition, a, b = operands
             return dialect.where(out, condition, a, b)
         if x.op == "matmul":
-            left, right = x.operands
-            return dialect.matmul(operands[0], operands[1], out, (left.ndim, right.ndim))
+            return self._product(x, operands[0], operands[1], out)
         function = self._local(dialect.elementwise(x.op))
         return f"{function}({', '.join(operands)}, out={out})"
+
+    def _product(self, x: Node, a: str, b: str, out: str) -> str:
+        dialect = self.dialect
+        left, right = x.operands
+        matrices = x.ndim == left.ndim == 2
+        if (
+            not matrices
+            or left.op != "permute"
+            or not x.shape[1] < dialect.narrow <= min(left.shape)
+        ):
+            return dialect.matmul(a, b, out, (left.ndim, right.ndim))
+        n, k = x.shape
+        # (a b)ᵀ = bᵀ aᵀ
+        whole = self._fresh(("transposed", x), "p")
+        self.bound.append(f"{whole} = {self._array(f'empty({x.n_bytes})', 0, (k, n), x.dtype)}")
+        a, b = (
+            self._view(y, dialect.transpose(text, (1, 0))) for y, text in ((left, a), (right, b))
+        )
+        product = dialect.matmul(b, a, whole, (2, 2))
+        return f"{product}; {dialect.assign(out, dialect.transpose(whole, (1, 0)))}"
 
     def _concat(self, x: Node) -> list[str]:
         """Copy the parts that are not there yet."""
@@ -540,12 +585,12 @@ class _Writer:
             if operand in rows:
                 new.append(self._tile(operand, text, together, k))
             elif isinstance(operand, Node) and operand.shape:
-                new.append(self._reshaped(operand, text, shape))
+                new.append(self._view(operand, f"{text}.reshape({shape})"))
             elif repeated and not isinstance(operand, Node):
                 new.append(self._vector(operand, shape[1], dtype))
             else:
                 new.append(text)
-        return new, self._reshaped(x, out, shape)
+        return new, self._view(x, f"{out}.reshape({shape})")
 
     def _tile(self, x: Node, text: str, n: int, k: int) -> str:
         """A row, n times."""
@@ -563,12 +608,13 @@ class _Writer:
             self.bound.append(f"{self._fresh(key, 'c')} = {constant}")
         return self.names[key]
 
-    def _reshaped(self, x: Node, text: str, shape: tuple[int, int]) -> str:
-        key = ("reshaped", x, shape)
+    def _view(self, x: Node, text: str) -> str:
+        """A name for an expression of x that looks at its memory in another way."""
+        key = ("view", text)
         if key not in self.names:
             name = self._fresh(key, "l")
             lines = self.calls if x.root in self.foreign else self.bound
-            lines.append(f"{name} = {text}.reshape({shape})")
+            lines.append(f"{name} = {text}")
         return self.names[key]
 
 

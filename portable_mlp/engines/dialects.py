@@ -23,6 +23,11 @@ class NumPyDialect:
     # With a scalar operand, NumPy has no vector instructions for these
     vectors: tuple[str, ...] = ("maximum", "minimum")
     wider: int = 4096
+    # Columns of a product of a transposed matrix; with fewer it is quicker to compute the
+    # product's transpose, if that matrix is not as narrow
+    narrow: int = 0
+    # Whether a comparison is quicker into numbers than into booleans that are then converted
+    numeric_masks: bool = False
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -117,6 +122,8 @@ class TorchDialect(NumPyDialect):
     block = 0  # torch works on several cores; blocks would be too short for that
     wide = wider = 0
     vectors = ()
+    narrow = 16  # MKL is up to seven times slower then
+    numeric_masks = True  # five times
 
     _NAMES: ClassVar[dict[str, str]] = {
         "absolute": "abs", "power": "pow", "equal": "eq", "not_equal": "ne",

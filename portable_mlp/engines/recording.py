@@ -22,6 +22,8 @@ import numpy as np
 
 Shape = tuple[int, ...]
 
+COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
+
 REDUCTIONS = {"sum": "add", "prod": "multiply", "max": "maximum", "min": "minimum"}
 """Functions along axes, and the elementwise function that each repeats."""
 
