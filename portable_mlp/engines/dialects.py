@@ -122,7 +122,7 @@ class TorchDialect(NumPyDialect):
     block = 0  # torch works on several cores; blocks would be too short for that
     wide = wider = 0
     vectors = ()
-    narrow = 16  # MKL is up to seven times slower then
+    narrow = 16  # MKL is several times slower then
     numeric_masks = True  # five times
 
     _NAMES: ClassVar[dict[str, str]] = {
