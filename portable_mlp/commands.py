@@ -12,7 +12,7 @@ from cyclopts.config import Toml
 from cyclopts.validators import Number
 
 from portable_mlp import __version__
-from portable_mlp.config import Common, Training, Where
+from portable_mlp.config import Common, Training, Where, whole
 
 _MANY = Parameter(consume_multiple=1, negative="")
 
@@ -79,7 +79,7 @@ def predict(
     data: Annotated[tuple[Path, ...], _MANY],
     *,
     out: Path = Path("predictions.csv"),
-    chunk_rows: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    chunk_rows: Annotated[int | None, Parameter(validator=Number(gte=1), converter=whole)] = None,
     where: Where = Where(),
     common: Common = Common(),
 ) -> None:

@@ -25,11 +25,25 @@ _DATA = Group.create_ordered("Data")
 _NETWORK = Group.create_ordered("Network and training")
 _WHERE = Group.create_ordered("Where to compute")
 _FILES = Group.create_ordered("What is kept")
-_COUNT = Parameter(group=_NETWORK, validator=Number(gte=1))
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
+def whole(type_: Any, tokens: tuple[Token, ...]) -> int:
+    """The converter of an option that is an integer: cyclopts' own would round."""
+    return _integer(tokens[0].value)
 
 
 def _widths(type_: Any, tokens: tuple[Token, ...]) -> tuple[int, ...]:
-    return tuple(int(width) for token in tokens for width in token.value.split(",") if width)
+    return tuple(_integer(width) for token in tokens for width in token.value.split(",") if width)
+
+
+_COUNT = Parameter(group=_NETWORK, validator=Number(gte=1), converter=whole)
 
 
 @Parameter(name="*")
@@ -105,7 +119,9 @@ class Training:
     """Hold out a tenth of the training rows, and keep the weights that are best on them."""
     patience: Annotated[int, _COUNT] = 20
     """Epochs without progress before training stops."""
-    seed: Annotated[int, Parameter(group=_NETWORK, validator=Number(gte=0, lt=2**32))] = 0
+    seed: Annotated[
+        int, Parameter(group=_NETWORK, validator=Number(gte=0, lt=2**32), converter=whole)
+    ] = 0
     """Of all that is random."""
 
     where: Where = Where()

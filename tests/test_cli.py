@@ -468,6 +468,7 @@ def place(tmp_path, monkeypatch, penguins):
         "bad.toml": "epochs = [",
         "typo.toml": "epoch = 3\n",
         "table.toml": "[train]\nepochs = 3\n",
+        "half.toml": "patience = 2.5\n",
         "rare.csv": good + 2 * (lines[1].replace(",male", ",unknown") + "\n"),
     }
     for name, text in files.items():
@@ -507,6 +508,9 @@ ERRORS = [
     (f"{TRAIN} good.csv --activation rleu", 'Did you mean "relu"'),
     (f"{TRAIN} good.csv --epoch 3", "Did you mean --epochs"),
     (f"{TRAIN} good.csv --epochs 0", "--epochs"),
+    (f"{TRAIN} good.csv --config half.toml", "patience.*: '2.5' is not a whole number"),
+    (f"{TRAIN} good.csv --seed 1.5", "--seed: '1.5' is not a whole number"),
+    (f"{TRAIN} good.csv --hidden 8,2.5", "--hidden: '2.5' is not a whole number"),
     (f"{TRAIN} good.csv --learning-rate 1e30 --no-early-stopping", "training diverged"),
     (f"{TRAIN} good.csv --optimizer lbfgs --checkpoint-every 1", "lbfgs cannot go on"),
     (f"{TRAIN} good.csv --config bad.toml", "TOML"),
@@ -525,6 +529,7 @@ ERRORS = [
     (f"{PREDICT} ragged.csv", "ragged.csv, line 335"),
     (f"{PREDICT} ragged.csv --chunk-rows 10", "ragged.csv, line 335"),
     (f"{PREDICT} good.csv --chunk-rows 0", "--chunk-rows"),
+    (f"{PREDICT} good.csv --chunk-rows 9.5", "--chunk-rows: '9.5' is not a whole number"),
     (f"{PREDICT} latin.csv", "latin.csv, line 335"),
     (f"{PREDICT} empty.csv", "empty.csv is empty"),
     (f"{PREDICT} header.csv", "there are no rows"),
