@@ -218,8 +218,8 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     if _stops_early(settings) and len(table.y) <= 10:  # a tenth has to be two
         raise ValueError(f"{len(table.y)} rows are too few to hold some out: --no-early-stopping")
     say(
-        f"{'classification' if table.classify else 'regression'}: {len(table.y)} rows to train on,"
-        f" {len(table.y_test)} to test, {len(table.used)} columns"
+        f"{'classification' if table.classify else 'regression'} of {table.target}:"
+        f" {len(table.y)} rows to train on, {len(table.y_test)} to test, {len(table.used)} columns"
     )
     if table.dropped:
         say("dropped: " + ", ".join(f"{name} ({why})" for name, why in table.dropped.items()))

@@ -95,7 +95,7 @@ def test_train_leaves_a_whole_folder(penguins):
 def test_train_says_what_it_drops_and_a_line_an_epoch(tmp_path, capsys):
     train(tmp_path, "--no-early-stopping")
     out = capsys.readouterr().out
-    assert "classification: 266 rows to train on, 67 to test, 10 columns" in out
+    assert "classification of sex: 266 rows to train on, 67 to test, 10 columns" in out
     assert "dropped: region (constant)" in out
     epoch = r"^epoch (\d)/8 loss \S+ lr 0.001 \S+/s \d:\d\d:\d\d left$"
     assert re.findall(epoch, out, re.MULTILINE) == list("12345678")
