@@ -92,7 +92,7 @@ def test_regression_on_a_csv_maps_the_target_back(tmp_path):
     price = table(tmp_path / "houses.csv")
     out = run("train.py", "--data", "houses.csv", "--target", "price", "--hidden", "32,16",
               "--optimizer", "lbfgs", cwd=tmp_path).stdout  # fmt: skip
-    assert "regression: 160 rows" in out
+    assert "regression of price: 160 rows" in out
     assert float(re.search(r"train R² (\S+)", out)[1]) > 0.9
     X, y = read_csv(tmp_path / "houses.csv", "price")
     model = load(tmp_path / "runs/latest/model.safetensors")
