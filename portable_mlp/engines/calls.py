@@ -483,22 +483,20 @@ class _Writer:
     def _product(self, x: Node, a: str, b: str, out: str) -> str:
         dialect = self.dialect
         left, right = x.operands
-        matrices = x.ndim == left.ndim == 2
-        if (
-            not matrices
-            or left.op != "permute"
-            or not x.shape[1] < dialect.narrow <= min(left.shape)
+        if not (
+            left.op == "permute"
+            and x.ndim == left.ndim == 2
+            and x.shape[1] < dialect.narrow <= min(left.shape)
         ):
             return dialect.matmul(a, b, out, (left.ndim, right.ndim))
-        n, k = x.shape
-        # (a b)ᵀ = bᵀ aᵀ
-        whole = self._fresh(("transposed", x), "p")
-        self.bound.append(f"{whole} = {self._array(f'empty({x.n_bytes})', 0, (k, n), x.dtype)}")
-        a, b = (
-            self._view(y, dialect.transpose(text, (1, 0))) for y, text in ((left, a), (right, b))
-        )
-        product = dialect.matmul(b, a, whole, (2, 2))
-        return f"{product}; {dialect.assign(out, dialect.transpose(whole, (1, 0)))}"
+        # As (a b)ᵀ = bᵀ aᵀ
+        product = self._fresh(("transposed", x), "p")
+        array = self._array(f"empty({x.n_bytes})", 0, (x.shape[1], x.shape[0]), x.dtype)
+        self.bound.append(f"{product} = {array}")
+        a = self._view(left, dialect.transpose(a, (1, 0)))
+        b = self._view(right, dialect.transpose(b, (1, 0)))
+        line = dialect.matmul(b, a, product, (2, 2))
+        return f"{line}; {dialect.assign(out, dialect.transpose(product, (1, 0)))}"
 
     def _concat(self, x: Node) -> list[str]:
         """Copy the parts that are not there yet."""
