@@ -30,12 +30,15 @@ from portable_mlp.optimizers import Moments, Optimizer
 from portable_mlp.packing import Layout
 from portable_mlp.schedules import Clock, Schedule
 from portable_mlp.sources import Source
-from portable_mlp.steps import Arrays, Hyper, Recipe
+from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, objective
 from portable_mlp.typing import Array, Params
 
 
 class DivergenceError(ValueError):
     """Training produced NaN or infinite values."""
+
+
+# ---------------------------------------------------------------- the fit
 
 
 class Begun(NamedTuple):
@@ -130,7 +133,7 @@ class Trainer:
         Times the schedule's factor.
     schedule : Schedule
     alpha : float, default=0
-        L2 penalty on the weights, see `portable_mlp.steps.objective`.
+        L2 penalty on the weights, see `objective`.
     clip_norm : float, optional
     batch_size : int, default=200
     shuffle : bool, default=True
@@ -304,7 +307,7 @@ class Trainer:
                 xp = self.backend.xp
                 finite = [xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.leaves]
                 if not self.backend.fetch(finite).all():
-                    raise DivergenceError(self.divergence(state.epochs, nan))
+                    raise DivergenceError(self._divergence(state.epochs, nan))
         finally:
             for callback in callbacks:
                 callback.on_fit_end()
@@ -356,8 +359,8 @@ class Trainer:
                 return "interrupted"
             if not isfinite(loss):
                 if not early:
-                    raise DivergenceError(self.divergence(state.epochs, loss))
-                said = self.divergence(state.epochs, loss) + " The best weights so far are kept."
+                    raise DivergenceError(self._divergence(state.epochs, loss))
+                said = self._divergence(state.epochs, loss) + " The best weights so far are kept."
                 warnings.warn(said, RuntimeWarning, stacklevel=5)
                 return "diverged"
             if self._watch(state, -score if early else loss):
@@ -454,8 +457,7 @@ class Trainer:
         # Copied, not aliased: the next step overwrites what it is handed
         return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
 
-    def divergence(self, epoch: int, loss: float) -> str:
-        """What to say of training that ended in numbers that are not finite."""
+    def _divergence(self, epoch: int, loss: float) -> str:
         return (
             "Solver produced non-finite parameter weights. The input data may contain"
             " large values and need to be preprocessed."
@@ -522,3 +524,89 @@ def deferred_interrupt() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+# ---------------------------------------------------------------- L-BFGS
+
+
+def fit_lbfgs(
+    trainer: Trainer,
+    params: Params,
+    data: Batch,
+    *,
+    max_iter: int,
+    max_fun: int,
+    callbacks: Sequence[Callback] = (),
+) -> tuple[list[Array], float, int, str | None]:
+    """Minimise the loss over all rows by SciPy's L-BFGS-B.
+
+    Value and gradient are computed on the backend; SciPy works on the host, in
+    float64.  On NumPy, ``data.x`` may be sparse.
+
+    Returns
+    -------
+    params : list of arrays
+    loss : float
+    n_iter : int
+    message : str or None
+        Why it stopped short of convergence; None if it converged.
+    """
+    from scipy.optimize import minimize
+
+    backend, recipe = trainer.backend, trainer.recipe
+    evaluate = backend.compile(objective, static=(0,))
+
+    def split(theta: NDArray[np.float64]) -> list[Array]:
+        ends = np.cumsum([leaf.size for leaf in shapes])[:-1]
+        parts = np.split(theta, ends)
+        return [
+            backend.asarray(part.reshape(leaf.shape), trainer.dtype)
+            for part, leaf in zip(parts, shapes, strict=True)
+        ]
+
+    def value_and_grad(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alpha, ())
+        loss = trainer.loss_scale * backend.fetch([value])[0]
+        if recipe.penalised:
+            loss += backend.fetch([penalty])[0]
+        flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]
+        return float(loss), np.concatenate(flat)
+
+    began = time.perf_counter()
+    n_iter = 0
+
+    def after_iteration(intermediate_result: Any) -> None:
+        nonlocal n_iter
+        n_iter += 1
+        seconds = time.perf_counter() - began
+        record = Epoch(n_iter, float(intermediate_result.fun), seconds=seconds)
+        theta = intermediate_result.x
+        for callback in callbacks:
+            callback.on_epoch_begin(n_iter)  # SciPy tells of an iteration when it is done
+        asked = [c.on_epoch_end(record, lambda: trainer.params(split(theta))) for c in callbacks]
+        if any(asked):
+            raise StopIteration
+
+    for callback in callbacks:
+        callback.on_fit_begin(max_iter)
+    try:
+        with backend.scope(trainer.dtype):
+            shapes = [backend.to_host(leaf) for leaf in trainer.load(params)]
+            theta = np.concatenate([leaf.astype(np.float64).ravel() for leaf in shapes])
+            result = minimize(
+                value_and_grad,
+                theta,
+                method="L-BFGS-B",
+                jac=True,
+                callback=after_iteration if callbacks else None,
+                options={"maxfun": max_fun, "maxiter": max_iter, "gtol": trainer.tol},
+            )
+    finally:
+        for callback in callbacks:
+            callback.on_fit_end()
+    with backend.scope(trainer.dtype):
+        if not np.isfinite(result.x).all() or not isfinite(result.fun):
+            raise DivergenceError(trainer._divergence(int(result.nit), float(result.fun)))
+        stopped = 99  # by a callback
+        message = None if result.status in (0, stopped) else str(result.message)
+        return trainer.params(split(result.x)), float(result.fun), int(result.nit), message
