@@ -34,6 +34,7 @@ from portable_mlp.callbacks import Callback, Progress, pausing
 from portable_mlp.functions import log_softmax, sigmoid, softplus
 from portable_mlp.initializers import GlorotUniform
 from portable_mlp.layers import Layer, Linear
+from portable_mlp.lbfgs import fit_lbfgs
 from portable_mlp.losses import (
     LOSSES,
     BinaryCrossEntropy,
@@ -55,7 +56,7 @@ from portable_mlp.peer import (
 )
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
 from portable_mlp.sources import ArraySource, Selection, Source, SparseSource, on_backend
-from portable_mlp.training import State, Trainer, Validate, fit_lbfgs
+from portable_mlp.training import State, Trainer, Validate
 from portable_mlp.typing import Array
 from portable_mlp.validation import check_weights, check_X, check_y
 

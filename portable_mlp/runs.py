@@ -32,6 +32,7 @@ from portable_mlp.config import Training, settings_table, to_toml
 from portable_mlp.data import PENGUINS, bundled_table, is_array_file, read_table, split_target
 from portable_mlp.evaluation import Evaluation, Importance, evaluate, importances
 from portable_mlp.files import replacing
+from portable_mlp.pauses import deferred_interrupt
 from portable_mlp.persistence import read_metadata
 from portable_mlp.plots import figure
 from portable_mlp.preprocessing import (
@@ -42,7 +43,6 @@ from portable_mlp.preprocessing import (
     useless_columns,
 )
 from portable_mlp.report import learning_curves, report
-from portable_mlp.training import deferred_interrupt
 from portable_mlp.typing import Array
 
 MODEL, HISTORY, SETTINGS = "model.safetensors", "history.csv", "config.toml"

@@ -51,6 +51,10 @@ class Source(ABC):
             stand.
         """
 
+    def whole(self, batch_size: int) -> Batch | None:
+        """The one batch that every epoch repeats, on the backend; None if there is no such."""
+        return None
+
 
 class ArraySource(Source):
     """Rows of arrays in memory, as one part.
@@ -71,9 +75,13 @@ class ArraySource(Source):
     def parts(self, batch_size: int, order: NDArray[np.intp] | None = None) -> Iterator[Part]:
         if self._rows is not None:
             order = self._rows if order is None else self._rows[order]
-        elif batch_size >= self.n_rows:
-            order = None  # a mean over all rows does not depend on their order
+        elif self.whole(batch_size) is not None:
+            order = None
         yield self._data, order
+
+    def whole(self, batch_size: int) -> Batch | None:
+        # A mean over all rows does not depend on their order
+        return self._data if self._rows is None and batch_size >= self.n_rows else None
 
 
 class SparseSource(Source):

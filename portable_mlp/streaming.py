@@ -17,9 +17,9 @@ from portable_mlp.backends import is_out_of_memory
 from portable_mlp.data import read_chunks, split_target
 from portable_mlp.evaluation import Evaluation, evaluate
 from portable_mlp.files import replacing
+from portable_mlp.pauses import deferred_interrupt
 from portable_mlp.persistence import read_metadata
 from portable_mlp.preprocessing import model_input
-from portable_mlp.training import deferred_interrupt
 
 _NUMBERS = 2**18  # in a chunk of the table
 

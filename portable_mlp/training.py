@@ -6,31 +6,27 @@ host does what needs no array: the order of the rows, the learning rate, when to
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, inf, isfinite, nan
-from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
-from portable_mlp.callbacks import Callback, Epoch, pausing
-from portable_mlp.engines import ENGINES, Engine, Task
+from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.engines import ENGINES, EPOCHS_AT_ONCE, Task
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
 from portable_mlp.optimizers import Moments, Optimizer
 from portable_mlp.packing import Layout
+from portable_mlp.pauses import Pauses, deferred_interrupt
 from portable_mlp.schedules import Clock, Schedule
 from portable_mlp.sources import Source
-from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, objective
+from portable_mlp.steps import Arrays, Hyper, Recipe
 from portable_mlp.typing import Array, Params
 
 
@@ -294,170 +290,34 @@ class Trainer:
             callback.on_fit_begin(max_epochs)
         try:
             with self.backend.scope(self.dtype), deferred_interrupt() as interrupted:
-                reason = self._epochs(
+                run = _Run(
+                    self,
                     state,
                     source,
+                    rng,
                     max_epochs,
                     planned_epochs or max_epochs,
-                    rng,
                     validate,
                     callbacks,
-                    _Pauses(interrupted, callbacks, lambda: model and model(state)),
+                    Pauses(interrupted, callbacks, lambda: model and model(state)),
                 )
+                reason = run.epochs()
                 xp = self.backend.xp
                 finite = [xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.leaves]
                 if not self.backend.fetch(finite).all():
-                    raise DivergenceError(self._divergence(state.epochs, nan))
+                    raise DivergenceError(self.divergence(state.epochs, nan))
         finally:
             for callback in callbacks:
                 callback.on_fit_end()
         return reason
-
-    def _epochs(
-        self,
-        state: State,
-        source: Source,
-        max_epochs: int,
-        planned_epochs: int,
-        rng: np.random.RandomState,
-        validate: Validate | None,
-        callbacks: Sequence[Callback],
-        pauses: _Pauses,
-    ) -> StopReason:
-        began = time.perf_counter()
-        early = state.watched == "score"
-        engine = ENGINES[self.backend.engine](self.backend, self.recipe)
-        order = np.arange(source.n_rows)
-        n_steps = ceil(source.n_rows / self.batch_size)
-        if state.done and state.stalled_for > self.patience:
-            return "converged"
-        for epoch in range(max_epochs):
-            keys = self._draw(rng, order, n_steps)
-            if epoch < state.done:
-                continue
-            for callback in callbacks:
-                callback.on_epoch_begin(state.epochs + 1)
-            hypers, rate = self._hypers(state, n_steps, planned_epochs, keys)
-            loss = self._epoch(
-                state, source, engine, order if self.shuffle else None, hypers, pauses
-            )
-            if loss is None:
-                return "interrupted"
-            state.epochs += 1
-            state.done += 1
-            validation = nan, nan
-            if validate is not None and isfinite(loss):
-                validation = validate(self.params(state.arrays.leaves))
-            score, validation_loss = validation
-            record = Epoch(
-                state.epochs, loss, validation_loss, score, rate, time.perf_counter() - began
-            )
-            state.history.append(record)
-            try:
-                asked = [c.on_epoch_end(record, lambda: self._snapshot(state)) for c in callbacks]
-            except KeyboardInterrupt:
-                return "interrupted"
-            if not isfinite(loss):
-                if not early:
-                    raise DivergenceError(self._divergence(state.epochs, loss))
-                said = self._divergence(state.epochs, loss) + " The best weights so far are kept."
-                warnings.warn(said, RuntimeWarning, stacklevel=5)
-                return "diverged"
-            if self._watch(state, -score if early else loss):
-                remembered = self.schedule.stalled(state.schedule, rate)
-                if remembered is None:
-                    return "converged"
-                state.schedule = remembered
-                state.stalled_for = 0
-            if any(asked):
-                return "stopped"
-        return "max_epochs"
-
-    def _draw(
-        self, rng: np.random.RandomState, order: NDArray[np.intp], n_steps: int
-    ) -> list[tuple[int, ...]]:
-        """Bring the rows in their next order, and draw seeds for each step's random layers."""
-        if self.shuffle:
-            rng.shuffle(order)  # in place: scikit-learn's orders compose, too
-        n_random = self.network.n_random
-        if not n_random:
-            return [()] * n_steps
-        return list(map(tuple, rng.randint(2**31, size=(n_steps, n_random)).tolist()))
-
-    def _hypers(
-        self, state: State, n_steps: int, planned_epochs: int, keys: list[tuple[int, ...]]
-    ) -> tuple[list[Hyper], float]:
-        """An epoch's changing numbers, a step each, and the last learning rate."""
-        hypers = []
-        rate = nan
-        for i in range(n_steps):
-            clock = Clock(state.steps + i, planned_epochs * n_steps, state.epochs, state.rows)
-            rate = self.schedule.rate(self.learning_rate, clock, state.schedule)
-            coefficients = self.optimizer.coefficients(state.steps + i + 1, rate)
-            hypers.append(Hyper(self.alpha, coefficients, keys[i]))
-        return hypers, rate
-
-    def _epoch(
-        self,
-        state: State,
-        source: Source,
-        engine: Engine,
-        order: NDArray[np.intp] | None,
-        hypers: list[Hyper],
-        pauses: _Pauses,
-    ) -> float | None:
-        """The batches not done yet; the mean of the reported loss over all rows of the epoch.
-
-        None if interrupted.
-        """
-        steps, seen, loss = state.begun
-        end = 0
-        for data, rows in source.parts(self.batch_size, order):
-            start = end
-            end += ceil((data.x.shape[0] if rows is None else len(rows)) / self.batch_size)
-            while steps < end:
-                own = hypers[start:end]
-                task = Task(data, rows, self.batch_size, own, pauses.due, steps - start)
-                state.arrays, values = engine.run(state.arrays, task)
-                for value, penalty in values:
-                    n = min(self.batch_size, source.n_rows - seen)
-                    loss += n * (self.loss_scale * value + penalty)
-                    seen += n
-                steps += len(values)
-                if pauses.due():
-                    state.begun = Begun(steps, seen, loss)
-                    pauses.hold()
-                    if pauses.interrupted.is_set():
-                        return None
-        state.steps += steps
-        state.rows += seen
-        state.begun = NOT_BEGUN
-        return loss / source.n_rows
-
-    def _snapshot(self, state: State) -> list[Array]:
-        return self.params(self.copy(state.arrays.leaves))
-
-    def _watch(self, state: State, value: float) -> bool:
-        """Note whether ``value``, lower is better, improved; true if it has stalled.
-
-        A score that equals the best plus ``tol`` counts as progress, a loss that
-        equals the best minus ``tol`` does too: scikit-learn's comparisons.
-        """
-        state.schedule = self.schedule.observe(state.schedule, value)
-        state.stalled_for = state.stalled_for + 1 if value > state.best - self.tol else 0
-        if value < state.best:
-            state.best = value
-            if state.best_leaves is not None:
-                state.best_leaves = []  # its memory is free before there is another
-                state.best_leaves = self.copy(state.arrays.leaves)
-        return state.stalled_for > self.patience
 
     def copy(self, leaves: Sequence[Array]) -> list[Array]:
         """Leaves of their own memory."""
         # Copied, not aliased: the next step overwrites what it is handed
         return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
 
-    def _divergence(self, epoch: int, loss: float) -> str:
+    def divergence(self, epoch: int, loss: float) -> str:
+        """What to say of values that are not finite."""
         return (
             "Solver produced non-finite parameter weights. The input data may contain"
             " large values and need to be preprocessed."
@@ -466,147 +326,197 @@ class Trainer:
         )
 
 
-class _Pauses:
-    """When the loop halts between two steps, and what is done then.
-
-    Parameters
-    ----------
-    interrupted : Event
-    callbacks : sequence of Callback
-        Those that ask for pauses are found here: without any, a step costs no more.
-    model : callable
-        What they are given.
-
-    Attributes
-    ----------
-    due : callable
-        Whether to halt.
-    """
+class _Run:
+    """One call of `Trainer.fit`: the loop, and what it works with."""
 
     def __init__(
         self,
-        interrupted: threading.Event,
+        trainer: Trainer,
+        state: State,
+        source: Source,
+        rng: np.random.RandomState,
+        max_epochs: int,
+        planned_epochs: int,
+        validate: Validate | None,
         callbacks: Sequence[Callback],
-        model: Callable[[], Any],
+        pauses: Pauses,
     ) -> None:
-        self.interrupted = interrupted
-        self._asking = pausing(callbacks)
-        self._model = model
-        self.due: Callable[[], bool] = self._due if self._asking else interrupted.is_set
+        self._trainer = trainer
+        self._state = state
+        self._source = source
+        self._rng = rng
+        self._max_epochs = max_epochs
+        self._planned_epochs = planned_epochs
+        self._validate = validate
+        self._callbacks = callbacks
+        self._pauses = pauses
+        self._engine = ENGINES[trainer.backend.engine](trainer.backend, trainer.recipe)
+        self._order = np.arange(source.n_rows)
+        self._n_steps = ceil(source.n_rows / trainer.batch_size)
+        self._whole = source.whole(trainer.batch_size)
+        self._began = time.perf_counter()
 
-    def _due(self) -> bool:
-        return self.interrupted.is_set() or any(c.wants_pause() for c in self._asking)
+    def epochs(self) -> StopReason:
+        """All that are left, until something stops them."""
+        state = self._state
+        for _ in range(state.done):
+            self._draw()
+        if state.done and state.stalled_for > self._trainer.patience:
+            return "converged"
+        while state.done < self._max_epochs:
+            for callback in self._callbacks:
+                callback.on_epoch_begin(state.epochs + 1)
+            plans = [self._plan(ahead) for ahead in range(self._unwatched())]
+            if len(plans) > 1:
+                losses = self._repeat([hyper for (hyper,), _ in plans])
+            else:
+                losses = self._epoch(plans[0][0])
+            for (_, rate), loss in zip(plans, losses, strict=False):
+                reason = self._conclude(loss, rate)
+                if reason is not None:
+                    return reason
+            if len(losses) < len(plans):
+                return "interrupted"
+        return "max_epochs"
 
-    def hold(self) -> None:
-        """Let the callbacks do what they wanted the pause for."""
-        for callback in self._asking:
-            callback.on_pause(self._model)
+    def _unwatched(self) -> int:
+        """How many epochs may follow each other before anyone has to look at the result.
 
+        To hand steps to an engine, and to wait for them, takes longer than a small one.
+        """
+        trainer, state = self._trainer, self._state
+        watched = (
+            self._callbacks
+            or self._validate is not None
+            or state.begun != NOT_BEGUN
+            or type(trainer.schedule).observe is not Schedule.observe
+        )
+        if watched or self._whole is None:
+            return 1
+        # Each adds at most one to those without progress
+        until_stalled = trainer.patience - state.stalled_for + 1
+        return max(1, int(min(until_stalled, self._max_epochs - state.done, EPOCHS_AT_ONCE)))
 
-@contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into an event that the loop looks at between batches.
+    def _plan(self, ahead: int) -> tuple[list[Hyper], float]:
+        """An epoch's changing numbers, a step each, and its last learning rate.
 
-    A second Ctrl-C raises KeyboardInterrupt at once.  Only the main thread receives
-    signals.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
+        The rows are brought in their next order, too.
 
-    def handle(signum: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
+        Parameters
+        ----------
+        ahead : int
+            Epochs that come before.
+        """
+        trainer, state, n_steps = self._trainer, self._state, self._n_steps
+        keys = self._draw()
+        hypers = []
+        rate = nan
+        done = state.steps + ahead * n_steps
+        epochs = state.epochs + ahead
+        rows = state.rows + ahead * self._source.n_rows
+        for i in range(n_steps):
+            clock = Clock(done + i, self._planned_epochs * n_steps, epochs, rows)
+            rate = trainer.schedule.rate(trainer.learning_rate, clock, state.schedule)
+            coefficients = trainer.optimizer.coefficients(done + i + 1, rate)
+            hypers.append(Hyper(trainer.alpha, coefficients, keys[i]))
+        return hypers, rate
 
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    def _draw(self) -> list[tuple[int, ...]]:
+        """Bring the rows in their next order, and draw seeds for each step's random layers."""
+        if self._trainer.shuffle:
+            self._rng.shuffle(self._order)  # in place: scikit-learn's orders compose, too
+        n_random = self._trainer.network.n_random
+        if not n_random:
+            return [()] * self._n_steps
+        return list(map(tuple, self._rng.randint(2**31, size=(self._n_steps, n_random)).tolist()))
 
+    def _epoch(self, hypers: list[Hyper]) -> list[float]:
+        """The batches not done yet; the mean loss over all rows, or nothing if interrupted."""
+        trainer, state, source = self._trainer, self._state, self._source
+        size, pauses = trainer.batch_size, self._pauses
+        steps, seen, loss = state.begun
+        end = 0
+        for data, rows in source.parts(size, self._order if trainer.shuffle else None):
+            start = end
+            end += ceil((data.x.shape[0] if rows is None else len(rows)) / size)
+            while steps < end:
+                task = Task(data, rows, size, hypers[start:end], pauses.due, steps - start)
+                state.arrays, values = self._engine.run(state.arrays, task)
+                for pair in values:
+                    n = min(size, source.n_rows - seen)
+                    loss += n * self._reported(*pair)
+                    seen += n
+                steps += len(values)
+                if pauses.due():
+                    state.begun = Begun(steps, seen, loss)
+                    pauses.hold()
+                    if pauses.interrupted.is_set():
+                        return []
+        state.steps += steps
+        state.rows += seen
+        state.begun = NOT_BEGUN
+        return [loss / source.n_rows]
 
-# ---------------------------------------------------------------- L-BFGS
+    def _repeat(self, hypers: list[Hyper]) -> list[float]:
+        """Epochs that are a step on all rows, or fewer if interrupted; their losses."""
+        state, n = self._state, self._source.n_rows
+        assert self._whole is not None
+        task = Task(self._whole, None, n, hypers, self._pauses.due)
+        state.arrays, values = self._engine.run(state.arrays, task)
+        state.steps += len(values)
+        state.rows += n * len(values)
+        return [n * self._reported(*pair) / n for pair in values]  # rounded as in `_epoch`
 
+    def _reported(self, value: float, penalty: float) -> float:
+        return self._trainer.loss_scale * value + penalty
 
-def fit_lbfgs(
-    trainer: Trainer,
-    params: Params,
-    data: Batch,
-    *,
-    max_iter: int,
-    max_fun: int,
-    callbacks: Sequence[Callback] = (),
-) -> tuple[list[Array], float, int, str | None]:
-    """Minimise the loss over all rows by SciPy's L-BFGS-B.
+    def _conclude(self, loss: float, rate: float) -> StopReason | None:
+        """What follows an epoch's last step; why to stop, if so."""
+        trainer, state = self._trainer, self._state
+        early = state.watched == "score"
+        state.epochs += 1
+        state.done += 1
+        score, validation_loss = nan, nan
+        if self._validate is not None and isfinite(loss):
+            score, validation_loss = self._validate(trainer.params(state.arrays.leaves))
+        seconds = time.perf_counter() - self._began
+        record = Epoch(state.epochs, loss, validation_loss, score, rate, seconds)
+        state.history.append(record)
+        try:
+            asked = [c.on_epoch_end(record, self._snapshot) for c in self._callbacks]
+        except KeyboardInterrupt:
+            return "interrupted"
+        if not isfinite(loss):
+            said = trainer.divergence(state.epochs, loss)
+            if not early:
+                raise DivergenceError(said)
+            said += " The best weights so far are kept."
+            warnings.warn(said, RuntimeWarning, stacklevel=6)
+            return "diverged"
+        if self._watch(-score if early else loss):
+            remembered = trainer.schedule.stalled(state.schedule, rate)
+            if remembered is None:
+                return "converged"
+            state.schedule = remembered
+            state.stalled_for = 0
+        return "stopped" if any(asked) else None
 
-    Value and gradient are computed on the backend; SciPy works on the host, in
-    float64.  On NumPy, ``data.x`` may be sparse.
+    def _snapshot(self) -> list[Array]:
+        trainer = self._trainer
+        return trainer.params(trainer.copy(self._state.arrays.leaves))
 
-    Returns
-    -------
-    params : list of arrays
-    loss : float
-    n_iter : int
-    message : str or None
-        Why it stopped short of convergence; None if it converged.
-    """
-    from scipy.optimize import minimize
+    def _watch(self, value: float) -> bool:
+        """Note whether ``value``, lower is better, improved; true if it has stalled.
 
-    backend, recipe = trainer.backend, trainer.recipe
-    evaluate = backend.compile(objective, static=(0,))
-
-    def split(theta: NDArray[np.float64]) -> list[Array]:
-        ends = np.cumsum([leaf.size for leaf in shapes])[:-1]
-        parts = np.split(theta, ends)
-        return [
-            backend.asarray(part.reshape(leaf.shape), trainer.dtype)
-            for part, leaf in zip(parts, shapes, strict=True)
-        ]
-
-    def value_and_grad(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alpha, ())
-        loss = trainer.loss_scale * backend.fetch([value])[0]
-        if recipe.penalised:
-            loss += backend.fetch([penalty])[0]
-        flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]
-        return float(loss), np.concatenate(flat)
-
-    began = time.perf_counter()
-    n_iter = 0
-
-    def after_iteration(intermediate_result: Any) -> None:
-        nonlocal n_iter
-        n_iter += 1
-        seconds = time.perf_counter() - began
-        record = Epoch(n_iter, float(intermediate_result.fun), seconds=seconds)
-        theta = intermediate_result.x
-        for callback in callbacks:
-            callback.on_epoch_begin(n_iter)  # SciPy tells of an iteration when it is done
-        asked = [c.on_epoch_end(record, lambda: trainer.params(split(theta))) for c in callbacks]
-        if any(asked):
-            raise StopIteration
-
-    for callback in callbacks:
-        callback.on_fit_begin(max_iter)
-    try:
-        with backend.scope(trainer.dtype):
-            shapes = [backend.to_host(leaf) for leaf in trainer.load(params)]
-            theta = np.concatenate([leaf.astype(np.float64).ravel() for leaf in shapes])
-            result = minimize(
-                value_and_grad,
-                theta,
-                method="L-BFGS-B",
-                jac=True,
-                callback=after_iteration if callbacks else None,
-                options={"maxfun": max_fun, "maxiter": max_iter, "gtol": trainer.tol},
-            )
-    finally:
-        for callback in callbacks:
-            callback.on_fit_end()
-    with backend.scope(trainer.dtype):
-        if not np.isfinite(result.x).all() or not isfinite(result.fun):
-            raise DivergenceError(trainer._divergence(int(result.nit), float(result.fun)))
-        stopped = 99  # by a callback
-        message = None if result.status in (0, stopped) else str(result.message)
-        return trainer.params(split(result.x)), float(result.fun), int(result.nit), message
+        A score that equals the best plus ``tol`` counts as progress, a loss that
+        equals the best minus ``tol`` does too: scikit-learn's comparisons.
+        """
+        trainer, state = self._trainer, self._state
+        state.schedule = trainer.schedule.observe(state.schedule, value)
+        state.stalled_for = state.stalled_for + 1 if value > state.best - trainer.tol else 0
+        if value < state.best:
+            state.best = value
+            if state.best_leaves is not None:
+                state.best_leaves = []  # its memory is free before there is another
+                state.best_leaves = trainer.copy(state.arrays.leaves)
+        return state.stalled_for > trainer.patience

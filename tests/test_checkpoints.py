@@ -18,9 +18,10 @@ from killed import COMMON, LABELS, MOMENTS, TARGET, EverySteps, X
 from sklearn.preprocessing import StandardScaler
 
 from portable_mlp import Callback, Checkpoint, MLPClassifier, MLPRegressor, load, save
+from portable_mlp.pauses import Pauses
 from portable_mlp.persistence import read_metadata
 from portable_mlp.schedules import Cosine, OneCycle, ReduceOnPlateau
-from portable_mlp.training import Begun, _Pauses
+from portable_mlp.training import Begun
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -244,7 +245,7 @@ def test_checkpoints_change_nothing_and_cost_nothing_when_unused(tmp_path):
     )
     assert same(watched, whole)
     event = threading.Event()
-    assert _Pauses(event, [Callback()], lambda: None).due == event.is_set
+    assert Pauses(event, [Callback()], lambda: None).due == event.is_set
 
 
 def test_what_a_checkpoint_cannot_do(tmp_path):

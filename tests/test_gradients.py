@@ -23,7 +23,7 @@ from portable_mlp.losses import (
 )
 from portable_mlp.optimizers import SGD
 from portable_mlp.packing import Layout
-from portable_mlp.training import Batch, Recipe, objective
+from portable_mlp.steps import Batch, Recipe, objective
 
 N, D = 17, 5
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from portable_mlp import DivergenceError, Network, mlp
+from portable_mlp import DivergenceError, Network, mlp, training
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.engines import ENGINES, Task
@@ -18,7 +18,7 @@ from portable_mlp.engines.dialects import NumPyDialect
 from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import SGD, AdamW, SklearnAdam
-from portable_mlp.schedules import OneCycle, ReduceOnPlateau
+from portable_mlp.schedules import Adaptive, InverseScaling, OneCycle, ReduceOnPlateau
 from portable_mlp.sources import ArraySource
 from portable_mlp.steps import Batch, Hyper
 from portable_mlp.training import Trainer
@@ -205,6 +205,102 @@ def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):
     replace(t, shuffle=False).fit(same, short, 1, np.random.RandomState(0))
     for a, b in zip(state.arrays.leaves, same.arrays.leaves, strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """How many steps the engine was asked for at once."""
+    asked = []
+
+    def make(*arguments):
+        task = Task(*arguments)
+        asked.append(len(task.hypers))
+        return task
+
+    monkeypatch.setattr(training, "Task", make)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_epochs", "at_once"),
+    [
+        ({}, 40, [16, 16, 8]),
+        ({"schedule": OneCycle(), "alpha": 0.1}, 40, [16, 16, 8]),
+        ({"schedule": InverseScaling()}, 17, [16, 1]),
+        # No epoch but the first one is progress: the next look is due when patience ends
+        ({"tol": 1e9, "patience": 4}, 40, [5, 1]),
+        ({"tol": 1e9, "patience": 4.5, "schedule": Adaptive()}, 20, [5, 1, 5, 5, 4]),
+        # May lower the rate after any epoch
+        ({"schedule": ReduceOnPlateau(patience=2, threshold=10.0)}, 5, [1] * 5),
+    ],
+)
+def test_epochs_of_one_step_in_a_row_are_epochs_one_by_one(
+    target, settings, n_epochs, at_once, tasks
+):
+    x, y = problem(n=12)
+    network = mlp([4, 8, 1], "tanh", dropout=0.2)
+    t = replace(trainer(batch_size=12, **settings), network=network, backend=target.backend)
+    t = replace(t, dtype=target.dtype)
+    outcomes = []
+    for callbacks in ([], [Callback()]):
+        tasks.clear()
+        rng = np.random.RandomState(0)
+        state = start(t)
+        with target.scope():
+            rows = ArraySource(Batch(target.array(x), target.array(y)))
+        reason = t.fit(state, rows, n_epochs, rng, callbacks=callbacks)
+        assert len(tasks) == (len(state.history) if callbacks else len(at_once))
+        assert callbacks or tasks == at_once
+        with target.scope():
+            params = [target.backend.to_host(p) for p in t.params(state.leaves)]
+        rates = [e.learning_rate for e in state.history]
+        counts = state.steps, state.rows, state.epochs, state.done, state.stalled_for
+        seen = reason, rates, counts, rng.randint(1000, size=5).tolist()
+        outcomes.append((seen, [e.loss for e in state.history], *params))
+    (seen, *got), (wanted_seen, *wanted) = outcomes
+    assert seen == wanted_seen
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=target.tol, atol=target.tol)
+
+
+def test_ctrl_c_among_epochs_of_one_step_counts_those_that_are_done(monkeypatch, tasks):
+    @dataclass(frozen=True)
+    class Interrupting(SquaredError):
+        def per_row(self, z, y, xp):
+            calls.append(1)
+            if len(calls) == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().per_row(z, y, xp)
+
+    calls: list[int] = []
+    monkeypatch.setattr(NumPyBackend, "engine", "eager")
+    x, y = problem()
+    t = replace(trainer(batch_size=50), loss=Interrupting())
+    states = []
+    for reasons in (["interrupted", "max_epochs"], ["max_epochs"]):
+        state = start(t)
+        for reason in reasons:
+            rng = np.random.RandomState(0)
+            assert t.fit(state, source(x, y), 30, rng) == reason
+            assert state.epochs == len(state.history) == (20 if reason == "interrupted" else 30)
+        states.append(state)
+    assert tasks == [16, 14, 10, 16, 14]
+    one, other = states
+    assert [e.loss for e in one.history] == [e.loss for e in other.history]
+    for a, b in zip(one.arrays.leaves, other.arrays.leaves, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_epochs_of_one_step_that_diverge_name_the_epoch():
+    x, y = problem()
+    wild = replace(trainer(batch_size=50), optimizer=SGD(), learning_rate=1e5)
+    state = start(replace(wild, network=mlp([4, 1])))
+    with pytest.raises(DivergenceError) as error:
+        replace(wild, network=mlp([4, 1])).fit(state, source(x, y), 1000, np.random.RandomState(0))
+    last = state.history[-1]
+    assert f"Epoch {last.epoch}, loss {last.loss}" in str(error.value)
+    assert not np.isfinite(last.loss)
+    assert np.isfinite([e.loss for e in state.history[:-1]]).all()
 
 
 class Impatient(Callback):

@@ -11,7 +11,7 @@ and the library.
   `elements`), and replays a graph of their launches (`capture`): CuPy.
 """
 
-from portable_mlp.engines.base import Engine, Task
+from portable_mlp.engines.base import EPOCHS_AT_ONCE, Engine, Task
 from portable_mlp.engines.capture import CaptureEngine
 from portable_mlp.engines.replay import ReplayEngine
 from portable_mlp.engines.scan import ScanEngine
@@ -20,4 +20,12 @@ ENGINES: dict[str, type[Engine]] = {
     engine.name: engine for engine in (Engine, ReplayEngine, ScanEngine, CaptureEngine)
 }
 
-__all__ = ["ENGINES", "CaptureEngine", "Engine", "ReplayEngine", "ScanEngine", "Task"]
+__all__ = [
+    "ENGINES",
+    "EPOCHS_AT_ONCE",
+    "CaptureEngine",
+    "Engine",
+    "ReplayEngine",
+    "ScanEngine",
+    "Task",
+]

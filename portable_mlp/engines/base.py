@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from portable_mlp.engines.recording import Program, Recorder, Unrecordable, leav
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 
 Values = list[tuple[float, float]]
+
+# The most epochs in one task
+EPOCHS_AT_ONCE = 16
 
 
 class Task(NamedTuple):
@@ -28,7 +32,9 @@ class Task(NamedTuple):
         Which rows, in which order; on the host.  All, as they stand, if not given.
     batch_size : int
         The last batch may be shorter.
-    hypers : sequence of Hyper, one a batch
+    hypers : sequence of Hyper
+        One a batch.  Where all rows are one batch, one for each time it is taken: at most
+        `EPOCHS_AT_ONCE`.
     stop : callable
         Asked between steps whether to end early.
     first : int, default=0
@@ -51,6 +57,9 @@ class Task(NamedTuple):
     def batches(self) -> Iterator[slice]:
         """The rows of each batch to come, as places in the order."""
         n = self.n_rows
+        if n <= self.batch_size:
+            yield from repeat(slice(0, n), len(self.hypers) - self.first)
+            return
         for start in range(self.first * self.batch_size, n, self.batch_size):
             yield slice(start, min(start + self.batch_size, n))
 

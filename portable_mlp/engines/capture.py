@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.base import RecordedEngine, Task, Tree, Values, recorded
+from portable_mlp.engines.base import EPOCHS_AT_ONCE, RecordedEngine, Task, Tree, Values, recorded
 from portable_mlp.engines.kernels import Kernel, Kernels, View, compile_program, gather_kernel
 from portable_mlp.engines.recording import Unrecordable, leaves, specify
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
@@ -209,6 +209,8 @@ class CaptureEngine(RecordedEngine):
         to, given = self.backend.asarray, [a for a in task.data if a is not None]
         n, order, hypers = task.n_rows, task.order, task.hypers
         table = np.array([(h.alpha, *h.coefficients, *h.keys) for h in hypers], np.float64)
+        # Graphs point into it: it has room for whatever may come
+        room = np.zeros((max(len(table), EPOCHS_AT_ONCE), table.shape[1]))
         rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
         whole = order is None and n <= task.batch_size
         if self.cuda is None:
@@ -234,9 +236,9 @@ class CaptureEngine(RecordedEngine):
                 [_row_by_row(to(a, copy=True) if own else a, self.backend.xp) for a in given],
                 own,
                 whole,
-                to(table, copy=True),
+                to(room),
                 to(rows, copy=True),
-                to(np.zeros((len(hypers), 2))),
+                to(room[:, :2], copy=True),
                 to(np.zeros(1, np.int32)),
             )
             self._memories[key] = now

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.base import Engine, Task, Values
+from portable_mlp.engines.base import EPOCHS_AT_ONCE, Engine, Task, Values
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 from portable_mlp.typing import Array
 
@@ -33,14 +33,17 @@ class ScanEngine(Engine):
     def run(self, arrays: Arrays, task: Task) -> tuple[Arrays, Values]:
         n, batch_size, hypers = task.n_rows, task.batch_size, task.hypers
         indices = None if task.order is None else self.backend.indices(task.order)
-        whole, short = divmod(n, batch_size)  # the short batch is a program of its own
-        pieces = [(whole, batch_size)] * (whole > 0) + [(whole + 1, short)] * (short > 0)
-        alone = len(hypers) == 1
-        numbers: Any = hypers[0]  # Python's numbers are handed over much faster than arrays
-        if not alone:
-            table = [(h.alpha, *h.coefficients) for h in hypers]
-            keys = np.asarray([h.keys for h in hypers], np.int32)
-            numbers = np.asarray(table, arrays.leaves[0].dtype), keys
+        if n <= batch_size:
+            # The number of epochs varies; the shape of the table, and with it the program, do not
+            pieces, lines = [(len(hypers), n)], EPOCHS_AT_ONCE
+        else:
+            whole, short = divmod(n, batch_size)  # the short batch is a program of its own
+            pieces = [(whole, batch_size)] + [(whole + 1, short)] * (short > 0)
+            lines = len(hypers)
+        table = np.zeros((lines, 1 + len(hypers[0].coefficients)), arrays.leaves[0].dtype)
+        keys = np.zeros((lines, len(hypers[0].keys)), np.int32)
+        table[: len(hypers)] = [(h.alpha, *h.coefficients) for h in hypers]
+        keys[: len(hypers)] = [h.keys for h in hypers]
         values: Values = []
         done = task.first
         for end, size in pieces:
@@ -50,8 +53,8 @@ class ScanEngine(Engine):
             while done < end and not (done > task.first and task.stop()):
                 upto = min(end, done + max(1, int(self._pace * self.SECONDS)))
                 began = time.perf_counter()
-                span = None if alone else np.asarray((done, upto), np.int32)
-                arrays, piece = loop(arrays, task.data, indices, numbers, span)
+                span = np.asarray((done, upto), np.int32)
+                arrays, piece = loop(arrays, task.data, indices, table, keys, span)
                 values += map(tuple, np.asarray(piece)[done:upto].tolist())
                 self._pace = (upto - done) / (time.perf_counter() - began)
                 done = upto
@@ -68,8 +71,9 @@ def _loop(recipe: Recipe, size: int, batch_size: int) -> Any:
         arrays: Arrays,
         data: Batch,
         indices: Array | None,
-        numbers: Any,
-        span: Array | None,
+        table: Array,
+        keys: Array,
+        span: Array,
     ) -> tuple[Arrays, Array]:
         def batch(i: Any) -> Batch:
             if indices is None:
@@ -83,22 +87,14 @@ def _loop(recipe: Recipe, size: int, batch_size: int) -> Any:
                 cut = partial(xp.take, indices=rows, axis=0, mode="clip")
             return Batch(*(None if a is None else cut(a) for a in data))
 
-        def advance(arrays: Arrays, i: Any, hyper: Hyper) -> tuple[Arrays, Array]:
-            arrays, pair = step(recipe, arrays, batch(i), hyper)
-            dtype = arrays.leaves[0].dtype
-            return arrays, xp.stack([xp.asarray(v, dtype=dtype) for v in pair])
-
-        if span is None:
-            arrays, pair = advance(arrays, 0, numbers)
-            return arrays, pair[None, :]
-
         def body(i: Array, carried: tuple[Arrays, Array]) -> tuple[Arrays, Array]:
             arrays, values = carried
             alpha, *coefficients = table[i, :]
-            arrays, pair = advance(arrays, i, Hyper(alpha, tuple(coefficients), tuple(keys[i, :])))
-            return arrays, values.at[i, :].set(pair)
+            hyper = Hyper(alpha, tuple(coefficients), tuple(keys[i, :]))
+            arrays, pair = step(recipe, arrays, batch(i), hyper)
+            found = xp.stack([xp.asarray(v, dtype=table.dtype) for v in pair])
+            return arrays, values.at[i, :].set(found)
 
-        table, keys = numbers
         values = xp.zeros((table.shape[0], 2), dtype=table.dtype)
         looped: tuple[Arrays, Array] = jax.lax.fori_loop(span[0], span[1], body, (arrays, values))
         return looped

@@ -1,0 +1,99 @@
+"""L-BFGS: all rows at once, by SciPy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.steps import Batch, objective
+from portable_mlp.training import DivergenceError, Trainer
+from portable_mlp.typing import Array, Params
+
+
+def fit_lbfgs(
+    trainer: Trainer,
+    params: Params,
+    data: Batch,
+    *,
+    max_iter: int,
+    max_fun: int,
+    callbacks: Sequence[Callback] = (),
+) -> tuple[list[Array], float, int, str | None]:
+    """Minimise the loss over all rows by SciPy's L-BFGS-B.
+
+    Value and gradient are computed on the backend; SciPy works on the host, in
+    float64.  On NumPy, ``data.x`` may be sparse.
+
+    Returns
+    -------
+    params : list of arrays
+    loss : float
+    n_iter : int
+    message : str or None
+        Why it stopped short of convergence; None if it converged.
+    """
+    from scipy.optimize import minimize
+
+    backend, recipe = trainer.backend, trainer.recipe
+    evaluate = backend.compile(objective, static=(0,))
+
+    def split(theta: NDArray[np.float64]) -> list[Array]:
+        ends = np.cumsum([leaf.size for leaf in shapes])[:-1]
+        parts = np.split(theta, ends)
+        return [
+            backend.asarray(part.reshape(leaf.shape), trainer.dtype)
+            for part, leaf in zip(parts, shapes, strict=True)
+        ]
+
+    def value_and_grad(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alpha, ())
+        loss = trainer.loss_scale * backend.fetch([value])[0]
+        if recipe.penalised:
+            loss += backend.fetch([penalty])[0]
+        flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]
+        return float(loss), np.concatenate(flat)
+
+    began = time.perf_counter()
+    n_iter = 0
+
+    def after_iteration(intermediate_result: Any) -> None:
+        nonlocal n_iter
+        n_iter += 1
+        seconds = time.perf_counter() - began
+        record = Epoch(n_iter, float(intermediate_result.fun), seconds=seconds)
+        theta = intermediate_result.x
+        for callback in callbacks:
+            callback.on_epoch_begin(n_iter)  # SciPy tells of an iteration when it is done
+        asked = [c.on_epoch_end(record, lambda: trainer.params(split(theta))) for c in callbacks]
+        if any(asked):
+            raise StopIteration
+
+    for callback in callbacks:
+        callback.on_fit_begin(max_iter)
+    try:
+        with backend.scope(trainer.dtype):
+            shapes = [backend.to_host(leaf) for leaf in trainer.load(params)]
+            theta = np.concatenate([leaf.astype(np.float64).ravel() for leaf in shapes])
+            result = minimize(
+                value_and_grad,
+                theta,
+                method="L-BFGS-B",
+                jac=True,
+                callback=after_iteration if callbacks else None,
+                options={"maxfun": max_fun, "maxiter": max_iter, "gtol": trainer.tol},
+            )
+    finally:
+        for callback in callbacks:
+            callback.on_fit_end()
+    with backend.scope(trainer.dtype):
+        if not np.isfinite(result.x).all() or not isfinite(result.fun):
+            raise DivergenceError(trainer.divergence(int(result.nit), float(result.fun)))
+        stopped = 99  # by a callback
+        message = None if result.status in (0, stopped) else str(result.message)
+        return trainer.params(split(result.x)), float(result.fun), int(result.nit), message
