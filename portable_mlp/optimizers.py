@@ -3,8 +3,8 @@
 A rule sees a parameter p, its gradient g and its moments, and returns the new p and
 moments.  It may overwrite p and the moments it is handed (on NumPy, CuPy and torch the
 augmented assignments below work in place; on JAX they rebind): callers use only what
-comes back.  What changes from step to step is computed on the host in float64 by
-``coefficients`` and handed in, so a traced step is compiled once.
+comes back.  What changes from step to step, and momentum, is computed on the host in
+float64 by ``coefficients`` and handed in, so a traced step is compiled once.
 
 To add one, subclass `Optimizer` and list it in `OPTIMIZERS`, where the tests look; an
 instance of it is a solver for the estimators, whose names for solvers are their own.
@@ -13,7 +13,7 @@ instance of it is a solver for the estimators, whose names for solvers are their
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, sqrt
 from typing import Any
 
@@ -60,6 +60,10 @@ class Optimizer(ABC):
     def coefficients(self, step: int, rate: float) -> Coefficients:
         """What the rule needs at this step, the first being 1, at this learning rate."""
         return (rate,)
+
+    def rule(self) -> Optimizer:
+        """An optimizer with the same ``update``; equal for all that differ in ``coefficients``."""
+        return self
 
     @abstractmethod
     def update(
@@ -137,17 +141,23 @@ class SGD(Optimizer):
     def n_moments(self) -> int:  # type: ignore[override]
         return 1 if self.momentum else 0
 
+    def coefficients(self, step: int, rate: float) -> Coefficients:
+        return rate, self.momentum
+
+    def rule(self) -> Optimizer:
+        return replace(self, momentum=1.0 if self.momentum else 0.0)
+
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
     ) -> tuple[Array, Moments]:
-        (rate,) = c
-        if not self.momentum:
+        rate, momentum = c
+        if not moments:
             p -= rate * g
             return p, ()
         (b,) = moments
-        b *= self.momentum
+        b *= momentum
         b += g
-        p -= rate * (g + self.momentum * b if self.nesterov else b)
+        p -= rate * (g + momentum * b if self.nesterov else b)
         return p, (b,)
 
 
@@ -169,15 +179,21 @@ class SklearnSGD(Optimizer):
     nesterov: bool = True
     n_moments = 1
 
+    def coefficients(self, step: int, rate: float) -> Coefficients:
+        return rate, self.momentum
+
+    def rule(self) -> Optimizer:
+        return replace(self, momentum=1.0)
+
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
     ) -> tuple[Array, Moments]:
-        (rate,) = c
+        rate, momentum = c
         (v,) = moments
         descent = rate * g
-        v *= self.momentum
+        v *= momentum
         v -= descent
-        p += self.momentum * v - descent if self.nesterov else v
+        p += momentum * v - descent if self.nesterov else v
         return p, (v,)
 
 

@@ -167,7 +167,7 @@ class Trainer:
             self.backend.xp,
             self.network,
             self.loss,
-            self.optimizer,
+            self.optimizer.rule(),
             layout,
             self.clip_norm,
             self.alpha > 0.0,
@@ -461,7 +461,7 @@ class _Run:
         """Epochs that are a step on all rows, or fewer if interrupted; their losses."""
         state, n = self._state, self._source.n_rows
         assert self._whole is not None
-        task = Task(self._whole, None, n, hypers, self._pauses.due)
+        task = Task(self._whole, None, self._trainer.batch_size, hypers, self._pauses.due)
         state.arrays, values = self._engine.run(state.arrays, task)
         state.steps += len(values)
         state.rows += n * len(values)

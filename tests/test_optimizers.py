@@ -195,7 +195,8 @@ def test_decay_of_sgd_by_hand(momentum):
     w, b, gw, gb = ([2.0, -4.0], [1.0], [3.0, 1.0], [-2.0])
     params, grads = [np.asarray(w), np.asarray(b)], [np.asarray(gw), np.asarray(gb)]
     moments = optimizer.init(params, XP)
-    (w, b), _ = optimizer.apply(params, grads, moments, (0.1,), XP, ("weight", "bias"))
+    c = optimizer.coefficients(1, 0.1)
+    (w, b), _ = optimizer.apply(params, grads, moments, c, XP, ("weight", "bias"))
     # w (1 − 0.1 · 0.5) − 0.1 g; a first step has no momentum yet
     np.testing.assert_allclose(w, [1.9 - 0.3, -3.8 - 0.1], rtol=1e-15)
     np.testing.assert_allclose(b, [1.2], rtol=1e-15)
