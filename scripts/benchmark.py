@@ -115,6 +115,7 @@ class Worker:
 
     def __init__(self, suite: str, name: str) -> None:
         self.curve: Sequence[float] = ()
+        self.head = 0.0
         context = get_context("spawn")  # a fork would share what BLAS has started
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(suite, name, theirs), daemon=True)
@@ -124,10 +125,12 @@ class Worker:
     def enter(self, workload: Workload, dtype: str, seconds: float) -> int:
         """Set up a workload; returns how many epochs take about this many seconds."""
         self._ask((workload, dtype))
-        self.time(2)  # JAX compiles in the first call, and anew when fed its own results
+        # JAX compiles in the first call, and anew when fed its own results
+        first = self.time(2)
         epochs = 1
         while (elapsed := self.time(epochs)) < seconds / 4:
             epochs = ceil(epochs * min(seconds / elapsed, 10.0))
+        self.head = max(0.0, first - 2 * elapsed / epochs)
         return max(1, round(epochs * seconds / elapsed))
 
     def time(self, epochs: int) -> float:
@@ -152,9 +155,13 @@ class Worker:
 
 @dataclass
 class Results:
-    """By contestant and workload: a time in each round, losses, and what went wrong."""
+    """By contestant and workload: a time in each round, losses, and what went wrong.
+
+    ``heads`` are the seconds that the first two epochs took longer than later ones.
+    """
 
     samples: dict[str, dict[int, list[float]]]
+    heads: dict[str, dict[int, float]]
     curves: dict[str, dict[int, Sequence[float]]]
     failures: dict[str, dict[int, str]]
 
@@ -162,7 +169,7 @@ class Results:
 def measure(args: argparse.Namespace, dtype: str) -> Results:
     """Time all contestants on all workloads, a workload after the other."""
     names, suite = args.only, SUITES[args.suite]
-    results = Results(*({name: {} for name in names} for _ in range(3)))
+    results = Results(*({name: {} for name in names} for _ in range(4)))
     failures = results.failures
     workers: dict[str, Worker] = {}
     for name in names:
@@ -182,6 +189,7 @@ def measure(args: argparse.Namespace, dtype: str) -> Results:
                     if i == 0:
                         epochs[name] = workers[name].enter(workload, dtype, args.seconds)
                         results.samples[name][number] = []
+                        results.heads[name][number] = workers[name].head
                     else:
                         steps = epochs[name] * workload.steps
                         elapsed = workers[name].time(epochs[name])
@@ -223,6 +231,13 @@ def report(args: argparse.Namespace, dtype: str, results: Results) -> Iterator[s
     yield table(
         [suite.unit, *numbers], [[name, *map(m.get, numbers)] for name, m in medians.items()]
     )
+    if suite.unit == "µs a step":
+        yield (
+            "Milliseconds that the first two epochs took longer than later ones: late imports, and"
+            " what JAX compiles."
+        )
+        heads = {name: {n: 1e3 * s for n, s in own.items()} for name, own in results.heads.items()}
+        yield table(["ms", *numbers], [[name, *map(h.get, numbers)] for name, h in heads.items()])
 
     reference = next(iter(suite.contestants))
     own = medians.pop(reference, {})
