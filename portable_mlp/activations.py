@@ -72,7 +72,12 @@ class ReLU(Layer):
 
 @dataclass(frozen=True)
 class LeakyReLU(Layer):
-    """f(x) = x for x > 0, slope · x otherwise (Maas et al., 2013)."""
+    """f(x) = x for x > 0, slope · x otherwise (Maas et al., 2013).
+
+    Parameters
+    ----------
+    slope : float, default=0.01
+    """
 
     slope: float = 0.01
 
@@ -85,13 +90,26 @@ class LeakyReLU(Layer):
 
 @dataclass(frozen=True)
 class ELU(Layer):
-    """f(x) = λx for x > 0, λα (eˣ − 1) otherwise (Clevert et al., 2016, eq. 15).
+    """f(x) = λx for x > 0, λα (eˣ − 1) otherwise.
 
-    For x ≤ 0, f′ = f + λα.
+    For x ≤ 0, f′ = f + λα.  (Clevert et al., 2016, where λ = 1; with λ in Klambauer et
+    al., 2017, eq. 2.)
+
+    Parameters
+    ----------
+    alpha : float > 0, default=1
+        α.
+    scale : float > 0, default=1
+        λ.
     """
 
     alpha: float = 1.0
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        # The derivative tells the sides apart by the sign of f
+        if not (self.alpha > 0.0 and self.scale > 0.0):
+            raise ValueError(f"alpha and scale must be positive, got {self}")
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
         y = xp.maximum(x, 0.0) + self.alpha * xp.expm1(xp.minimum(x, 0.0))
@@ -115,7 +133,7 @@ class GELU(Layer):
     """f(x) = ½ x (1 + tanh u),  u = √(2/π) (x + 0.044715 x³).
 
     The tanh form of Hendrycks and Gimpel (2016), sec. 2; the standard has no erf.
-    f′ = ½ (1 + t) + ½ x (1 − t²) u′ with t = tanh u.
+    f′ = ½ (1 + t) + ½ x (1 − t²) u′ with t = tanh u,  u′ = √(2/π) (1 + 3 · 0.044715 x²).
     """
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, tuple[Array, Array]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from portable_mlp.callbacks import Callback
 from portable_mlp.persistence import save_checkpoint
+from portable_mlp.warn import warn
 
 
 class Checkpoint(Callback):
@@ -20,7 +20,7 @@ class Checkpoint(Callback):
     reads it, and `continue_fit` of what comes back goes on, with the same rows, to the
     weights of a run that was never interrupted: on NumPy to the last bit.  It is
     written as `portable_mlp.save` writes: whatever kills the process leaves the last
-    checkpoint whole.  Ctrl-C leaves one of its very moment.  A disk that is full is a
+    checkpoint whole.  Ctrl-C writes one before training stops.  A disk that is full is a
     RuntimeWarning: training goes on, and the next one is tried when its time comes.
 
     Parameters
@@ -76,5 +76,5 @@ class Checkpoint(Callback):
             save_checkpoint(model(), self.path, self.preprocessing, notes=self.notes)
         except OSError as error:
             said = f"{error}: training goes on without a new checkpoint"
-            warnings.warn(said, RuntimeWarning, stacklevel=2)
+            warn(said, RuntimeWarning)
         self._saved = time.monotonic()

@@ -7,7 +7,6 @@ added comes after them, keyword-only, and changes no default.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,6 +58,7 @@ from portable_mlp.sources import ArraySource, Selection, Source, SparseSource, o
 from portable_mlp.training import State, Trainer, Validate
 from portable_mlp.typing import Array
 from portable_mlp.validation import check_weights, check_X, check_y
+from portable_mlp.warn import warn
 
 Mode = Literal["fit", "partial", "continue", "init"]
 
@@ -174,12 +174,11 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
         schedule: Schedule = lookup("learning_rate", self.learning_rate, named, Schedule)
         if isinstance(self.learning_rate, str) and self.solver != "sgd":
             if self.learning_rate != "constant":
-                warnings.warn(
+                warn(
                     f"learning_rate={self.learning_rate!r} is for solver='sgd' and has no"
                     f" effect with solver={self.solver!r}, as in scikit-learn; a schedule"
                     " from portable_mlp.schedules works with every solver but 'lbfgs'",
                     UserWarning,
-                    stacklevel=6,
                 )
             return Schedule()
         return schedule
@@ -221,10 +220,9 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             for name in (name for name, is_given in given.items() if is_given):
                 raise ValueError(f"solver='lbfgs' cannot take {name}: it has no steps of its own")
             if self.early_stopping:
-                warnings.warn(
+                warn(
                     "early_stopping has no effect with solver='lbfgs', as in scikit-learn",
                     UserWarning,
-                    stacklevel=6,
                 )
 
     # -------------------------------------------------------- fit
@@ -329,7 +327,8 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
 
     def _guarded(self, X: Any, y: Any, sample_weight: Any, mode: Mode, **how: Any) -> Self:
         context = None
-        if hasattr(self, "_skl_callbacks") or hasattr(self, "_parent_callback_ctx"):
+        told = hasattr(self, "_skl_callbacks") or hasattr(self, "_parent_callback_ctx")
+        if told and mode in ("fit", "continue"):
             # Outside of what is undone on an error: callbacks are torn down after it
             context = self._init_callback_context(max_subtasks=self.max_iter)
         with self._unchanged_on_error():
@@ -543,11 +542,10 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             callbacks=callbacks,
         )
         if message is not None:
-            warnings.warn(
+            warn(
                 f"lbfgs failed to converge after {n_iter} iteration(s): {message}."
                 " Increase max_iter, or scale the data.",
                 ConvergenceWarning,
-                stacklevel=6,
             )
         return params, {"loss_": loss, "n_iter_": n_iter, "t_": 0}
 
@@ -583,11 +581,10 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
                     on_backend(rows.x, rows.target, rows.weights, backend, dtype), used
                 )
         if self.batch_size != "auto" and self.batch_size > source.n_rows:
-            warnings.warn(
+            warn(
                 "Got `batch_size` less than 1 or larger than sample size."
                 f" It is going to be clipped to {source.n_rows}",
                 UserWarning,
-                stacklevel=6,
             )
         before = len(state.history) if mode != "continue" else len(state.history) - state.done
         whole = 1 if mode == "partial" else self.max_iter
@@ -605,13 +602,12 @@ class _MultilayerPerceptron(CallbackSupportMixin, PeerInternals, BaseEstimator):
             ),
         )
         if reason == "interrupted":
-            warnings.warn("Training interrupted by user.", UserWarning, stacklevel=6)
+            warn("Training interrupted by user.", UserWarning)
         if reason == "max_epochs" and mode != "partial" and state.done == self.max_iter:
-            warnings.warn(
+            warn(
                 f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and"
                 " the optimization hasn't converged yet.",
                 ConvergenceWarning,
-                stacklevel=6,
             )
         return before
 

@@ -41,6 +41,12 @@ def sum_rows(x: Array, xp: Namespace) -> Array:
     return xp.matmul(xp.ones_like(x[:, 0]), x)
 
 
+def total_weight(weights: Array, xp: Namespace) -> Array:
+    """Σₙ w, shape (n,) -> (); 1 if all weigh nothing."""
+    total = xp.sum(weights)
+    return xp.where(total > 0.0, total, 1.0)
+
+
 def columns_first(x: Array, xp: Namespace) -> Array:
     """The transpose, (n, k) -> (k, n), laid out in memory row by row."""
     return xp.reshape(xp.reshape(x.T, (-1,)), (x.shape[1], x.shape[0]))

@@ -118,19 +118,19 @@ class Linear(Layer):
         )
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
-        """Z = x W + b, shapes (n, n_in) -> (n, n_out)."""
+        """Return z = x W + b, (n, n_in) -> (n, n_out), and x."""
         w, b = p
         z = x @ w  # as an operator, a product that sparse rows know too
         z += b
         return z, x
 
     def backward(self, p: Params, x: Array, dz: Array, xp: Namespace) -> Array:
-        """Dx = dz Wᵀ."""
+        """Return dx = dz Wᵀ, (n, n_out) -> (n, n_in)."""
         w, _ = p
         return xp.matmul(dz, w.T)
 
     def gradients(self, p: Params, x: Array, dz: Array, xp: Namespace) -> tuple[Array, Array]:
-        """DW = xᵀ dz,  db = Σₙ dz."""
+        """Return dW = xᵀ dz, (n_in, n_out), and db = Σₙ dz, (n_out,)."""
         return x.T @ dz, sum_rows(dz, xp)
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from array_api_compat import device
 
-from portable_mlp.functions import columns_first, sigmoid, softmax, softplus
+from portable_mlp.functions import columns_first, sigmoid, softmax, softplus, total_weight
 from portable_mlp.typing import Array, Namespace
 
 
@@ -32,7 +32,7 @@ class Loss(ABC):
 
     @abstractmethod
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
-        """Loss of each row, (n,), and its derivative by the logits, (n, k).
+        """Loss of each row, (n,), and its derivative with respect to the logits, (n, k).
 
         Parameters
         ----------
@@ -40,6 +40,11 @@ class Loss(ABC):
             Logits.
         y : array
             Targets, (n, k) or, where k = 1 or the loss takes labels, (n,).
+
+        Returns
+        -------
+        values : array (n,)
+        dz : array (n, k)
         """
 
     def link(self, z: Array, xp: Namespace) -> Array:
@@ -49,7 +54,7 @@ class Loss(ABC):
     def __call__(
         self, z: Array, y: Array, xp: Namespace, weights: Array | None = None
     ) -> tuple[Array, Array]:
-        """Weighted mean loss and its gradient by the logits.
+        """Weighted mean loss and its gradient with respect to the logits.
 
         L = Σ wᵢ ℓᵢ / Σ wᵢ,  dzᵢ = (wᵢ / Σ w) ∂ℓᵢ/∂zᵢ.  Rows that all weigh nothing
         have L = 0 and dz = 0.
@@ -71,8 +76,7 @@ class Loss(ABC):
         if weights is None:
             share = 1.0 / z.shape[0]
             return xp.sum(values) * share, dz * share
-        total = xp.sum(weights)
-        share = weights / xp.where(total > 0.0, total, 1.0)
+        share = weights / total_weight(weights, xp)
         return xp.sum(share * values), dz * share[:, None]
 
 
@@ -102,9 +106,14 @@ class CallableLoss(Loss):
         return self.like.link(z, xp)
 
 
-def _like(y: Array, z: Array, xp: Namespace) -> Array:
+def _match_shape(y: Array, z: Array, xp: Namespace) -> Array:
     """Targets of one output may come without their axis: (n,) -> (n, 1)."""
     return y if y.ndim == z.ndim else xp.reshape(y, z.shape)
+
+
+def _check_smoothing(smoothing: float) -> None:
+    if not 0.0 <= smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {smoothing!r}")
 
 
 def _sum_outputs(values: Array, xp: Namespace) -> Array:
@@ -127,8 +136,11 @@ class BinaryCrossEntropy(Loss):
     label_smoothing: float = 0.0
     link_name: ClassVar[str] = "logistic"
 
+    def __post_init__(self) -> None:
+        _check_smoothing(self.label_smoothing)
+
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
-        t = _like(y, z, xp)
+        t = _match_shape(y, z, xp)
         if self.label_smoothing:
             t = (1.0 - self.label_smoothing) * t + self.label_smoothing / 2.0
         return _sum_outputs(softplus(z, xp) - z * t, xp), self.link(z, xp) - t
@@ -152,6 +164,9 @@ class SoftmaxCrossEntropy(Loss):
 
     label_smoothing: float = 0.0
     link_name: ClassVar[str] = "softmax"
+
+    def __post_init__(self) -> None:
+        _check_smoothing(self.label_smoothing)
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
         # Classes along the first axis, (k, n): with few classes, sums over them and
@@ -183,7 +198,7 @@ class SquaredError(Loss):
     """ℓ = ½ Σₖ (z − y)²,  ∂ℓ/∂z = z − y."""
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
-        error = z - _like(y, z, xp)
+        error = z - _match_shape(y, z, xp)
         return 0.5 * _sum_outputs(error * error, xp), error
 
 
@@ -197,7 +212,7 @@ class Poisson(Loss):
     link_name: ClassVar[str] = "exp"
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
-        y = _like(y, z, xp)
+        y = _match_shape(y, z, xp)
         mean = xp.exp(z)
         y_log_y = y * xp.log(xp.where(y > 0.0, y, 1.0))
         return _sum_outputs(mean - y * z + y_log_y - y, xp), mean - y
@@ -224,7 +239,7 @@ class Huber(Loss):
             raise ValueError(f"delta must be positive, got {self.delta!r}")
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
-        r = z - _like(y, z, xp)
+        r = z - _match_shape(y, z, xp)
         c = xp.minimum(xp.maximum(r, -self.delta), self.delta)
         return _sum_outputs(c * (r - 0.5 * c), xp), c
 
@@ -249,7 +264,7 @@ class Quantile(Loss):
             raise ValueError(f"quantile must be in (0, 1), got {self.q!r}")
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
-        r = _like(y, z, xp) - z
+        r = _match_shape(y, z, xp) - z
         values = xp.maximum(self.q * r, (self.q - 1.0) * r)
         return _sum_outputs(values, xp), xp.astype(r < 0.0, z.dtype) - self.q
 

@@ -3,8 +3,9 @@
 A rule sees a parameter p, its gradient g and its moments, and returns the new p and
 moments.  It may overwrite p and the moments it is handed (on NumPy, CuPy and torch the
 augmented assignments below work in place; on JAX they rebind): callers use only what
-comes back.  What changes from step to step, and momentum, is computed on the host in
-float64 by ``coefficients`` and handed in, so a traced step is compiled once.
+comes back.  Numbers that shall not cost a new compilation when they change (the learning
+rate, corrections of the bias, momentum) come from ``coefficients``, which computes them
+on the host in float64.
 
 To add one, subclass `Optimizer` and list it in `OPTIMIZERS`, where the tests look; an
 instance of it is a solver for the estimators, whose names for solvers are their own.
@@ -15,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import inf, sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 from portable_mlp.typing import Array, Namespace, Params
 
@@ -38,10 +39,13 @@ class Optimizer(ABC):
 
     weight_decay: float = 0.0
     decay_biases: bool = True
+    n_moments: ClassVar[int] = 0
+    """Number of arrays of a parameter's shape that the rule remembers, first zero."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, bool) and not 0.0 <= value < inf:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and not 0.0 <= value < inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
         for name in ("momentum", "rho"):
             if not getattr(self, name, 0.0) <= 1.0:
@@ -50,26 +54,41 @@ class Optimizer(ABC):
             if not getattr(self, name, 0.0) < 1.0:
                 raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
 
-    n_moments = 0
-    """Number of arrays of a parameter's shape that the rule remembers, first zero."""
-
     def init(self, params: Params, xp: Namespace) -> list[Moments]:
         """Moments before the first step."""
         return [tuple(xp.zeros_like(p) for _ in range(self.n_moments)) for p in params]
 
     def coefficients(self, step: int, rate: float) -> Coefficients:
-        """What the rule needs at this step, the first being 1, at this learning rate."""
+        """Numbers that ``update`` needs at a step, from 1 on; the learning rate first."""
         return (rate,)
 
     def rule(self) -> Optimizer:
-        """An optimizer with the same ``update``; equal for all that differ in ``coefficients``."""
+        """What ``update`` is called on: equal for optimizers that differ in ``coefficients`` only.
+
+        One that overrides ``update`` is its own rule, unless it says otherwise here.
+        """
         return self
 
     @abstractmethod
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
     ) -> tuple[Array, Moments]:
-        """One step of one parameter; all arrays have its shape."""
+        """One step of one parameter.
+
+        Parameters
+        ----------
+        p, g : array
+            The parameter and its gradient, of one shape.
+        moments : tuple of ``n_moments`` arrays of that shape
+        c : tuple of float
+            From ``coefficients``.
+        xp : namespace
+
+        Returns
+        -------
+        p : array
+        moments : tuple of array
+        """
 
     def decays(self, group: str) -> bool:
         """Whether parameters of a group shrink by ``weight_decay``."""
@@ -145,7 +164,8 @@ class SGD(Optimizer):
         return rate, self.momentum
 
     def rule(self) -> Optimizer:
-        return replace(self, momentum=1.0 if self.momentum else 0.0)
+        own = type(self).update is not SGD.update
+        return self if own else replace(self, momentum=1.0 if self.momentum else 0.0)
 
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
@@ -183,7 +203,8 @@ class SklearnSGD(Optimizer):
         return rate, self.momentum
 
     def rule(self) -> Optimizer:
-        return replace(self, momentum=1.0)
+        own = type(self).update is not SklearnSGD.update
+        return self if own else replace(self, momentum=1.0)
 
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
@@ -206,8 +227,8 @@ class Adam(Optimizer):
 
     What is constant in a step is moved to the host.  With the moments kept as
     m′ = m / (1 − β₁) and v′ = v / (1 − β₂),  m′ ← β₁ m′ + g,  v′ ← β₂ v′ + g²,
-    p ← p − rateₜ · m′ / (√v′ + εₜ),  where, with c = √((1 − β₂ᵗ) / (1 − β₂)),
-    rateₜ = rate · c (1 − β₁) / (1 − β₁ᵗ)  and  εₜ = ε c.
+    p ← p − sizeₜ · m′ / (√v′ + εₜ),  where, with c = √((1 − β₂ᵗ) / (1 − β₂)),
+    sizeₜ = rate · c (1 − β₁) / (1 − β₁ᵗ)  and  εₜ = ε c.
 
     Parameters
     ----------
@@ -229,7 +250,7 @@ class Adam(Optimizer):
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
     ) -> tuple[Array, Moments]:
-        _, rate, epsilon = c
+        _, step_size, epsilon = c
         m, v = moments
         m *= self.beta_1
         m += g
@@ -238,7 +259,7 @@ class Adam(Optimizer):
         denominator = xp.sqrt(v)
         denominator += epsilon
         step = m / denominator
-        step *= rate
+        step *= step_size
         p -= step
         return p, (m, v)
 

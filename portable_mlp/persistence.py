@@ -35,6 +35,7 @@ from portable_mlp.packing import Layout
 from portable_mlp.schedules import Schedule
 from portable_mlp.steps import Arrays
 from portable_mlp.training import Begun, State
+from portable_mlp.warn import warn
 
 __all__ = ["ModelFileError", "load", "read_metadata", "save", "save_checkpoint"]
 
@@ -91,7 +92,7 @@ def save(
     meta, arrays = _describe(model, preprocessing, notes)
     if isinstance(model.random_state, np.random.RandomState):
         said = "random_state: a generator's state is not stored"
-        warnings.warn(said, UserWarning, stacklevel=2)
+        warn(said, UserWarning)
     return write(path, meta, arrays)
 
 

@@ -59,9 +59,6 @@ class Schedule:
         return None
 
 
-Constant = Schedule
-
-
 @dataclass(frozen=True)
 class InverseScaling(Schedule):
     """1 / (rows + 1)^power, once an epoch: scikit-learn's "invscaling"."""
@@ -78,7 +75,14 @@ class InverseScaling(Schedule):
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """gamma^⌊epoch / every⌋."""
+    """gamma^⌊epoch / every⌋.
+
+    Parameters
+    ----------
+    every : int >= 1
+        Epochs.
+    gamma : float >= 0, default=0.1
+    """
 
     every: int
     gamma: float = 0.1
@@ -86,6 +90,8 @@ class Step(Schedule):
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every must be at least 1, got {self.every!r}")
+        if not self.gamma >= 0.0:
+            raise ValueError(f"gamma must be at least 0, got {self.gamma!r}")
 
     def factor(self, clock: Clock, state: Any) -> float:
         return float(self.gamma ** (clock.epoch // self.every))
@@ -182,6 +188,13 @@ class ReduceOnPlateau(Schedule):
     patience: int = 10
     threshold: float = 1e-4
     min_factor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.gamma < 1.0:
+            raise ValueError(f"gamma must be in (0, 1), got {self.gamma!r}")
+        for name in ("patience", "threshold", "min_factor"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
 
     def init(self) -> _Plateau:
         return _Plateau()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from portable_mlp.functions import total_weight
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
 from portable_mlp.optimizers import Coefficients, Moments, Optimizer, clip_by_global_norm
@@ -70,7 +71,7 @@ class Recipe:
 def objective(
     recipe: Recipe, leaves: Params, batch: Batch, alpha: float, keys: Sequence[int]
 ) -> tuple[Array, Array, list[Array]]:
-    """The mean loss, the L2 penalty, and the gradient of their sum by the leaves.
+    """The mean loss, the L2 penalty, and the gradient of their sum with respect to the leaves.
 
     The penalty is α / (2 n) Σ w² over the weights, not the biases, with n the number
     of rows or the sum of their weights, as in scikit-learn.
@@ -84,8 +85,7 @@ def objective(
     if recipe.penalised:
         n: Any = batch.x.shape[0]
         if batch.weights is not None:
-            total = xp.sum(batch.weights)
-            n = xp.where(total > 0.0, total, 1.0)
+            n = total_weight(batch.weights, xp)
         scale = alpha / n
         squares: Any = 0.0
         for i, param in enumerate(network.params):

@@ -7,7 +7,6 @@ host does what needs no array: the order of the rows, the learning rate, when to
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,6 +27,7 @@ from portable_mlp.schedules import Clock, Schedule
 from portable_mlp.sources import Source
 from portable_mlp.steps import Arrays, Hyper, Recipe
 from portable_mlp.typing import Array, Params
+from portable_mlp.warn import warn
 
 
 class DivergenceError(ValueError):
@@ -191,11 +191,10 @@ class Trainer:
                 moments = [tuple(self.copy(m)) for m in old.arrays.moments]
             arrays = fresh.arrays._replace(moments=moments)
             return replace(old, arrays=arrays, history=history)
-        warnings.warn(
+        warn(
             "optimizer, schedule, backend or data type are not those of the last call: the"
             " optimizer's moments and the schedule start anew",
             UserWarning,
-            stacklevel=5,
         )
         # Steps too: they correct the bias of moments that began at zero
         return replace(
@@ -491,7 +490,7 @@ class _Run:
             if not early:
                 raise DivergenceError(said)
             said += " The best weights so far are kept."
-            warnings.warn(said, RuntimeWarning, stacklevel=6)
+            warn(said, RuntimeWarning)
             return "diverged"
         if self._watch(-score if early else loss):
             remembered = trainer.schedule.stalled(state.schedule, rate)

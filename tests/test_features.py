@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from array_api_compat import device
 from sklearn.base import clone
 from sklearn.datasets import make_classification, make_regression
 from sklearn.metrics import get_scorer, log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
 from portable_mlp import Callback, MLPClassifier, MLPRegressor, check_layer, check_loss
@@ -384,6 +387,75 @@ def test_scikit_learns_own_callbacks():
     wanted = [classifier(max_iter=k).fit(X, Y).score(X, Y) for k in range(1, 7)]
     assert scores[:6] == wanted
     same(model, classifier().fit(X, Y))
+
+
+class Hooks:
+    """What a callback of scikit-learn's is told, by name."""
+
+    def __init__(self):
+        self.calls = []
+
+    def setup(self, estimator, context):
+        self.calls.append("setup")
+
+    def on_fit_task_begin(self, estimator, context):
+        pass
+
+    def on_fit_task_end(self, estimator, context):
+        pass
+
+    def teardown(self, estimator, context):
+        self.calls.append("teardown")
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        ("fit", ["setup", "teardown"]),
+        ("continue_fit", ["setup", "teardown"]),
+        ("partial_fit", []),  # as in scikit-learn: they are for whole fits
+        ("init_model", []),
+    ],
+)
+@pytest.mark.parametrize("kind", [MLPClassifier, MLPRegressor])
+def test_scikit_learns_own_callbacks_are_set_up_and_torn_down(kind, method, wanted):
+    pytest.importorskip("sklearn.callback")
+    model = kind(hidden_layer_sizes=(3,), max_iter=2).set_callbacks(hooks := Hooks())
+    known = {"classes": [0, 1, 2]} if (kind, method) == (MLPClassifier, "partial_fit") else {}
+    getattr(model, method)(X, Y, **known)
+    assert hooks.calls == wanted
+    assert [name for name in vars(model) if "callback" in name] == ["callbacks", "_skl_callbacks"]
+
+
+# ---------------------------------------------------------------- warnings
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_iter": 1}, "Maximum iterations"),
+        ({"max_iter": 1, "batch_size": 500}, "clipped"),
+        ({"learning_rate": "adaptive"}, "no effect with solver"),
+        ({"solver": "lbfgs", "early_stopping": True}, "no effect with solver"),
+        ({"solver": "lbfgs", "max_iter": 1}, "lbfgs failed to converge"),
+        (
+            {"solver": "sgd", "learning_rate_init": 1e150, "early_stopping": True,
+             "activation": "identity"},
+            "best weights so far",
+        ),
+    ],
+)  # fmt: skip
+def test_warnings_point_at_the_line_that_called(settings, message, scheduled):
+    model = classifier(**settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if scheduled:
+            make_pipeline(StandardScaler(), model).fit(X, Y)
+        else:
+            model.fit(X, Y)
+    (one,) = [w for w in caught if message in str(w.message)]
+    assert one.filename == __file__
 
 
 # ---------------------------------------------------------------- exact continuation

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 from test_gradients import ALL_LOSSES, LAYERS, targets
 
 from portable_mlp import functions, mlp
+from portable_mlp.activations import ELU
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.layers import Dropout, random_bits
-from portable_mlp.losses import BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
+from portable_mlp.losses import (
+    BinaryCrossEntropy,
+    Huber,
+    Quantile,
+    SoftmaxCrossEntropy,
+    SquaredError,
+)
 from portable_mlp.optimizers import OPTIMIZERS, SGD, SklearnAdam, SklearnSGD
 from portable_mlp.packing import Layout
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
@@ -208,6 +215,22 @@ def test_prediction_has_no_noise(rng):
 
 
 # ---------------------------------------------------------------- structure
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: BinaryCrossEntropy(1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (lambda: SoftmaxCrossEntropy(-0.1), r"label_smoothing must be in \[0, 1\), got -0.1"),
+        (lambda: Huber(0.0), "delta must be positive"),
+        (lambda: Quantile(1.0), r"quantile must be in \(0, 1\)"),
+        (lambda: ELU(alpha=-1.0), "alpha and scale must be positive"),
+        (lambda: ELU(scale=0.0), "alpha and scale must be positive"),
+    ],
+)
+def test_settings_beyond_their_range_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def test_widths_that_do_not_fit_name_the_layer():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import chain
 from math import nan, prod
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.neural_network._stochastic_optimizers import AdamOptimizer, SGDOptimizer
 
-from portable_mlp import optimizers
+from portable_mlp import mlp, optimizers
 from portable_mlp.backends import BACKENDS, Backend, NumPyBackend, get_backend
 from portable_mlp.initializers import Zeros
 from portable_mlp.layers import Param
+from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import (
     OPTIMIZERS,
     SGD,
@@ -30,6 +32,9 @@ from portable_mlp.optimizers import (
     clip_by_global_norm,
 )
 from portable_mlp.packing import Layout
+from portable_mlp.sources import ArraySource
+from portable_mlp.steps import Batch
+from portable_mlp.training import Trainer
 
 XP = NumPyBackend().xp
 STEPS = 100
@@ -265,6 +270,31 @@ def test_negative_and_nan_are_refused(optimizer, name, value):
 def test_above_one_is_refused(optimizer, name):
     with pytest.raises(ValueError, match=f"^{name} must be .*, got 1.5$"):
         optimizer(**{name: 1.5})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(SGD):
+    """A user's rule, which reads its own settings."""
+
+    kind: str = "any"
+    floor: float | None = None
+
+    def update(self, p, g, moments, c, xp):
+        return p - c[0] * self.momentum * g, moments
+
+
+def test_a_rule_of_ones_own_sees_its_own_settings():
+    trainer = Trainer(
+        mlp([2, 1]), SquaredError(), Halved(momentum=0.5), get_backend(), "float64", 0.1
+    )
+    x, y = np.ones((3, 2)), np.zeros((3, 1))
+    moved = []
+    for t in (trainer, replace(trainer, optimizer=SGD(), learning_rate=0.05)):
+        state = t.start([np.ones((2, 1)), np.zeros(1)])
+        t.fit(state, ArraySource(Batch(x, y)), 1, np.random.RandomState(0))
+        moved.append(t.params(state.leaves))
+    np.testing.assert_array_equal(moved[0][0], moved[1][0])
+    assert moved[0][0][0, 0] == 1.0 - 0.05 * 2.0
 
 
 def test_nesterov_needs_momentum():

@@ -15,7 +15,6 @@ from portable_mlp import schedules
 from portable_mlp.schedules import (
     Adaptive,
     Clock,
-    Constant,
     Cosine,
     InverseScaling,
     OneCycle,
@@ -75,7 +74,7 @@ def test_every_schedule_has_an_oracle():
 
 
 def test_constant():
-    schedule = Constant()
+    schedule = Schedule()
     assert factors(schedule, 20) == [1.0] * 20
     assert schedule.observe(schedule.init(), 3.0) == schedule.init()
     assert schedule.stalled(schedule.init(), RATE) is None
@@ -309,6 +308,11 @@ def test_tests_would_see_a_wrong_cosine():
     ("build", "message"),
     [
         (lambda: Step(0), "every must be at least 1"),
+        (lambda: Step(1, gamma=-0.1), "gamma must be at least 0"),
+        (lambda: ReduceOnPlateau(gamma=1.0), r"gamma must be in \(0, 1\)"),
+        (lambda: ReduceOnPlateau(patience=-1), "patience must be at least 0, got -1"),
+        (lambda: ReduceOnPlateau(threshold=-0.1), "threshold must be at least 0"),
+        (lambda: ReduceOnPlateau(min_factor=float("nan")), "min_factor must be at least 0"),
         (lambda: Cosine(warmup=-0.1), r"warmup must be in \[0, 1\)"),
         (lambda: Cosine(warmup=1.0), r"warmup must be in \[0, 1\)"),
         (lambda: OneCycle(peak=0.0), r"peak must be in \(0, 1\)"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from portable_mlp.backends import Backend
 from portable_mlp.engines.recording import Program, Recorder, Unrecordable, leaves, record
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
+from portable_mlp.warn import warn
 
 Values = list[tuple[float, float]]
 
@@ -124,8 +124,8 @@ class Engine:
 class RecordedEngine(Engine):
     """Base of the engines that record the step, and repeat what it did in another form.
 
-    What cannot be recorded runs eagerly, with a warning that says why; and so do epochs
-    within the first ``EAGER`` steps, which is as long as recording takes.
+    What cannot be recorded runs eagerly, with a warning that says why.  So do epochs
+    within the first ``EAGER`` steps: recording takes about as long as they do.
     """
 
     EAGER = 16
@@ -133,9 +133,11 @@ class RecordedEngine(Engine):
     def __init__(self, backend: Backend, recipe: Recipe) -> None:
         super().__init__(backend, recipe)
         self._begun = 0  # steps
+        self._recordable = True
 
     def run(self, arrays: Arrays, task: Task) -> tuple[Arrays, Values]:
-        if self._begun + len(task.hypers) <= self.EAGER:
+        few = self._begun + len(task.hypers) <= self.EAGER
+        if few or not self._recordable:
             self._begun += len(task.hypers)
             return super().run(arrays, task)
         values: Values = []
@@ -143,12 +145,11 @@ class RecordedEngine(Engine):
             self.repeat(arrays, task, values)
             return arrays, values
         except Unrecordable as reason:
-            warnings.warn(
+            warn(
                 f"the step runs eagerly, several times slower: {reason}",
                 RuntimeWarning,
-                stacklevel=7,
             )
-        self.run = super().run  # type: ignore[method-assign]
+        self._recordable = False
         arrays, more = super().run(arrays, task._replace(first=task.first + len(values)))
         return arrays, values + more
 

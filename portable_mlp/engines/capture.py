@@ -8,7 +8,6 @@ losses after the last.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from portable_mlp.engines.kernels import Kernel, Kernels, View, compile_program,
 from portable_mlp.engines.recording import Unrecordable, leaves, specify
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 from portable_mlp.typing import Array
+from portable_mlp.warn import warn
 
 
 class CaptureError(RuntimeError):
@@ -365,10 +365,9 @@ class CaptureEngine(RecordedEngine):
         try:
             replay: Callable[[], None] = self.cuda.capture(work)
         except CaptureError as reason:
-            warnings.warn(
+            warn(
                 f"the step is launched kernel by kernel, without a CUDA graph: {reason}",
                 RuntimeWarning,
-                stacklevel=9,
             )
             return work
         return replay

@@ -54,7 +54,7 @@ extern "C" __global__ void {name}({parameters}) {{
 
 TOTAL = """
 extern "C" __global__ void {name}({parameters}) {{
-{numbers}    __shared__ {type} parts[{most}];
+{numbers}    __shared__ {type} parts[1024];
     {type} a = {start};
     int first = blockIdx.x * blockDim.x + threadIdx.x, all = gridDim.x * blockDim.x;
     for (int i = first; i < {points}; i += all) {{
@@ -71,7 +71,7 @@ extern "C" __global__ void {name}({parameters}) {{
         }}
         __syncthreads();
     }}
-    if (threadIdx.x == 0) {out}[blockIdx.x] = a;
+    if (threadIdx.x == 0) out[blockIdx.x] = a;
 }}
 """
 

@@ -619,12 +619,12 @@ class _Builder:
         used["out"] = partial
         self._kernel(
             TOTAL, blocks, threads, used,
-            value=value, points=launch.points, most=threads, out="out", **parts,
+            value=value, points=launch.points, **parts,
         )  # fmt: skip
         if blocks > 1:
             self._kernel(
                 TOTAL, 1, threads, {"partial": partial, "out": whole},
-                value="partial[i]", points=blocks, most=threads, out="out", **parts,
+                value="partial[i]", points=blocks, **parts,
             )  # fmt: skip
 
     def _write_points(self, i: int, launch: _Launch) -> None:
@@ -641,8 +641,8 @@ class _Builder:
             aside = View(self.places.get(("aside", x), Place(0, 0)), (x.size,), (1,), x.dtype)  # type: ignore[call-overload]
             whole = self._whole(x)
             if launch.kind == "move home":
-                used |= {"from": aside, "to": whole}
-                value = "from[i]"
+                used |= {"source": aside, "to": whole}
+                value = "source[i]"
             else:
                 value = self._read(y, x.dtype, Access("i"), used, -1)
                 used["to"] = aside
@@ -650,8 +650,7 @@ class _Builder:
                     place, offset = whole.place, int(launch.kind.split()[1])
                     there = Place(place.memory, place.offset + offset)
                     used["to"] = View(there, (y.size,), (1,), x.dtype)
-            used = {"source" if key == "from" else key: view for key, view in used.items()}
-            stores.append(f"to[i] = {value.replace('from[', 'source[')};")
+            stores.append(f"to[i] = {value};")
         body = "\n".join(f"        {line}" for line in (*lines, *stores))
         self._kernel(
             POINTWISE, -(-launch.points // _THREADS), _THREADS, used,

@@ -1,0 +1,30 @@
+"""Warnings that point at the line of the user's that led to them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn from the nearest frame that is neither this library's nor scikit-learn's.
+
+    A ``stacklevel`` would not do: how many frames of scikit-learn's lie between depends
+    on its version.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _package(frame.f_globals) in ("portable_mlp", "sklearn"):
+        frame = frame.f_back
+    there = frame.f_globals
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=there.get("__name__"),
+        registry=there.setdefault("__warningregistry__", {}),
+    )
+
+
+def _package(there: dict[str, object]) -> str:
+    return str(there.get("__name__")).partition(".")[0]
