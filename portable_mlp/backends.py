@@ -1,4 +1,4 @@
-"""Backends: the only place that knows NumPy from CuPy from torch from JAX.
+"""Backends: where arrays live, and how they get there.
 
 A backend is a namespace with a device: it brings arrays there and back, and says how
 a step is compiled.  To add one, subclass `Backend` and list it in `BACKENDS`; arrays

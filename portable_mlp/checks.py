@@ -149,7 +149,8 @@ def _compare(
         shape = getattr(grad, "shape", None)
         if shape != point.shape:
             raise GradientError(
-                f"{where}: the gradient by {name} has shape {shape}, expected {point.shape}"
+                f"{where}: the gradient with respect to {name} has shape {shape},"
+                f" expected {point.shape}"
             )
 
         def slope(u: Floats, i: int = i) -> float:
@@ -168,7 +169,7 @@ def _compare(
             error = abs(numeric - analytic) / size
             if not error <= tol:
                 raise GradientError(
-                    f"{where}: the derivative by {name} is wrong: along a random direction"
+                    f"{where}: the derivative with respect to {name} is wrong: along a random direction"
                     f" {analytic:.10g}, by finite differences {numeric:.10g}"
                     f" (relative error {error:.1e}, allowed {tol:.0e})."
                     f" {_worst_element(grad, slope)}"

@@ -53,9 +53,8 @@ def fit_lbfgs(
 
     def value_and_grad(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alpha, ())
-        loss = trainer.loss_scale * backend.fetch([value])[0]
-        if recipe.penalised:
-            loss += backend.fetch([penalty])[0]
+        known = backend.fetch([value, penalty] if recipe.penalised else [value])
+        loss = trainer.reported(*known)
         flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]
         return float(loss), np.concatenate(flat)
 

@@ -3,7 +3,7 @@
 The format is safetensors (a length, a JSON header, the arrays' bytes), and safetensors
 reads it.  Its metadata holds two texts: ``portable_mlp``, JSON of what is no array, and
 ``sha256``, the digest of the whole file with the digest's own 64 digits taken for
-zeros.  It tells damage from soundness, not friend from foe: nothing that is read is
+zeros.  It shows damage, not who wrote the file: nothing that is read is
 trusted because of it.  So the header's size and the number of its values are bounded
 before it is parsed, and arrays are made after their sizes are known to be the file's.
 """

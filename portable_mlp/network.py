@@ -19,7 +19,7 @@ from portable_mlp.typing import Array, Namespace, Params
 
 @dataclass(frozen=True)
 class Network:
-    """Layers applied one after the other; the last one's output are the logits.
+    """Layers applied one after the other; the output of the last are the logits.
 
     Parameters
     ----------

@@ -351,9 +351,10 @@ def _stops_early(settings: Training) -> bool:
 
 
 def _log_score(model: Any, X: Any, y: NDArray[Any]) -> float:
-    """Mean log-likelihood of labels: accuracy stands still for long on the few held-out rows.
+    """Mean log-likelihood of labels.
 
-    scikit-learn's would have every class among them.
+    On few held-out rows accuracy changes too rarely to stop by, and scikit-learn's
+    "neg_log_loss" wants every class among them.
     """
     logs = model.predict_log_proba(X)
     return float(logs[np.arange(len(y)), np.searchsorted(model.classes_, y)].mean())

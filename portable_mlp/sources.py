@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import issparse
 
-from portable_mlp.backends import Backend, backend_of, move
+from portable_mlp.backends import Backend
 from portable_mlp.steps import Batch
-from portable_mlp.typing import Array
 
 Part = tuple[Batch, NDArray[np.intp] | None]
 
@@ -52,7 +50,7 @@ class Source(ABC):
         """
 
     def whole(self, batch_size: int) -> Batch | None:
-        """The one batch that every epoch repeats, on the backend; None if there is no such."""
+        """The one batch that every epoch repeats, on the backend; None if they differ."""
         return None
 
 
@@ -94,7 +92,7 @@ class SparseSource(Source):
     weights : ndarray (n,), optional
     backend : Backend
     dtype : {"float32", "float64"}
-        Labels, where they are integers, stay such.
+        Integer labels stay integers.
     rows : array of int, optional
         The rows to use; all if not given.
     """
@@ -129,40 +127,6 @@ class SparseSource(Source):
                 ),
                 None,
             )
-
-
-class Selection:
-    """Some rows of a matrix that are not copied before they are asked for.
-
-    Parameters
-    ----------
-    x : array, or scipy.sparse CSR
-        Anywhere.
-    numbers : array of int, optional
-        The rows, on the host; all if not given.
-    """
-
-    def __init__(self, x: Any, numbers: NDArray[np.intp] | None = None) -> None:
-        self._x = x
-        self._home = None if issparse(x) else backend_of(x)
-        self._numbers: Any = numbers
-        if self._home is not None and numbers is not None:
-            self._numbers = self._home.indices(numbers)
-        self.n_rows = x.shape[0] if numbers is None else len(numbers)
-
-    def rows(self, start: int, end: int) -> Any:
-        """A range of them where x is, sparse if x is."""
-        span = slice(start, min(end, self.n_rows))
-        if self._home is None:
-            return self._x[span if self._numbers is None else self._numbers[span]]
-        if self._numbers is None:
-            return self._x[span, ...]
-        return self._home.xp.take(self._x, self._numbers[span], axis=0)
-
-    def dense(self, start: int, end: int, backend: Backend, dtype: str) -> Array:
-        """A range of them on a backend."""
-        found = self.rows(start, end)
-        return move(found.toarray() if issparse(found) else found, backend, dtype)
 
 
 def on_backend(x: Any, y: NDArray[Any], weights: Any, backend: Backend, dtype: str) -> Batch:

@@ -315,6 +315,10 @@ class Trainer:
         # Copied, not aliased: the next step overwrites what it is handed
         return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
 
+    def reported(self, value: float, penalty: float = 0.0) -> float:
+        """The loss that the interface reports, of one that was minimised and its penalty."""
+        return self.loss_scale * value + penalty
+
     def divergence(self, epoch: int, loss: float) -> str:
         """What to say of values that are not finite."""
         return (
@@ -325,164 +329,156 @@ class Trainer:
         )
 
 
+@dataclass
 class _Run:
     """One call of `Trainer.fit`: the loop, and what it works with."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        state: State,
-        source: Source,
-        rng: np.random.RandomState,
-        max_epochs: int,
-        planned_epochs: int,
-        validate: Validate | None,
-        callbacks: Sequence[Callback],
-        pauses: Pauses,
-    ) -> None:
-        self._trainer = trainer
-        self._state = state
-        self._source = source
-        self._rng = rng
-        self._max_epochs = max_epochs
-        self._planned_epochs = planned_epochs
-        self._validate = validate
-        self._callbacks = callbacks
-        self._pauses = pauses
-        self._engine = ENGINES[trainer.backend.engine](trainer.backend, trainer.recipe)
-        self._order = np.arange(source.n_rows)
-        self._n_steps = ceil(source.n_rows / trainer.batch_size)
-        self._whole = source.whole(trainer.batch_size)
-        self._began = time.perf_counter()
+    trainer: Trainer
+    state: State
+    source: Source
+    rng: np.random.RandomState
+    max_epochs: int
+    planned_epochs: int
+    validate: Validate | None
+    callbacks: Sequence[Callback]
+    pauses: Pauses
+
+    def __post_init__(self) -> None:
+        trainer, source = self.trainer, self.source
+        self.engine = ENGINES[trainer.backend.engine](trainer.backend, trainer.recipe)
+        self.order = np.arange(source.n_rows)
+        self.n_steps = ceil(source.n_rows / trainer.batch_size)
+        self.whole = source.whole(trainer.batch_size)
+        self.began = time.perf_counter()
 
     def epochs(self) -> StopReason:
         """All that are left, until something stops them."""
-        state = self._state
+        state = self.state
         for _ in range(state.done):
-            self._draw()
-        if state.done and state.stalled_for > self._trainer.patience:
+            self.draw()
+        if state.done and state.stalled_for > self.trainer.patience:
             return "converged"
-        while state.done < self._max_epochs:
-            for callback in self._callbacks:
+        while state.done < self.max_epochs:
+            for callback in self.callbacks:
                 callback.on_epoch_begin(state.epochs + 1)
-            plans = [self._plan(ahead) for ahead in range(self._unwatched())]
-            if len(plans) > 1:
-                losses = self._repeat([hyper for (hyper,), _ in plans])
+            n_epochs = self.n_unobserved()
+            plans = [self.plan(ahead, self.draw()) for ahead in range(n_epochs)]
+            if n_epochs > 1:
+                losses = self.repeat([hyper for (hyper,), _ in plans])
             else:
-                losses = self._epoch(plans[0][0])
+                loss = self.epoch(plans[0][0])
+                losses = [] if loss is None else [loss]
             for (_, rate), loss in zip(plans, losses, strict=False):
-                reason = self._conclude(loss, rate)
+                reason = self.end_epoch(loss, rate)
                 if reason is not None:
                     return reason
-            if len(losses) < len(plans):
+            if len(losses) < n_epochs:
                 return "interrupted"
         return "max_epochs"
 
-    def _unwatched(self) -> int:
-        """How many epochs may follow each other before anyone has to look at the result.
+    def n_unobserved(self) -> int:
+        """How many epochs may follow each other before the state is looked at.
 
-        To hand steps to an engine, and to wait for them, takes longer than a small one.
+        More than one where an epoch is one step: to hand it to an engine, and to wait for
+        it, would take longer than the step.
         """
-        trainer, state = self._trainer, self._state
+        trainer, state = self.trainer, self.state
         watched = (
-            self._callbacks
-            or self._validate is not None
+            self.callbacks
+            or self.validate is not None
             or state.begun != NOT_BEGUN
             or type(trainer.schedule).observe is not Schedule.observe
         )
-        if watched or self._whole is None:
+        if watched or self.whole is None:
             return 1
         # Each adds at most one to those without progress
         until_stalled = trainer.patience - state.stalled_for + 1
-        return max(1, int(min(until_stalled, self._max_epochs - state.done, EPOCHS_AT_ONCE)))
+        return max(1, int(min(until_stalled, self.max_epochs - state.done, EPOCHS_AT_ONCE)))
 
-    def _plan(self, ahead: int) -> tuple[list[Hyper], float]:
+    def plan(self, ahead: int, keys: list[tuple[int, ...]]) -> tuple[list[Hyper], float]:
         """An epoch's changing numbers, a step each, and its last learning rate.
-
-        The rows are brought in their next order, too.
 
         Parameters
         ----------
         ahead : int
             Epochs that come before.
+        keys : list of tuple of int
+            Seeds, for each step.
         """
-        trainer, state, n_steps = self._trainer, self._state, self._n_steps
-        keys = self._draw()
+        trainer, state, n_steps = self.trainer, self.state, self.n_steps
         hypers = []
         rate = nan
         done = state.steps + ahead * n_steps
         epochs = state.epochs + ahead
-        rows = state.rows + ahead * self._source.n_rows
+        rows = state.rows + ahead * self.source.n_rows
         for i in range(n_steps):
-            clock = Clock(done + i, self._planned_epochs * n_steps, epochs, rows)
+            clock = Clock(done + i, self.planned_epochs * n_steps, epochs, rows)
             rate = trainer.schedule.rate(trainer.learning_rate, clock, state.schedule)
             coefficients = trainer.optimizer.coefficients(done + i + 1, rate)
             hypers.append(Hyper(trainer.alpha, coefficients, keys[i]))
         return hypers, rate
 
-    def _draw(self) -> list[tuple[int, ...]]:
+    def draw(self) -> list[tuple[int, ...]]:
         """Bring the rows in their next order, and draw seeds for each step's random layers."""
-        if self._trainer.shuffle:
-            self._rng.shuffle(self._order)  # in place: scikit-learn's orders compose, too
-        n_random = self._trainer.network.n_random
+        if self.trainer.shuffle:
+            self.rng.shuffle(self.order)  # in place: scikit-learn's orders compose, too
+        n_random = self.trainer.network.n_random
         if not n_random:
-            return [()] * self._n_steps
-        return list(map(tuple, self._rng.randint(2**31, size=(self._n_steps, n_random)).tolist()))
+            return [()] * self.n_steps
+        return list(map(tuple, self.rng.randint(2**31, size=(self.n_steps, n_random)).tolist()))
 
-    def _epoch(self, hypers: list[Hyper]) -> list[float]:
-        """The batches not done yet; the mean loss over all rows, or nothing if interrupted."""
-        trainer, state, source = self._trainer, self._state, self._source
-        size, pauses = trainer.batch_size, self._pauses
+    def epoch(self, hypers: list[Hyper]) -> float | None:
+        """The batches not done yet; the mean loss over all rows, None if interrupted."""
+        trainer, state, source = self.trainer, self.state, self.source
+        size, pauses = trainer.batch_size, self.pauses
         steps, seen, loss = state.begun
         end = 0
-        for data, rows in source.parts(size, self._order if trainer.shuffle else None):
+        for data, rows in source.parts(size, self.order if trainer.shuffle else None):
             start = end
             end += ceil((data.x.shape[0] if rows is None else len(rows)) / size)
             while steps < end:
                 task = Task(data, rows, size, hypers[start:end], pauses.due, steps - start)
-                state.arrays, values = self._engine.run(state.arrays, task)
+                state.arrays, values = self.engine.run(state.arrays, task)
                 for pair in values:
                     n = min(size, source.n_rows - seen)
-                    loss += n * self._reported(*pair)
+                    loss += n * trainer.reported(*pair)
                     seen += n
                 steps += len(values)
                 if pauses.due():
                     state.begun = Begun(steps, seen, loss)
                     pauses.hold()
                     if pauses.interrupted.is_set():
-                        return []
+                        return None
         state.steps += steps
         state.rows += seen
         state.begun = NOT_BEGUN
-        return [loss / source.n_rows]
+        return loss / source.n_rows
 
-    def _repeat(self, hypers: list[Hyper]) -> list[float]:
+    def repeat(self, hypers: list[Hyper]) -> list[float]:
         """Epochs that are a step on all rows, or fewer if interrupted; their losses."""
-        state, n = self._state, self._source.n_rows
-        assert self._whole is not None
-        task = Task(self._whole, None, self._trainer.batch_size, hypers, self._pauses.due)
-        state.arrays, values = self._engine.run(state.arrays, task)
+        state, n = self.state, self.source.n_rows
+        assert self.whole is not None
+        task = Task(self.whole, None, self.trainer.batch_size, hypers, self.pauses.due)
+        state.arrays, values = self.engine.run(state.arrays, task)
         state.steps += len(values)
         state.rows += n * len(values)
-        return [n * self._reported(*pair) / n for pair in values]  # rounded as in `_epoch`
+        # Rounded as in `epoch`
+        return [n * self.trainer.reported(*pair) / n for pair in values]
 
-    def _reported(self, value: float, penalty: float) -> float:
-        return self._trainer.loss_scale * value + penalty
-
-    def _conclude(self, loss: float, rate: float) -> StopReason | None:
+    def end_epoch(self, loss: float, rate: float) -> StopReason | None:
         """What follows an epoch's last step; why to stop, if so."""
-        trainer, state = self._trainer, self._state
+        trainer, state = self.trainer, self.state
         early = state.watched == "score"
         state.epochs += 1
         state.done += 1
         score, validation_loss = nan, nan
-        if self._validate is not None and isfinite(loss):
-            score, validation_loss = self._validate(trainer.params(state.arrays.leaves))
-        seconds = time.perf_counter() - self._began
+        if self.validate is not None and isfinite(loss):
+            score, validation_loss = self.validate(trainer.params(state.arrays.leaves))
+        seconds = time.perf_counter() - self.began
         record = Epoch(state.epochs, loss, validation_loss, score, rate, seconds)
         state.history.append(record)
         try:
-            asked = [c.on_epoch_end(record, self._snapshot) for c in self._callbacks]
+            asked = [c.on_epoch_end(record, self.snapshot) for c in self.callbacks]
         except KeyboardInterrupt:
             return "interrupted"
         if not isfinite(loss):
@@ -492,7 +488,7 @@ class _Run:
             said += " The best weights so far are kept."
             warn(said, RuntimeWarning)
             return "diverged"
-        if self._watch(-score if early else loss):
+        if self.note_progress(-score if early else loss):
             remembered = trainer.schedule.stalled(state.schedule, rate)
             if remembered is None:
                 return "converged"
@@ -500,17 +496,17 @@ class _Run:
             state.stalled_for = 0
         return "stopped" if any(asked) else None
 
-    def _snapshot(self) -> list[Array]:
-        trainer = self._trainer
-        return trainer.params(trainer.copy(self._state.arrays.leaves))
+    def snapshot(self) -> list[Array]:
+        trainer = self.trainer
+        return trainer.params(trainer.copy(self.state.arrays.leaves))
 
-    def _watch(self, value: float) -> bool:
+    def note_progress(self, value: float) -> bool:
         """Note whether ``value``, lower is better, improved; true if it has stalled.
 
         A score that equals the best plus ``tol`` counts as progress, a loss that
         equals the best minus ``tol`` does too: scikit-learn's comparisons.
         """
-        trainer, state = self._trainer, self._state
+        trainer, state = self.trainer, self.state
         state.schedule = trainer.schedule.observe(state.schedule, value)
         state.stalled_for = state.stalled_for + 1 if value > state.best - trainer.tol else 0
         if value < state.best:

@@ -333,7 +333,7 @@ def test_prediction_in_chunks_is_the_same(monkeypatch):
     X, y = data("multiclass")
     model = MLPClassifier((20,), max_iter=5, random_state=0).fit(X, y)
     whole = model.predict_proba(X)
-    monkeypatch.setattr("portable_mlp.estimators._CHUNK", 20 * 7)
+    monkeypatch.setattr("portable_mlp.inference._CHUNK", 20 * 7)
     np.testing.assert_allclose(model.predict_proba(X), whole, rtol=1e-14)
 
 

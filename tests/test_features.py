@@ -547,7 +547,7 @@ def test_sparse_rows_are_never_dense_as_a_whole(monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(scipy_sparse.csr_array, "toarray", toarray)
-    monkeypatch.setattr("portable_mlp.estimators._CHUNK", 300 * 100)
+    monkeypatch.setattr("portable_mlp.inference._CHUNK", 300 * 100)
     model = classifier(max_iter=1).fit(S, y)
     assert max(largest) == 32
     model.predict(S)

@@ -250,12 +250,15 @@ def test_own_layer_passes(rng):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (WrongActivation(), r"WrongActivation: the derivative by the input is wrong.*Worst at \["),
-        (OneWrongElement(D, 3), r"by parameter 'weight' is wrong.*Worst at \[2, 1\]"),
-        (WrongShape(D, 3), r"by parameter 'bias' has shape \(1, 3\), expected \(3,\)"),
+        (
+            WrongActivation(),
+            r"WrongActivation: the derivative with respect to the input is wrong.*Worst at \[",
+        ),
+        (OneWrongElement(D, 3), r"with respect to parameter 'weight' is wrong.*Worst at \[2, 1\]"),
+        (WrongShape(D, 3), r"with respect to parameter 'bias' has shape \(1, 3\), expected \(3,\)"),
         (Forgetful(D, 3), "returns 1 arrays for 2 parameters"),
         (Mutating(), "changes an array it was given"),
-        (Silent(), r"by the input has shape None, expected \(17, 5\)"),
+        (Silent(), r"with respect to the input has shape None, expected \(17, 5\)"),
     ],
 )
 def test_checker_finds_planted_layer_bug(layer, message, rng):

@@ -67,7 +67,7 @@ def lower(program: Program, n_donated: int, dialect: type[NumPyDialect]) -> Repl
     ----------
     program : Program
     n_donated : int
-        So many inputs, the first, are overwritten by as many outputs, the first.
+        So many of the first inputs are overwritten, by the outputs of the same place.
     dialect : type of NumPyDialect
     """
     if dialect.numeric_masks:

@@ -127,7 +127,7 @@ def layout(a: Array) -> tuple[int, int]:
     Parameters
     ----------
     a : array (n, m)
-        With its rows, or its columns, each in one piece.
+        With contiguous rows or contiguous columns.
     """
     n, m = a.shape
     down, along = (stride // a.dtype.itemsize for stride in a.strides)

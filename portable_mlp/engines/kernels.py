@@ -89,7 +89,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Product:
-    """out = left right; matrices, of which each has its rows or its columns in one piece."""
+    """out = left right; matrices, each with contiguous rows or contiguous columns."""
 
     left: View
     right: View
@@ -132,7 +132,7 @@ def compile_program(program: Program, n_donated: int) -> Kernels:
     ----------
     program : Program
     n_donated : int
-        So many inputs, the first, are overwritten by as many outputs, the first.
+        So many of the first inputs are overwritten, by the outputs of the same place.
 
     Raises
     ------
@@ -765,12 +765,12 @@ class _Builder:
 
 
 def _inline(x: Node) -> bool:
-    """Whether x is computed anew where it is read: it costs less than to keep it."""
+    """Whether x is computed again at each use, which costs less than to store it."""
     return x.op in ("full", "arange") or (x.shape == () and x.elementwise and x.op != "input")
 
 
 def _in_pieces(matrix: View) -> bool:
-    """Whether rows or columns are in one piece each, one after the other, as cuBLAS wants."""
+    """Whether rows or columns are contiguous, one after the other, as cuBLAS wants."""
     (n, m), (down, along) = matrix.shape, matrix.strides
     rows = (along == 1 or m == 1) and (down >= m or n == 1)
     columns = (down == 1 or n == 1) and (along >= n or m == 1)

@@ -1,0 +1,214 @@
+"""What an estimator's parameters say, as the objects that train."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from math import inf
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.metrics import get_scorer_names
+from sklearn.utils._param_validation import Interval, Options, StrOptions
+
+from portable_mlp.activations import lookup
+from portable_mlp.backends import Backend
+from portable_mlp.callbacks import pausing
+from portable_mlp.initializers import GlorotUniform
+from portable_mlp.layers import Layer, Linear
+from portable_mlp.losses import (
+    SquaredError,
+)
+from portable_mlp.network import Network, mlp
+from portable_mlp.optimizers import SGD, AdamW, Optimizer, RMSprop, SklearnAdam, SklearnSGD
+from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
+from portable_mlp.training import Trainer
+from portable_mlp.typing import Array
+from portable_mlp.warn import warn
+
+
+class Construction(BaseEstimator):
+    """From constructor arguments to a network and its trainer, and parameters of the one fitted."""
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
+        "alpha": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
+        "power_t": [Interval(Real, 0, None, closed="left")],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "shuffle": ["boolean"],
+        "random_state": ["random_state"],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "verbose": ["verbose"],
+        "warm_start": ["boolean"],
+        "momentum": [Interval(Real, 0, 1, closed="both")],
+        "nesterovs_momentum": ["boolean"],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
+        "beta_1": [Interval(Real, 0, 1, closed="left")],
+        "beta_2": [Interval(Real, 0, 1, closed="left")],
+        "epsilon": [Interval(Real, 0, None, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), Options(Real, {inf})],
+        "max_fun": [Interval(Integral, 1, None, closed="left")],
+        "dtype": [StrOptions({"float32", "float64"}), None],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), None],
+        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+        "callbacks": ["array-like", None],
+    }
+
+    def _store(self, given: dict[str, Any]) -> None:
+        """Keep the constructor's arguments as they are."""
+        for name, value in given.items():
+            if name not in ("self", "__class__"):
+                setattr(self, name, value)
+
+    @classmethod
+    @cache
+    def _get_param_names(cls) -> list[str]:
+        # Reading a long signature takes a tenth of a short fit
+        names: list[str] = super()._get_param_names()
+        return names
+
+    def _check_parameters(self) -> None:
+        self._validate_params()
+        if self.solver == "lbfgs":
+            given = {"dropout": self.dropout > 0, "clip_norm": self.clip_norm is not None}
+            given["a schedule"] = isinstance(self.learning_rate, Schedule)
+            given["weight_decay"] = self.weight_decay is not None
+            given["scoring"] = self.scoring is not None
+            given["a checkpoint"] = bool(pausing(self.callbacks or ()))
+            for name in (name for name, is_given in given.items() if is_given):
+                raise ValueError(f"solver='lbfgs' cannot take {name}: it has no steps of its own")
+            if self.early_stopping:
+                warn(
+                    "early_stopping has no effect with solver='lbfgs', as in scikit-learn",
+                    UserWarning,
+                )
+
+    def _make_optimizer(self) -> Optimizer:
+        if isinstance(self.solver, Optimizer):
+            if self.weight_decay is not None:
+                raise ValueError(
+                    f"weight_decay is for a solver given by name: set it in {self.solver!r}"
+                )
+            return self.solver
+        moments = {"beta_1": self.beta_1, "beta_2": self.beta_2, "epsilon": self.epsilon}
+        build = {
+            "sgd": lambda: (
+                SklearnSGD(momentum=self.momentum, nesterov=self.nesterovs_momentum)
+                if self.momentum
+                else SGD()
+            ),
+            "adam": lambda: SklearnAdam(**moments),
+            "adamw": lambda: AdamW(**moments),
+            "rmsprop": lambda: RMSprop(epsilon=self.epsilon),
+            "lbfgs": lambda: SGD(),  # never stepped
+        }
+        optimizer: Optimizer = lookup("solver", self.solver, build, Optimizer)()
+        if self.weight_decay is None:
+            return optimizer
+        return replace(optimizer, weight_decay=self.weight_decay)
+
+    def _make_schedule(self) -> Schedule:
+        named = {
+            "constant": Schedule(),
+            "invscaling": InverseScaling(self.power_t),
+            "adaptive": Adaptive(),
+        }
+        schedule: Schedule = lookup("learning_rate", self.learning_rate, named, Schedule)
+        if isinstance(self.learning_rate, str) and self.solver != "sgd":
+            if self.learning_rate != "constant":
+                warn(
+                    f"learning_rate={self.learning_rate!r} is for solver='sgd' and has no"
+                    f" effect with solver={self.solver!r}, as in scikit-learn; a schedule"
+                    " from portable_mlp.schedules works with every solver but 'lbfgs'",
+                    UserWarning,
+                )
+            return Schedule()
+        return schedule
+
+    def _hidden(self) -> list[int]:
+        hidden: list[int] = np.atleast_1d(np.asarray(self.hidden_layer_sizes)).tolist()
+        if any(not isinstance(n, int) or n < 1 for n in hidden):
+            raise ValueError(f"hidden_layer_sizes must be > 0, got {hidden}.")
+        return hidden
+
+    def _network(self, sizes: list[int]) -> Network:
+        init = GlorotUniform(2.0 if self.activation == "logistic" else 6.0)
+        activation = self.activation
+        if not isinstance(activation, str | Layer):
+            activation = tuple(activation)
+        return mlp(
+            sizes,
+            activation,
+            dropout=self.dropout,
+            weight_init=init,
+            bias_init=init,
+        )
+
+    def _trainer(self, network: Network, backend: Backend, dtype: str) -> Trainer:
+        n_outputs = network.params[-1].shape[0]
+        return Trainer(
+            network,
+            self._loss,
+            self._make_optimizer(),
+            backend,
+            dtype,
+            self.learning_rate_init,
+            self._make_schedule(),
+            alpha=self.alpha,
+            clip_norm=self.clip_norm,
+            batch_size=200 if self.batch_size == "auto" else self.batch_size,
+            shuffle=self.shuffle,
+            tol=self.tol,
+            patience=self.n_iter_no_change,
+            # scikit-learn reports the squared error's mean over the outputs
+            loss_scale=1.0 / n_outputs if isinstance(self._loss, SquaredError) else 1.0,
+        )
+
+    # -------------------------------------------------------- fitted parameters
+
+    def _fitted_network(self) -> Network:
+        """The layers as they were fitted, whatever hidden_layer_sizes says by now."""
+        return self._network([self.coefs_[0].shape[0], *(w.shape[1] for w in self.coefs_)])
+
+    def _flat_params(self, network: Network) -> list[Array]:
+        """The fitted parameters in the network's order."""
+        pairs = zip(self.coefs_, self.intercepts_, strict=True)
+        own = iter(getattr(self, "layer_params_", ()))
+        found: list[Array] = []
+        for layer in network.layers:
+            if isinstance(layer, Linear):
+                found += next(pairs, ())
+            else:
+                found += [next(own) for _ in layer.params]
+        wanted = [param.shape for param in network.params]
+        shapes = [tuple(array.shape) for array in found]
+        if wanted != shapes or next(pairs, None) is not None:
+            raise ValueError(
+                f"continuing needs the same layers: asked for are weights and biases of"
+                f" shapes {wanted}, fitted are {[tuple(w.shape) for w in self.coefs_]}"
+            )
+        return found
+
+    def _with_params(self, params: list[Array], network: Network) -> dict[str, list[Array]]:
+        """Fitted attributes that hold these parameters, in the network's order."""
+        coefs: list[Array] = []
+        intercepts: list[Array] = []
+        own: list[Array] = []
+        for layer, arrays in zip(network.layers, network.split(params), strict=True):
+            if isinstance(layer, Linear):
+                coefs.append(arrays[0])
+                intercepts.append(arrays[1])
+            else:
+                own += arrays
+        return {"coefs_": coefs, "intercepts_": intercepts, "layer_params_": own}
+
+    @property
+    def _first_coef(self) -> Array:
+        return self.coefs_[0]

@@ -1,0 +1,489 @@
+"""Fitting: from rows and parameters to fitted attributes, in all the ways that there are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from math import inf, nan
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import check_scoring
+from sklearn.model_selection import train_test_split
+from sklearn.utils import check_random_state, compute_sample_weight
+
+from portable_mlp.backends import NumPyBackend, backend_of, get_backend, move
+from portable_mlp.callbacks import Callback, Progress
+from portable_mlp.inference import Inference, Selection, logits
+from portable_mlp.lbfgs import fit_lbfgs
+from portable_mlp.peer import (
+    CallbackSupportMixin,
+    FitCallbacks,
+    PeerInternals,
+    only_if,
+    with_callbacks,
+)
+from portable_mlp.sources import ArraySource, Source, SparseSource, on_backend
+from portable_mlp.training import State, Trainer, Validate
+from portable_mlp.typing import Array
+from portable_mlp.validation import check_weights, check_X, check_y
+from portable_mlp.warn import warn
+
+Mode = Literal["fit", "partial", "continue", "init"]
+
+
+class _Rows(NamedTuple):
+    """Checked rows: x where it is (or CSR), y as it came and as numbers, weights.
+
+    Of x, only ``numbers`` if given: it is never copied.
+    """
+
+    x: Any
+    y: NDArray[Any]
+    target: NDArray[Any]
+    weights: NDArray[np.float64] | None
+    numbers: NDArray[np.intp] | None = None
+
+    def take(self, numbers: NDArray[np.intp]) -> _Rows:
+        weights = None if self.weights is None else self.weights[numbers]
+        return _Rows(self.x, self.y[numbers], self.target[numbers], weights, numbers)
+
+
+def _without_steps(model: Any) -> str | None:
+    if model.solver == "lbfgs":
+        return "only available for stochastic optimizers: lbfgs is not stochastic"
+    return None
+
+
+def without_partial_fit(model: Any) -> str | None:
+    """Why a model cannot be fitted in parts; None if it can."""
+    if model.early_stopping:
+        return "partial_fit does not support early_stopping=True"
+    return _without_steps(model)
+
+
+class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
+    """What classifier and regressor share."""
+
+    _target_dtype: ClassVar[type | None] = None  # labels may be anything
+    classes_: NDArray[Any]
+
+    # -------------------------------------------------------- entry points
+
+    @with_callbacks
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> Self:
+        """Fit the network to X and y.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix (n_samples, n_features)
+            From any backend; computation follows it unless ``device`` or ``backend``
+            say otherwise.
+        y : array-like (n_samples,) or (n_samples, n_outputs)
+            Labels (strings too), indicators of several labels, or real targets.
+        sample_weight : array-like (n_samples,), optional
+            Not negative, not all zero.
+        X_val, y_val, sample_weight_val : array-like, optional
+            Rows to validate on after each epoch, instead of a share of X where
+            ``early_stopping`` is on; their curves are kept in any case.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the data is not as it must be; the model is unchanged.
+        DivergenceError
+            If training leads to NaN or infinite values; the model is unchanged.  With
+            early stopping it is a RuntimeWarning instead, and the best weights are kept.
+        BackendError
+            If the device or backend asked for cannot be used.
+        """
+        validation = X_val, y_val, sample_weight_val
+        return self._guarded(X, y, sample_weight, "fit", validation=validation)
+
+    @only_if(_without_steps)
+    @with_callbacks
+    def continue_fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        n_iter: int | None = None,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> Self:
+        """Go on exactly where the last call stopped, up to ``max_iter`` epochs in all.
+
+        Weights, the optimizer's moments, the random generator, the schedule and early
+        stopping go on as if training had never stopped: with ``max_iter=n + m``, one
+        ``fit`` and ``continue_fit`` of n and of m epochs give the same model.  (A warm
+        start, as in scikit-learn, seeds the generator and the moments anew.)  On a
+        model that is not fitted it begins.
+
+        Parameters
+        ----------
+        X, y, sample_weight, X_val, y_val, sample_weight_val
+            As in the call that is continued; see `fit`.
+        n_iter : int, optional
+            Epochs to do now; all that ``max_iter`` leaves, if not given.
+
+        Returns
+        -------
+        self
+        """
+        if n_iter is not None and n_iter < 1:
+            raise ValueError(f"n_iter must be at least 1, got {n_iter!r}")
+        validation = X_val, y_val, sample_weight_val
+        return self._guarded(X, y, sample_weight, "continue", n_iter=n_iter, validation=validation)
+
+    def init_model(self, X: Any, y: Any) -> Self:
+        """Draw the initial weights that ``fit`` would start from, and do not train.
+
+        What the model predicts then is what it begins with; `continue_fit`,
+        `partial_fit`, and ``fit`` with ``warm_start`` go on from there.
+
+        Parameters
+        ----------
+        X : array-like (n_samples, n_features)
+        y : array-like (n_samples,) or (n_samples, n_outputs)
+            All classes have to occur.
+
+        Returns
+        -------
+        self
+        """
+        return self._guarded(X, y, None, "init")
+
+    # -------------------------------------------------------- steps of all of them
+
+    def _guarded(self, X: Any, y: Any, sample_weight: Any, mode: Mode, **how: Any) -> Self:
+        context = None
+        told = hasattr(self, "_skl_callbacks") or hasattr(self, "_parent_callback_ctx")
+        if told and mode in ("fit", "continue"):
+            # Outside of what is undone on an error: callbacks are torn down after it
+            context = self._init_callback_context(max_subtasks=self.max_iter)
+        with self._unchanged_on_error():
+            return self._fit(X, y, sample_weight, mode, context, **how)
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        # Attributes are replaced, never altered in place, so references are enough
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            for name in vars(self).keys() - before.keys():
+                delattr(self, name)
+            for name, value in before.items():
+                setattr(self, name, value)
+            raise
+
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        mode: Mode,
+        context: Any = None,
+        *,
+        validation: tuple[Any, Any, Any] = (None, None, None),
+        n_iter: int | None = None,
+    ) -> Self:
+        self._check_parameters()
+        again = hasattr(self, "coefs_") and (
+            mode in ("partial", "continue") or (mode == "fit" and self.warm_start)
+        )
+        home = backend_of(X)
+        backend = get_backend(self.device, self.backend, like=X)
+        as_given = X, y
+        X = check_X(self, X, reset=not again)
+        weights = check_weights(sample_weight, X)
+        y = check_y(self, y, X, self._target_dtype)
+        self._loss, n_outputs = self._learn_target(y, again, mode == "partial")
+        target = self._numbers(y)
+        self.out_activation_ = self._loss.link_name
+        network = self._network([X.shape[1], *self._hidden(), n_outputs])
+        dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
+        rng = check_random_state(self.random_state)
+        params = self._flat_params(network) if again else network.init(rng)
+        weights = self._class_weighted(y, weights)
+        if not issparse(X):
+            with backend.scope(dtype):
+                X = move(X, backend, dtype)
+        trainer = self._trainer(network, backend, dtype)
+        self.n_outputs_ = n_outputs
+        self.n_layers_ = len(self._hidden()) + 2
+        rows = _Rows(X, y, target, weights)
+        held_out = self._check_validation(*validation)
+        callbacks: list[Callback] = [Progress()] if self.verbose else []
+        callbacks += self.callbacks or ()
+        if context is not None:
+            attributes = partial(self._with_params, network=network)
+            callbacks.append(FitCallbacks(self, context, *as_given, attributes))
+        if self.solver == "lbfgs" and mode != "init":
+            params, fitted = self._run_lbfgs(trainer, params, rows, callbacks)
+        else:
+            state = self._state_to_go_on(trainer, params, again, mode)
+            del params  # copied: training would hold them for nothing
+            if mode == "init":
+                state.generator = rng.get_state()
+                before = 0
+            else:
+                before = self._run_epochs(
+                    trainer, state, rows, rng, mode, callbacks, held_out, n_iter
+                )
+            params = trainer.params(state.leaves)
+            fitted = self._curves(state, before)
+        with backend.scope(dtype):
+            if home == backend:
+                kept = [backend.asarray(p, copy=True) for p in params]
+            else:
+                kept = [move(p, home, dtype) for p in params]
+        fitted |= self._with_params(kept, network)
+        for name, value in fitted.items():
+            setattr(self, name, value)
+        return self
+
+    # -------------------------------------------------------- rows
+
+    def _class_weighted(
+        self, y: NDArray[Any], weights: NDArray[np.float64] | None
+    ) -> NDArray[np.float64] | None:
+        class_weight = getattr(self, "class_weight", None)
+        if class_weight is None:
+            return weights
+        by_class: NDArray[np.float64] = compute_sample_weight(class_weight, y)
+        return by_class if weights is None else weights * by_class
+
+    def _check_validation(self, X: Any, y: Any, sample_weight: Any) -> _Rows | None:
+        if X is None and y is None and sample_weight is None:
+            return None
+        if X is None or y is None:
+            raise ValueError("X_val and y_val go together: one of them is missing")
+        if self.solver == "lbfgs":
+            raise ValueError("solver='lbfgs' cannot take X_val: it has no epochs to validate after")
+        X = check_X(self, X, reset=False)
+        y = check_y(self, y, X, self._target_dtype)
+        weights = self._class_weighted(y, check_weights(sample_weight, X))
+        return _Rows(X, y, self._numbers(y), weights)
+
+    def _split(self, rows: _Rows, rng: np.random.RandomState) -> list[NDArray[np.intp]]:
+        """Row numbers to train on, and to validate on."""
+        # Binary labels alone are stratified, as in scikit-learn
+        binary = rows.target.ndim == 1 and self._loss.link_name == "logistic"
+        numbers = np.arange(rows.x.shape[0])
+        split: list[NDArray[np.intp]] = train_test_split(
+            numbers,
+            test_size=self.validation_fraction,
+            random_state=rng,
+            stratify=rows.target.astype(bool)[:, None] if binary else None,
+        )
+        if len(split[1]) < 2:
+            raise ValueError(
+                "The validation set is too small. Increase 'validation_fraction'"
+                " or the size of your dataset."
+            )
+        return split
+
+    # -------------------------------------------------------- solvers
+
+    def _run_lbfgs(
+        self, trainer: Trainer, params: list[Array], rows: _Rows, callbacks: list[Callback]
+    ) -> tuple[list[Array], dict[str, Any]]:
+        backend, dtype = trainer.backend, trainer.dtype
+        with backend.scope(dtype):
+            if issparse(rows.x) and not isinstance(backend, NumPyBackend):
+                raise ValueError(f"solver='lbfgs' takes sparse X on NumPy only, not on {backend!r}")
+            x = rows.x.astype(dtype, copy=False) if issparse(rows.x) else None
+            data = on_backend(
+                np.empty((0, 0)) if x is not None else rows.x,
+                rows.target,
+                rows.weights,
+                backend,
+                dtype,
+            )
+        params, loss, n_iter, message = fit_lbfgs(
+            trainer,
+            params,
+            data if x is None else data._replace(x=x),
+            max_iter=self.max_iter,
+            max_fun=self.max_fun,
+            callbacks=callbacks,
+        )
+        if message is not None:
+            warn(
+                f"lbfgs failed to converge after {n_iter} iteration(s): {message}."
+                " Increase max_iter, or scale the data.",
+                ConvergenceWarning,
+            )
+        return params, {"loss_": loss, "n_iter_": n_iter, "t_": 0}
+
+    def _run_epochs(
+        self,
+        trainer: Trainer,
+        state: State,
+        rows: _Rows,
+        rng: np.random.RandomState,
+        mode: Mode,
+        callbacks: list[Callback],
+        held_out: _Rows | None,
+        n_iter: int | None,
+    ) -> int:
+        """Train; returns the number of epochs in the history that are not of this fit."""
+        if mode == "continue" and state.generator is not None:
+            rng = np.random.RandomState()
+            rng.set_state(state.generator)
+        else:
+            state.generator = rng.get_state()
+        backend, dtype, network = trainer.backend, trainer.dtype, trainer.network
+        used = None
+        if self.early_stopping and held_out is None:
+            used, held = self._split(rows, rng)
+            held_out = rows.take(held)
+        source: Source
+        with backend.scope(dtype):
+            if issparse(rows.x):
+                parts = rows.x, rows.target, rows.weights
+                source = SparseSource(*parts, backend, dtype, used)
+            else:
+                source = ArraySource(
+                    on_backend(rows.x, rows.target, rows.weights, backend, dtype), used
+                )
+        if self.batch_size != "auto" and self.batch_size > source.n_rows:
+            warn(
+                "Got `batch_size` less than 1 or larger than sample size."
+                f" It is going to be clipped to {source.n_rows}",
+                UserWarning,
+            )
+        before = len(state.history) if mode != "continue" else len(state.history) - state.done
+        whole = 1 if mode == "partial" else self.max_iter
+        reason = trainer.fit(
+            state,
+            source,
+            whole if n_iter is None else min(whole, state.done + n_iter),
+            rng,
+            validate=None if held_out is None else self._validation(trainer, held_out),
+            early_stopping=self.early_stopping,
+            callbacks=callbacks,
+            planned_epochs=self.max_iter,
+            model=lambda now: self._view(
+                self._curves(now, before) | self._with_params(trainer.params(now.leaves), network)
+            ),
+        )
+        if reason == "interrupted":
+            warn("Training interrupted by user.", UserWarning)
+        if reason == "max_epochs" and mode != "partial" and state.done == self.max_iter:
+            warn(
+                f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and"
+                " the optimization hasn't converged yet.",
+                ConvergenceWarning,
+            )
+        return before
+
+    def _state_to_go_on(
+        self, trainer: Trainer, params: list[Array], again: bool, mode: Mode
+    ) -> State:
+        state = trainer.start(params)
+        old: State | None = getattr(self, "_state", None) if again else None
+        if old is None:
+            return state
+        if mode == "partial":
+            return replace(trainer.resume(old, state).cut_short(), done=0)
+        if mode == "continue":
+            new = trainer.resume(old, state)
+            if old.watched == "score" and self.early_stopping and old.arrays.leaves:
+                # The fitted parameters are the best ones; training goes on from the last
+                new.best_leaves = new.arrays.leaves
+                with trainer.backend.scope(trainer.dtype):
+                    last = trainer.copy(old.arrays.leaves)
+                new.arrays = new.arrays._replace(leaves=last)
+            return new
+        # A warm start forgets the moments and the schedule
+        return replace(
+            state,
+            rows=old.cut_short().rows,
+            watched=old.watched,
+            best=old.best,
+            stalled_for=old.stalled_for,
+            history=list(old.history),
+        )
+
+    def _curves(self, state: State, before: int) -> dict[str, Any]:
+        """Fitted attributes that tell of the training."""
+        history = state.history
+        losses = [epoch.loss for epoch in history]
+        validated = bool(history) and (
+            self.early_stopping or not np.isnan(history[-1].validation_loss)
+        )
+        early = self.early_stopping
+        return {
+            "_state": state.beside_leaves(),
+            "loss_": losses[-1] if losses else inf,
+            "loss_curve_": losses,
+            "n_iter_": len(losses) - before,
+            "t_": state.cut_short().rows,
+            "best_loss_": None if early else state.best,
+            "validation_loss_curve_": (
+                [epoch.validation_loss for epoch in history] if validated else None
+            ),
+            "validation_scores_": (
+                [epoch.validation_score for epoch in history] if validated else None
+            ),
+            "best_validation_score_": -state.best if early else None,
+        }
+
+    def _validation(self, trainer: Trainer, rows: _Rows) -> Validate:
+        """Score and loss of held-out rows as a function of the parameters."""
+        backend, network, xp = trainer.backend, trainer.network, trainer.backend.xp
+        with backend.scope(trainer.dtype):
+            moved = rows.x if issparse(rows.x) else move(rows.x, backend, trainer.dtype)
+            x = Selection(moved, rows.numbers)
+            _, target, weights = on_backend(
+                np.empty((0, 0)), rows.target, rows.weights, backend, trainer.dtype
+            )
+        scorer = None if self.scoring is None else check_scoring(self, self.scoring)
+        given = {} if rows.weights is None else {"sample_weight": rows.weights}
+        chunk = -(-trainer.batch_size // 2)  # beside what training holds
+
+        def validate(params: list[Array]) -> tuple[float, float]:
+            z = logits(network, params, x, backend, trainer.dtype, chunk)
+            (loss,) = backend.fetch([trainer.loss(z, target, xp, weights)[0]]).tolist()
+            loss = trainer.reported(loss)
+            if not bool(xp.all(xp.isfinite(z))):
+                return nan, loss
+            if scorer is not None:
+                view = self._view(self._with_params(params, network))
+                view._results_on_host = True
+                return float(scorer(view, x.rows(0, x.n_rows), rows.y, **given)), loss
+            got = backend.to_host(self._decide(z, trainer.loss, xp))
+            got = got.reshape(rows.target.shape)
+            return float(self._metric(rows.target, got, sample_weight=rows.weights)), loss
+
+        return validate
+
+    def _view(self, fitted: dict[str, Any]) -> Self:
+        """A copy with other fitted attributes."""
+        view = copy.copy(self)
+        for name, value in fitted.items():
+            setattr(view, name, value)
+        return view
