@@ -226,7 +226,5 @@ def lookup(argument: str, value: Any, table: dict[str, Any], kind: type) -> Any:
         return table[value]
     near = get_close_matches(str(value), table, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"unknown {argument} {value!r}.{hint} Known: {', '.join(table)};"
-        f" or an instance of {kind.__name__}."
-    )
+    known = f"Known: {', '.join(table)}; or" if table else "Expected:"
+    raise ValueError(f"unknown {argument} {value!r}.{hint} {known} an instance of {kind.__name__}.")

@@ -169,8 +169,8 @@ def _compare(
             error = abs(numeric - analytic) / size
             if not error <= tol:
                 raise GradientError(
-                    f"{where}: the derivative with respect to {name} is wrong: along a random direction"
-                    f" {analytic:.10g}, by finite differences {numeric:.10g}"
+                    f"{where}: the derivative with respect to {name} is wrong: along a random"
+                    f" direction {analytic:.10g}, by finite differences {numeric:.10g}"
                     f" (relative error {error:.1e}, allowed {tol:.0e})."
                     f" {_worst_element(grad, slope)}"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from math import inf
@@ -17,7 +18,7 @@ from portable_mlp.activations import lookup
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import pausing
 from portable_mlp.initializers import GlorotUniform
-from portable_mlp.layers import Layer, Linear
+from portable_mlp.layers import Linear
 from portable_mlp.losses import (
     SquaredError,
 )
@@ -76,6 +77,9 @@ class Construction(BaseEstimator):
 
     def _check_parameters(self) -> None:
         self._validate_params()
+        for callback in self.callbacks or ():
+            if isinstance(callback, type) or not hasattr(callback, "on_epoch_end"):
+                raise ValueError(f"callbacks: expected instances of Callback, got {callback!r}")
         if self.solver == "lbfgs":
             given = {"dropout": self.dropout > 0, "clip_norm": self.clip_norm is not None}
             given["a schedule"] = isinstance(self.learning_rate, Schedule)
@@ -134,14 +138,14 @@ class Construction(BaseEstimator):
 
     def _hidden(self) -> list[int]:
         hidden: list[int] = np.atleast_1d(np.asarray(self.hidden_layer_sizes)).tolist()
-        if any(not isinstance(n, int) or n < 1 for n in hidden):
+        if any(type(n) is not int or n < 1 for n in hidden):
             raise ValueError(f"hidden_layer_sizes must be > 0, got {hidden}.")
         return hidden
 
     def _network(self, sizes: list[int]) -> Network:
         init = GlorotUniform(2.0 if self.activation == "logistic" else 6.0)
         activation = self.activation
-        if not isinstance(activation, str | Layer):
+        if isinstance(activation, Iterable) and not isinstance(activation, str):
             activation = tuple(activation)
         return mlp(
             sizes,

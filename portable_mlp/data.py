@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-_MISSING = ["", "NA", "N/A", "NaN", "nan", "null"]
+_MISSING = ["", "?", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL"]
 _AT_ONCE = 2**17  # rows of a whole file that are looked at together
 _ARRAYS = (".npy", ".npz")
 
@@ -279,6 +279,9 @@ def _parquet_parts(path: Path, rows: int | None) -> Iterator[Any]:
 
 def _array_parts(path: Path, rows: int | None, names: list[str] | None) -> Iterator[Any]:
     try:
+        with open(path, "rb") as file:
+            if file.read(2) not in (b"\x93N", b"PK"):
+                raise ValueError("it is not one of NumPy's files")
         loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         columns: dict[str, NDArray[Any]] = {}
         for name, array in {"": loaded}.items() if path.suffix == ".npy" else loaded.items():
@@ -370,7 +373,10 @@ def _first_line(path: Path) -> tuple[list[str], str]:
         if not line.strip():
             raise ValueError(f"{path} is empty, or begins with an empty line")
         separator = max(",;\t", key=re.sub(r'"[^"]*("|$)', "", line).count)  # outside quotes
-        return next(csv.reader(chain([line], lines), delimiter=separator)), separator
+        try:
+            return next(csv.reader(chain([line], lines), delimiter=separator)), separator
+        except csv.Error as error:
+            raise ValueError(f"{path}, line 1: {error}") from error
 
 
 def _are_positions(names: list[str]) -> bool:

@@ -247,6 +247,8 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         if self._multilabel:
             if y.ndim != 2 or y.shape[1] != len(self.classes_):
                 raise ValueError(f"y: expected {len(self.classes_)} labels a row, got {y.shape}")
+            if not np.isin(y, (0, 1)).all():
+                raise ValueError(f"y: several labels are 0 or 1 each, got {np.unique(y)}")
             return y.astype(np.float64)
         if np.setdiff1d(y, self.classes_).size:
             raise ValueError(f"y has labels that are not among the classes {self.classes_}")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import inf, nan
+from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -151,8 +152,8 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         -------
         self
         """
-        if n_iter is not None and n_iter < 1:
-            raise ValueError(f"n_iter must be at least 1, got {n_iter!r}")
+        if n_iter is not None and not (isinstance(n_iter, Integral) and n_iter >= 1):
+            raise ValueError(f"n_iter must be at least 1, an integer, got {n_iter!r}")
         validation = X_val, y_val, sample_weight_val
         return self._guarded(X, y, sample_weight, "continue", n_iter=n_iter, validation=validation)
 
@@ -273,7 +274,9 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         if class_weight is None:
             return weights
         by_class: NDArray[np.float64] = compute_sample_weight(class_weight, y)
-        return by_class if weights is None else weights * by_class
+        if weights is None:
+            return check_weights(by_class, y, "class_weight")
+        return check_weights(weights * by_class, y, "sample_weight times class_weight")
 
     def _check_validation(self, X: Any, y: Any, sample_weight: Any) -> _Rows | None:
         if X is None and y is None and sample_weight is None:
@@ -406,6 +409,12 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         state = trainer.start(params)
         old: State | None = getattr(self, "_state", None) if again else None
         if old is None:
+            if again and mode in ("partial", "continue"):
+                warn(
+                    "the model comes without the state of its training (a model file has it if"
+                    " Checkpoint wrote it): the optimizer's moments, the random generator and the"
+                    " schedule start anew"
+                )
             return state
         if mode == "partial":
             return replace(trainer.resume(old, state).cut_short(), done=0)

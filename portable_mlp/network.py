@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -146,7 +146,7 @@ def mlp(
         If an activation is unknown, or there are not as many as hidden layers.
     """
     hidden = len(sizes) - 2
-    single = isinstance(activation, str | Layer)
+    single = isinstance(activation, str) or not isinstance(activation, Iterable)
     activations = [activation] * hidden if single else list(activation)  # type: ignore[arg-type]
     if len(activations) != hidden:
         raise ValueError(

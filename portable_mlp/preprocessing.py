@@ -16,6 +16,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 KINDS = {"number": pl.Float64, "boolean": pl.Boolean, "category": pl.String, "date": pl.Datetime}
 """What a column can be, and the type that a model takes it in."""
 
+_MOST = 1e150  # its square is finite
 _MAX_CATEGORIES = 64  # the rarer ones of a column are all zeros, as unknown ones are
 
 
@@ -55,10 +56,12 @@ def useless_columns(X: pl.DataFrame) -> dict[str, str]:
 
 
 def check_finite(X: pl.DataFrame) -> None:
-    """Raise a ValueError that names a column with infinite values."""
+    """Raise a ValueError that names a column with values that are infinite, or nearly so."""
     for name, dtype in X.schema.items():
         if dtype.is_float() and X[name].is_infinite().any():
             raise ValueError(f"column {name!r} has infinite values")
+        if dtype.is_float() and (X[name].drop_nans().abs() > _MOST).any():
+            raise ValueError(f"column {name!r} has values beyond {_MOST:g}, too large to scale")
 
 
 def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name: bool) -> Any:

@@ -153,6 +153,8 @@ def evaluate_file(stored: Stored, data: Sequence[Path]) -> Evaluation:
     """
     kinds = stored.kinds | {stored.target: stored.target_kind}
     frame = pl.concat(list(read_chunks(data, kinds, None)))
+    if not frame.height:
+        raise ValueError(f"{', '.join(map(str, data))}: there are no rows")
     X, y, _ = split_target(frame, stored.target, ", ".join(map(str, data)))
     classes = getattr(stored.pipeline, "classes_", None)
     if classes is not None:

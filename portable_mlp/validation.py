@@ -30,6 +30,7 @@ def check_X(estimator: Any, X: Any, reset: bool) -> Array:
         Whether this is a fit, which sets ``n_features_in_`` and ``feature_names_in_``.
     """
     home = backend_of(X)
+    _refuse_other_kinds(X, "X")
     if isinstance(home, NumPyBackend):
         kinds = (np.float64, np.float32)
         return validate_data(estimator, X, accept_sparse="csr", dtype=kinds, reset=reset)
@@ -69,6 +70,8 @@ def check_y(estimator: Any, y: Any, X: Array, dtype: type | None) -> NDArray[Any
         )
     if issparse(y):
         y = y.toarray()
+    if dtype is not None:
+        _refuse_other_kinds(y, "y")
     host: NDArray[Any] = check_array(to_host(y), ensure_2d=False, dtype=dtype, input_name="y")
     check_consistent_length(np.empty((X.shape[0], 0)), host)
     if host.ndim == 2 and host.shape[1] == 1:
@@ -76,17 +79,28 @@ def check_y(estimator: Any, y: Any, X: Array, dtype: type | None) -> NDArray[Any
     return host
 
 
-def check_weights(sample_weight: Any, X: Array) -> NDArray[np.float64] | None:
-    """Weights of the rows on the host, finite, not negative, not all zero."""
+def _refuse_other_kinds(a: Any, name: str) -> None:
+    """Refuse what NumPy would turn into numbers all the same, and torch's sparse tensors."""
+    kind = getattr(getattr(a, "dtype", None), "kind", "")
+    if kind in ("m", "M", "U", "S"):
+        raise ValueError(f"{name}: numbers are expected, got dtype {a.dtype}")
+    if str(getattr(a, "layout", "torch.strided")).startswith("torch.sparse"):
+        raise ValueError(f"{name}: sparse tensors are not supported; SciPy's matrices are")
+
+
+def check_weights(
+    sample_weight: Any, X: Array, name: str = "sample_weight"
+) -> NDArray[np.float64] | None:
+    """Weights of the rows on the host, finite as is their sum, not negative, not all zero."""
     if sample_weight is None:
         return None
     weights = np.asarray(to_host(sample_weight), dtype=np.float64)
     if weights.ndim == 0:
         weights = np.full(X.shape[0], float(weights))
     if weights.shape != (X.shape[0],):
-        raise ValueError(f"sample_weight: expected shape {(X.shape[0],)}, got {weights.shape}")
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError("sample_weight must be finite and not negative")
+        raise ValueError(f"{name}: expected shape {(X.shape[0],)}, got {weights.shape}")
+    if not np.isfinite(weights.sum()) or (weights < 0).any():
+        raise ValueError(f"{name} must be finite, also in sum, and not negative")
     if not weights.any():
-        raise ValueError("sample_weight is zero for every row: nothing to learn from")
+        raise ValueError(f"{name} is zero for every row: nothing to learn from")
     return weights

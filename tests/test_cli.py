@@ -477,6 +477,9 @@ def place(tmp_path, monkeypatch, penguins):
     frame.drop("species", "island").with_columns(colour=1).write_csv("other.csv")
     frame.with_columns(pl.lit([1]).alias("lists")).write_parquet("lists.parquet")
     frame.with_columns(mass=pl.lit(float("inf"))).write_parquet("infinite.parquet")
+    frame.with_columns(mass=pl.lit(1e300)).write_parquet("huge.parquet")
+    (tmp_path / "mac.csv").write_bytes(b"a,b\r1,x\r2,y\r")
+    (tmp_path / "text.npy").write_text(good)
     frame.with_columns(sex=pl.lit("unsure")).write_csv("labels.csv")
     np.save("objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "penguins").symlink_to(penguins)
@@ -499,6 +502,10 @@ ERRORS = [
     (f"{TRAIN} tiny.csv", "8 rows are too few to hold some out: --no-early-stopping"),
     (f"{TRAIN} lists.parquet", "column 'lists' holds List"),
     (f"{TRAIN} infinite.parquet", "column 'mass' has infinite values"),
+    (f"{TRAIN} huge.parquet", r"column 'mass' has values beyond 1e\+150"),
+    (f"{TRAIN} mac.csv", "mac.csv, line 1: new-line character seen in unquoted field"),
+    (f"{TRAIN} text.npy", "text.npy cannot be read: it is not one of NumPy's files"),
+    ("evaluate penguins/model.safetensors header.csv", "header.csv: there are no rows"),
     (f"{TRAIN} good.csv other.csv", OTHER),
     (f"{TRAIN} broken.parquet", "broken.parquet cannot be read"),
     (f"{TRAIN} broken.npy", "broken.npy cannot be read"),

@@ -7,8 +7,9 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 from sklearn import neural_network as peer
-from sklearn.datasets import make_classification
+from sklearn.datasets import load_wine, make_classification
 from sklearn.exceptions import ConvergenceWarning
 
 import portable_mlp as ours
@@ -79,6 +80,31 @@ def test_negative_weights():
     theirs.fit(X, Y, sample_weight=weights)
     with pytest.raises(ValueError, match="not negative"):
         mine.fit(X, Y, sample_weight=weights)
+
+
+def test_the_reported_loss_is_not_clipped():
+    x, y = load_wine(return_X_y=True)  # not scaled: proline goes up to 1680
+    params = {"hidden_layer_sizes": (50,), "random_state": 4, "batch_size": 178, "alpha": 0.0}
+    theirs = peer.MLPClassifier(**params, max_iter=1).fit(x, y)
+    mine = ours.MLPClassifier(**params, max_iter=1).fit(x, y)
+    for a, b in zip(theirs.coefs_, mine.coefs_, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    first = ours.MLPClassifier(**params).init_model(x, y)
+    z = first.hidden_activations(x) @ first.coefs_[-1] + first.intercepts_[-1]
+    per_row = logsumexp(z, axis=1) - z[np.arange(178), y]
+    assert mine.loss_curve_[0] == pytest.approx(per_row.mean(), rel=1e-12)
+    assert theirs.loss_curve_[0] == pytest.approx(np.minimum(per_row, 36.04).mean(), rel=1e-3)
+    assert mine.loss_curve_[0] > 2 * theirs.loss_curve_[0]
+
+
+@pytest.mark.parametrize("values", [(-1, 1), (1, 2), (0, 2)])
+def test_several_labels_are_zeros_and_ones(values):
+    several = np.choose(np.c_[Y, 1 - Y], values)
+    theirs, mine = classifiers()
+    theirs.fit(X, several)
+    assert theirs.score(X, several) == 0.0  # it predicts zeros and ones
+    with pytest.raises(ValueError, match=f"0 or 1 each, got .{values[0]} +{values[1]}"):
+        mine.fit(X, several)
 
 
 def test_the_best_weights_are_the_models_own():

@@ -27,7 +27,7 @@ from sklearn.neural_network import MLPClassifier as PeerClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from portable_mlp import DivergenceError, MLPClassifier, MLPRegressor
+from portable_mlp import Callback, DivergenceError, MLPClassifier, MLPRegressor
 from portable_mlp.backends import to_host
 from portable_mlp.engines import ENGINES
 from portable_mlp.losses import BinaryCrossEntropy, Quantile, SoftmaxCrossEntropy, SquaredError
@@ -656,3 +656,34 @@ def test_second_ctrl_c_raises_and_leaves_the_model():
     with pytest.raises(KeyboardInterrupt):
         model.fit(X, y)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("values", [["2020-01-01", "NaT"], ["1", "2"]])
+def test_what_is_no_number_is_refused(values):
+    other = np.array(values * 10, dtype="U" if values[0] == "1" else "datetime64[ns]")
+    x = np.arange(20.0)[:, None]
+    with pytest.raises(ValueError, match="X: numbers are expected, got dtype"):
+        MLPClassifier(max_iter=1).fit(other[:, None], np.arange(20) % 2)
+    with pytest.raises(ValueError, match="y: numbers are expected, got dtype"):
+        MLPRegressor(max_iter=1).fit(x, other)
+
+
+def test_sparse_tensors_are_refused():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ValueError, match="X: sparse tensors are not supported"):
+        MLPClassifier(max_iter=1).fit(torch.eye(4).to_sparse(), [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"callbacks": [1]}, "callbacks: expected instances of Callback, got 1"),
+        ({"callbacks": [Callback]}, "callbacks: expected instances of Callback, got <class"),
+        ({"activation": None}, "unknown activation None. Known: identity"),
+        ({"loss": "log_loss"}, "unknown loss 'log_loss'. Expected: an instance of Loss"),
+        ({"hidden_layer_sizes": True}, "hidden_layer_sizes must be > 0, got"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MLPClassifier(**settings).fit(np.eye(4), [0, 1, 0, 1])

@@ -389,6 +389,28 @@ def test_scikit_learns_own_callbacks():
     same(model, classifier().fit(X, Y))
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({0: -1, 1: 1, 2: 1}, "class_weight must be finite, also in sum, and not negative"),
+        ({0: np.nan, 1: 1, 2: 1}, "class_weight must be finite"),
+        ({0: 1e308, 1: 1e308, 2: 1}, "class_weight must be finite, also in sum"),
+        ({0: 0, 1: 0, 2: 0}, "class_weight is zero for every row"),
+    ],
+)
+@pytest.mark.parametrize("solver", ["adam", "lbfgs"])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_class_weights_are_checked_as_sample_weights_are(weights, message, solver):
+    with pytest.raises(ValueError, match=message):
+        classifier(class_weight=weights, solver=solver).fit(X, Y)
+
+
+def test_class_and_sample_weights_that_leave_nothing():
+    model = classifier(class_weight={0: 0, 1: 1, 2: 1})
+    with pytest.raises(ValueError, match="sample_weight times class_weight is zero for every row"):
+        model.fit(X, Y, sample_weight=1.0 * (Y == 0))
+
+
 class Hooks:
     """What a callback of scikit-learn's is told, by name."""
 
@@ -509,6 +531,8 @@ def test_continuation_after_convergence_is_the_end():
 
 
 def test_what_cannot_be_continued():
+    with pytest.raises(ValueError, match="n_iter must be at least 1, an integer, got 2.5"):
+        classifier().continue_fit(X, Y, n_iter=2.5)
     with pytest.raises(ValueError, match="n_iter must be at least 1"):
         classifier().continue_fit(X, Y, n_iter=0)
     assert not hasattr(classifier(solver="lbfgs"), "continue_fit")

@@ -290,7 +290,7 @@ class NaNAtOne(SquaredError):
 @pytest.mark.parametrize("loss", [HalfValue(), ForgetsWeights(), NaNAtOne()])
 def test_checker_finds_planted_loss_bug(loss, rng):
     z, y, w = rng.standard_normal((N, 2)), rng.standard_normal((N, 2)), rng.uniform(0, 1, N)
-    with pytest.raises(GradientError, match="the derivative by the logits is wrong"):
+    with pytest.raises(GradientError, match="the derivative with respect to the logits is wrong"):
         check_loss(loss, z, y, w)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from conftest import get_target
 from sklearn.datasets import load_diabetes, load_iris, make_multilabel_classification
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.preprocessing import StandardScaler
 
 from portable_mlp import MLPClassifier, MLPRegressor, load, save
@@ -48,6 +49,20 @@ def test_loaded_model_is_the_saved_one(case, tmp_path):
         assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
     assert again.score(X, y) == model.score(X, y)
     assert all(w.flags.writeable for w in again.coefs_)
+
+
+@pytest.mark.parametrize("method", ["continue_fit", "partial_fit"])
+def test_a_model_without_its_training_says_that_training_starts_anew(method, tmp_path):
+    X, y = np.random.RandomState(0).standard_normal((30, 4)), np.arange(30) % 2
+    model = MLPClassifier((3,), max_iter=9, random_state=0).continue_fit(X, y, n_iter=4)
+    again = load(save(model, tmp_path / "model"))
+    with pytest.warns(UserWarning, match="comes without the state of its training"):
+        getattr(again, method)(X, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        getattr(model, method)(X, y)
+        getattr(again, method)(X, y)
 
 
 @pytest.mark.parametrize("there", ["numpy", "torch", "jax"])
