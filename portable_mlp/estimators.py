@@ -143,6 +143,10 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
     layer_params_ : list of arrays
         Parameters of activations that have some.
     n_iter_, t_, n_layers_, n_outputs_, n_features_in_ : int
+    stop_reason_ : {"converged", "max_epochs", "stopped", "interrupted", "diverged", "failed"}
+        Why training ended: "stopped" by a callback, "interrupted" by Ctrl-C, "diverged" with
+        early stopping (it is an error else), "failed" where L-BFGS found no better point;
+        None after ``init_model``, and missing from a model that was loaded.
     feature_names_in_ : ndarray of str
     out_activation_ : str
 
@@ -242,7 +246,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
             raise ValueError("label_smoothing is for the cross-entropy: set it in the loss given")
         return _chosen_loss(self.loss, {}, cross_entropy), n_outputs
 
-    def _numbers(self, y: NDArray[Any]) -> NDArray[Any]:
+    def _encode_target(self, y: NDArray[Any]) -> NDArray[Any]:
         """Labels as the loss takes them: class numbers (int32), or 0.0 and 1.0."""
         if self._multilabel:
             if y.ndim != 2 or y.shape[1] != len(self.classes_):
@@ -407,7 +411,7 @@ callbacks
     ----------
     coefs_, intercepts_, layer_params_, loss_, best_loss_, loss_curve_, \
 validation_loss_curve_, validation_scores_, best_validation_score_, n_iter_, t_, n_layers_, \
-n_outputs_, n_features_in_, feature_names_in_, out_activation_
+n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         As in `MLPClassifier`.
 
     Examples
@@ -470,7 +474,7 @@ n_outputs_, n_features_in_, feature_names_in_, out_activation_
             raise ValueError(f"loss={loss!r} is for labels: use MLPClassifier")
         return loss, y.shape[1] if y.ndim == 2 else 1
 
-    def _numbers(self, y: NDArray[Any]) -> NDArray[np.float64]:
+    def _encode_target(self, y: NDArray[Any]) -> NDArray[np.float64]:
         """Targets, which are floating-point numbers."""
         if isinstance(self._loss, Poisson) and (y < 0).any():
             raise ValueError("y must not be negative for loss='poisson'")

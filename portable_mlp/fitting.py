@@ -31,7 +31,7 @@ from portable_mlp.peer import (
     with_callbacks,
 )
 from portable_mlp.sources import ArraySource, Source, SparseSource, on_backend
-from portable_mlp.training import State, Trainer, Validate
+from portable_mlp.training import State, StopReason, Trainer, Validate
 from portable_mlp.typing import Array
 from portable_mlp.validation import check_weights, check_X, check_y
 from portable_mlp.warn import warn
@@ -42,18 +42,18 @@ Mode = Literal["fit", "partial", "continue", "init"]
 class _Rows(NamedTuple):
     """Checked rows: x where it is (or CSR), y as it came and as numbers, weights.
 
-    Of x, only ``numbers`` if given: it is never copied.
+    Of x, only the rows ``indices`` if given: it is never copied.
     """
 
     x: Any
     y: NDArray[Any]
     target: NDArray[Any]
     weights: NDArray[np.float64] | None
-    numbers: NDArray[np.intp] | None = None
+    indices: NDArray[np.intp] | None = None
 
-    def take(self, numbers: NDArray[np.intp]) -> _Rows:
-        weights = None if self.weights is None else self.weights[numbers]
-        return _Rows(self.x, self.y[numbers], self.target[numbers], weights, numbers)
+    def take(self, indices: NDArray[np.intp]) -> _Rows:
+        weights = None if self.weights is None else self.weights[indices]
+        return _Rows(self.x, self.y[indices], self.target[indices], weights, indices)
 
 
 def _without_steps(model: Any) -> str | None:
@@ -221,7 +221,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         weights = check_weights(sample_weight, X)
         y = check_y(self, y, X, self._target_dtype)
         self._loss, n_outputs = self._learn_target(y, again, mode == "partial")
-        target = self._numbers(y)
+        target = self._encode_target(y)
         self.out_activation_ = self._loss.link_name
         network = self._network([X.shape[1], *self._hidden(), n_outputs])
         dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
@@ -248,13 +248,12 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             del params  # copied: training would hold them for nothing
             if mode == "init":
                 state.generator = rng.get_state()
-                before = 0
+                fitted = self._curves(state, 0)
             else:
-                before = self._run_epochs(
+                fitted = self._run_epochs(
                     trainer, state, rows, rng, mode, callbacks, held_out, n_iter
                 )
             params = trainer.params(state.leaves)
-            fitted = self._curves(state, before)
         with backend.scope(dtype):
             if home == backend:
                 kept = [backend.asarray(p, copy=True) for p in params]
@@ -288,7 +287,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         X = check_X(self, X, reset=False)
         y = check_y(self, y, X, self._target_dtype)
         weights = self._class_weighted(y, check_weights(sample_weight, X))
-        return _Rows(X, y, self._numbers(y), weights)
+        return _Rows(X, y, self._encode_target(y), weights)
 
     def _split(self, rows: _Rows, rng: np.random.RandomState) -> list[NDArray[np.intp]]:
         """Row numbers to train on, and to validate on."""
@@ -325,7 +324,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
                 backend,
                 dtype,
             )
-        params, loss, n_iter, message = fit_lbfgs(
+        params, loss, n_iter, reason, message = fit_lbfgs(
             trainer,
             params,
             data if x is None else data._replace(x=x),
@@ -333,13 +332,13 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             max_fun=self.max_fun,
             callbacks=callbacks,
         )
-        if message is not None:
+        if reason in ("max_epochs", "failed"):
             warn(
                 f"lbfgs failed to converge after {n_iter} iteration(s): {message}."
                 " Increase max_iter, or scale the data.",
                 ConvergenceWarning,
             )
-        return params, {"loss_": loss, "n_iter_": n_iter, "t_": 0}
+        return params, {"loss_": loss, "n_iter_": n_iter, "t_": 0, "stop_reason_": reason}
 
     def _run_epochs(
         self,
@@ -351,8 +350,8 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         callbacks: list[Callback],
         held_out: _Rows | None,
         n_iter: int | None,
-    ) -> int:
-        """Train; returns the number of epochs in the history that are not of this fit."""
+    ) -> dict[str, Any]:
+        """Train, changing the state; returns fitted attributes."""
         if mode == "continue" and state.generator is not None:
             rng = np.random.RandomState()
             rng.set_state(state.generator)
@@ -378,6 +377,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
                 f" It is going to be clipped to {source.n_rows}",
                 UserWarning,
             )
+        # Epochs of the history that are not of this fit
         before = len(state.history) if mode != "continue" else len(state.history) - state.done
         whole = 1 if mode == "partial" else self.max_iter
         reason = trainer.fit(
@@ -401,7 +401,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
                 " the optimization hasn't converged yet.",
                 ConvergenceWarning,
             )
-        return before
+        return self._curves(state, before, reason)
 
     def _state_to_go_on(
         self, trainer: Trainer, params: list[Array], again: bool, mode: Mode
@@ -437,7 +437,9 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             history=list(old.history),
         )
 
-    def _curves(self, state: State, before: int) -> dict[str, Any]:
+    def _curves(
+        self, state: State, before: int, reason: StopReason | None = None
+    ) -> dict[str, Any]:
         """Fitted attributes that tell of the training."""
         history = state.history
         losses = [epoch.loss for epoch in history]
@@ -450,6 +452,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             "loss_": losses[-1] if losses else inf,
             "loss_curve_": losses,
             "n_iter_": len(losses) - before,
+            "stop_reason_": reason,
             "t_": state.cut_short().rows,
             "best_loss_": None if early else state.best,
             "validation_loss_curve_": (
@@ -466,7 +469,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         backend, network, xp = trainer.backend, trainer.network, trainer.backend.xp
         with backend.scope(trainer.dtype):
             moved = rows.x if issparse(rows.x) else move(rows.x, backend, trainer.dtype)
-            x = Selection(moved, rows.numbers)
+            x = Selection(moved, rows.indices)
             _, target, weights = on_backend(
                 np.empty((0, 0)), rows.target, rows.weights, backend, trainer.dtype
             )

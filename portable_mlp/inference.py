@@ -29,26 +29,26 @@ class Selection:
     ----------
     x : array, or scipy.sparse CSR
         Anywhere.
-    numbers : array of int, optional
+    indices : array of int, optional
         The rows, on the host; all if not given.
     """
 
-    def __init__(self, x: Any, numbers: NDArray[np.intp] | None = None) -> None:
+    def __init__(self, x: Any, indices: NDArray[np.intp] | None = None) -> None:
         self._x = x
         self._home = None if issparse(x) else backend_of(x)
-        self._numbers: Any = numbers
-        if self._home is not None and numbers is not None:
-            self._numbers = self._home.indices(numbers)
-        self.n_rows = x.shape[0] if numbers is None else len(numbers)
+        self._indices: Any = indices
+        if self._home is not None and indices is not None:
+            self._indices = self._home.indices(indices)
+        self.n_rows = x.shape[0] if indices is None else len(indices)
 
     def rows(self, start: int, end: int) -> Any:
         """A range of them where x is, sparse if x is."""
         span = slice(start, min(end, self.n_rows))
         if self._home is None:
-            return self._x[span if self._numbers is None else self._numbers[span]]
-        if self._numbers is None:
+            return self._x[span if self._indices is None else self._indices[span]]
+        if self._indices is None:
             return self._x[span, ...]
-        return self._home.xp.take(self._x, self._numbers[span], axis=0)
+        return self._home.xp.take(self._x, self._indices[span], axis=0)
 
     def dense(self, start: int, end: int, backend: Backend, dtype: str) -> Array:
         """A range of them on a backend."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.steps import Batch, objective
-from portable_mlp.training import DivergenceError, Trainer
+from portable_mlp.training import DivergenceError, StopReason, Trainer
 from portable_mlp.typing import Array, Params
 
 
@@ -24,7 +24,7 @@ def fit_lbfgs(
     max_iter: int,
     max_fun: int,
     callbacks: Sequence[Callback] = (),
-) -> tuple[list[Array], float, int, str | None]:
+) -> tuple[list[Array], float, int, StopReason, str]:
     """Minimise the loss over all rows by SciPy's L-BFGS-B.
 
     Value and gradient are computed on the backend; SciPy works on the host, in
@@ -35,8 +35,9 @@ def fit_lbfgs(
     params : list of arrays
     loss : float
     n_iter : int
-    message : str or None
-        Why it stopped short of convergence; None if it converged.
+    reason : {"converged", "max_epochs", "stopped", "failed"}
+    message : str
+        SciPy's word for it.
     """
     from scipy.optimize import minimize
 
@@ -93,6 +94,8 @@ def fit_lbfgs(
     with backend.scope(trainer.dtype):
         if not np.isfinite(result.x).all() or not isfinite(result.fun):
             raise DivergenceError(trainer.divergence(int(result.nit), float(result.fun)))
-        stopped = 99  # by a callback
-        message = None if result.status in (0, stopped) else str(result.message)
-        return trainer.params(split(result.x)), float(result.fun), int(result.nit), message
+        # SciPy's numbers; 99 is a callback's StopIteration
+        reasons: dict[int, StopReason] = {0: "converged", 1: "max_epochs", 99: "stopped"}
+        reason = reasons.get(result.status, "failed")
+        params = trainer.params(split(result.x))
+        return params, float(result.fun), int(result.nit), reason, str(result.message)

@@ -19,15 +19,8 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from portable_mlp.backends import to_host
-from portable_mlp.engines.recording import (
-    Node,
-    Program,
-    Recorder,
-    Traced,
-    Unrecordable,
-    record,
-    specify,
-)
+from portable_mlp.engines.program import Node, Program, specify
+from portable_mlp.engines.recording import Recorder, Traced, Unrecordable, record
 from portable_mlp.estimators import MLPClassifier, MLPRegressor
 from portable_mlp.modelfile import write_whole
 

@@ -311,15 +311,18 @@ def _fit(
         backend=settings.where.backend,
         scoring=_log_score if table.classify and _stops_early(settings) else None,
     )
-    with _named_shortage(settings, len(y)), _noted_interrupt() as interrupted:
+    with _named_shortage(settings, len(y)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "Training interrupted")
         if settings.optimizer == "lbfgs":
             # The other solvers see to interrupts themselves
             with deferred_interrupt() as event:
                 watching.append(_StopWhen(event))
                 model.fit(numbers, y)
-                interrupted += [True] * event.is_set()
+                interrupted = event.is_set()
         else:
             model.continue_fit(numbers, y)  # on a new model, it begins
+            interrupted = model.stop_reason_ == "interrupted"
     model.set_params(callbacks=None, scoring=None)
     if scaler is not None:
         # y = mean + scale · ŷ is linear: the output layer can do it itself
@@ -327,7 +330,7 @@ def _fit(
         model.coefs_[-1] *= real(scaler.scale_[0])
         model.intercepts_[-1] *= real(scaler.scale_[0])
         model.intercepts_[-1] += real(scaler.mean_[0])
-    return model, history.epochs, bool(interrupted)
+    return model, history.epochs, interrupted
 
 
 def _new_model(settings: Training, table: Table) -> Any:
@@ -419,22 +422,6 @@ class _StopWhen(Callback):
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool:
         return self._event.is_set()
-
-
-@contextmanager
-def _noted_interrupt() -> Iterator[list[bool]]:
-    """A list that is not empty once training was interrupted: it says so by a warning."""
-    noted: list[bool] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield noted
-    for warning in caught:
-        if str(warning.message).startswith("Training interrupted"):
-            noted.append(True)
-        else:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
 
 
 @contextmanager

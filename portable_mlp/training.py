@@ -109,7 +109,7 @@ class State:
         return replace(self, arrays=self.arrays._replace(leaves=last), best_leaves=None)
 
 
-StopReason = Literal["converged", "max_epochs", "stopped", "interrupted", "diverged"]
+StopReason = Literal["converged", "max_epochs", "stopped", "interrupted", "diverged", "failed"]
 
 Validate = Callable[[list[Array]], tuple[float, float]]
 

@@ -210,9 +210,9 @@ class WithoutTrick(PortableMLP):
 
     def __init__(self, workload: Workload, dtype: str, trick: str) -> None:
         from portable_mlp.backends import NumPyBackend
-        from portable_mlp.engines import calls, dialects
+        from portable_mlp.engines import dialects, memory
 
-        plan, dialect = calls._Plan, dialects.NumPyDialect
+        plan, dialect = memory.Plan, dialects.NumPyDialect
         if trick == "recording":
             NumPyBackend.engine = "eager"
         elif trick == "memory used again":

@@ -28,10 +28,11 @@ from test_engines import (
 
 from portable_mlp import ACTIVATIONS, mlp
 from portable_mlp.backends import NumPyBackend
-from portable_mlp.engines import CaptureEngine, Engine, Task, base, cplusplus, kernels
+from portable_mlp.engines import CaptureEngine, Engine, Task, base, cplusplus, fusion, kernels
 from portable_mlp.engines.base import RecordedEngine
 from portable_mlp.engines.capture import Cuda
-from portable_mlp.engines.recording import Recorder, Unrecordable, leaves, record, specify
+from portable_mlp.engines.program import leaves, specify
+from portable_mlp.engines.recording import Recorder, Unrecordable, record
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import Adam, SklearnAdam
 from portable_mlp.sources import ArraySource, Source
@@ -102,7 +103,7 @@ def test_every_activation(activation):
 def test_threads_add_up_together(monkeypatch):
     """Sums over many elements, by several threads of several blocks."""
     monkeypatch.setattr(CaptureEngine, "runtime", partial(Emulation, 8))
-    monkeypatch.setattr(kernels, "_SHARE", 100)
+    monkeypatch.setattr(fusion, "_SHARE", 100)
     example = case(SquaredError(), OPTIMIZERS[0], sizes=(12, 30, 2), n=450, alpha=0.1)
     got = run(CaptureEngine, *example, n_steps=2, batch_size=450)
     agree(got, run(Engine, *example, n_steps=2, batch_size=450), 1e-13)
@@ -172,7 +173,7 @@ def test_a_builder_with_a_slip_would_be_seen(slip, monkeypatch):
     """The planted twins of the test above."""
     if slip == "memory free too early":
 
-        def allocate(self, original=kernels._Builder._allocate):
+        def allocate(self, original=fusion.Fusion._allocate):
             n_bytes = original(self)
             work = len(self.arrays)
             for x, place in self.places.items():
@@ -180,11 +181,11 @@ def test_a_builder_with_a_slip_would_be_seen(slip, monkeypatch):
                     self.places[x] = kernels.Place(work, 0)
             return n_bytes
 
-        monkeypatch.setattr(kernels._Builder, "_allocate", allocate)
+        monkeypatch.setattr(fusion.Fusion, "_allocate", allocate)
     else:
-        own = kernels._Builder._own
+        own = fusion.Fusion._own
         monkeypatch.setattr(
-            kernels._Builder, "_own", lambda self, x, rows: own(self, x, rows)._replace(flat="i")
+            fusion.Fusion, "_own", lambda self, x, rows: own(self, x, rows)._replace(flat="i")
         )
 
     # Without shrinking, which would compile hundreds more
@@ -276,7 +277,7 @@ def test_corners(function):
     ],
 )
 def test_refused(function, reason, monkeypatch):
-    monkeypatch.setattr(kernels, "_LONG", 8)  # a maximum of 16 elements is a launch of its own
+    monkeypatch.setattr(fusion, "_LONG", 8)  # a maximum of 16 elements is a launch of its own
     recorder = Recorder()
     program, _ = record(
         lambda d, n: ([function(recorder, d[0], n)], []),
@@ -478,6 +479,27 @@ def test_columns_first(batch_size):
     turned = batch._replace(x=np.asfortranarray(batch.x))
     got = run(CaptureEngine, trainer, arrays, turned, batch_size=batch_size)
     agree(got, run(Engine, trainer, arrays, batch, batch_size=batch_size), 1e-13)
+
+
+def test_epochs_at_once_are_replays_of_one_graph(made):
+    """However many of them a task has: few at first, as after a pause, and then more."""
+    trainer, arrays, batch = host_case(SquaredError(), alpha=0.1)
+    outcomes = []
+    for kind in (CaptureEngine, Engine):
+        engine = kind(trainer.backend, trainer.recipe)
+        now, found, done = trainer.start(trainer.params(arrays.leaves)).arrays, [], 0
+        for n in (1, 3, base.EPOCHS_AT_ONCE, 2):
+            hypers = [Hyper(0.1, Adam().coefficients(done + i + 1, 0.01), ()) for i in range(n)]
+            now, values = engine.run(now, Task(batch, None, 12, hypers, lambda: False))
+            found += values
+            done += n
+        outcomes.append((now.leaves, found))
+    (got, values), (wanted, wanted_values) = outcomes
+    np.testing.assert_allclose(values, wanted_values, rtol=1e-12)
+    assert len(values) == 6 + base.EPOCHS_AT_ONCE
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
+    assert made[0].n_captured == 1
 
 
 def test_without_a_graph_kernels_are_launched_one_by_one(monkeypatch, made):

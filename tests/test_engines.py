@@ -20,9 +20,11 @@ from portable_mlp.callbacks import Callback
 from portable_mlp.engines import ENGINES, Engine, ReplayEngine, Task, base
 from portable_mlp.engines import replay as replay_module
 from portable_mlp.engines.base import RecordedEngine
-from portable_mlp.engines.calls import _Plan, lower
+from portable_mlp.engines.calls import lower
 from portable_mlp.engines.dialects import NumPyDialect, TorchDialect
-from portable_mlp.engines.recording import Recorder, Unrecordable, leaves, record, specify
+from portable_mlp.engines.memory import Plan
+from portable_mlp.engines.program import leaves, specify
+from portable_mlp.engines.recording import Recorder, Unrecordable, record
 from portable_mlp.losses import LOSSES, BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import SGD, Adam, AdamW, RMSprop, SklearnAdam, SklearnSGD
 from portable_mlp.sources import ArraySource
@@ -265,12 +267,12 @@ def test_a_planner_with_a_slip_would_be_seen(slip, monkeypatch):
     """The planted twins of the test above."""
     if slip == "later reads forgotten":
 
-        def overwritten(self, x, segment, until, now, original=_Plan._overwritten):
+        def overwritten(self, x, segment, until, now, original=Plan._overwritten):
             return original(self, x, segment, dict.fromkeys(until, -1), now)
 
-        monkeypatch.setattr(_Plan, "_overwritten", overwritten)
+        monkeypatch.setattr(Plan, "_overwritten", overwritten)
     else:
-        monkeypatch.setattr("portable_mlp.engines.recording.NOT_ELEMENTWISE", set())
+        monkeypatch.setattr("portable_mlp.engines.program.NOT_ELEMENTWISE", set())
 
     @settings(max_examples=300, deadline=None, database=None)
     @given(programs())

@@ -625,7 +625,7 @@ def test_ctrl_c_leaves_a_model_that_predicts():
     model = MLPRegressor(PressesCtrlC(), batch_size=30, max_iter=1000, random_state=0)
     with pytest.warns(UserWarning, match="Training interrupted by user"):
         model.fit(X, y)
-    assert model.t_ == 30
+    assert (model.t_, model.stop_reason_) == (30, "interrupted")
     assert np.isfinite(model.predict(X)).all()
 
 

@@ -449,6 +449,27 @@ def test_scikit_learns_own_callbacks_are_set_up_and_torn_down(kind, method, want
     assert [name for name in vars(model) if "callback" in name] == ["callbacks", "_skl_callbacks"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "max_epochs"),
+        ({"tol": 1e9, "n_iter_no_change": 2, "max_iter": 50}, "converged"),
+        ({"callbacks": [StopsAfter(3)]}, "stopped"),
+        ({"early_stopping": True, "solver": "sgd", "learning_rate_init": 1e150,
+          "activation": "identity"}, "diverged"),
+        ({"solver": "lbfgs"}, "max_epochs"),
+        ({"solver": "lbfgs", "max_iter": 5000, "alpha": 1.0}, "converged"),
+        ({"solver": "lbfgs", "callbacks": [StopsAfter(3)]}, "stopped"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_why_training_ended(settings, reason):
+    model = classifier(**settings).fit(X, Y)
+    assert model.stop_reason_ == reason
+    if model.solver != "lbfgs":
+        assert model.init_model(X, Y).stop_reason_ is None
+
+
 # ---------------------------------------------------------------- warnings
 
 

@@ -4,8 +4,9 @@ All run the same step (`portable_mlp.steps`); they differ in what stands between
 and the library.
 
 - *eager* calls it (`base`).
-- *replay* records it once (`recording`), writes it as calls into fixed buffers (`calls`,
-  in the words of `dialects`), and repeats those (`replay`): NumPy and torch.
+- *replay* records it once (`recording`) as a `program`, finds each result a place (`memory`),
+  writes calls that leave it there (`calls`, in the words of `dialects`), and repeats those
+  (`replay`): NumPy and torch.
 - *scan* hands a loop of steps to JAX's compiler (`scan`).
 - *capture* records it, writes it as CUDA kernels (`kernels`, in the words of `cplusplus` and
   `elements`), and replays a graph of their launches (`capture`): CuPy.

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.recording import Program, Recorder, Unrecordable, leaves, record
+from portable_mlp.engines.program import Program, leaves
+from portable_mlp.engines.recording import Recorder, Unrecordable, record
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 from portable_mlp.warn import warn
 

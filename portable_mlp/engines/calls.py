@@ -2,16 +2,15 @@
 
 What a plain step costs beyond its matrix products is, in about equal parts, memory
 (each operation makes a new array) and calls.  Here every result has its place
-beforehand: in the memory of an operand that nobody needs any more, in a part of the
-array it will be concatenated into, or in a buffer that an earlier result has left.
-Chains of elementwise operations on arrays larger than a core's cache run block by
-block.  The calls are written out as Python source and compiled once, with the buffers,
-their views and the constants as the function's free variables.
+beforehand (`portable_mlp.engines.memory`).  Chains of elementwise operations on arrays
+larger than a core's cache run block by block.  The calls are written out as Python
+source and compiled once, with the buffers, their views and the constants as the
+function's free variables.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from portable_mlp.engines.dialects import NumPyDialect
-from portable_mlp.engines.recording import (
+from portable_mlp.engines.memory import Plan
+from portable_mlp.engines.program import (
     COMPARISONS,
     NUMBERS,
     REDUCTIONS,
@@ -72,7 +72,7 @@ def lower(program: Program, n_donated: int, dialect: type[NumPyDialect]) -> Repl
     """
     if dialect.numeric_masks:
         program = with_numeric_masks(program)
-    plan = _Plan(program, n_donated, dialect.block)
+    plan = Plan(program, n_donated, dialect.block)
     source = _Writer(plan, dialect).source()
     return Replay(source, compile(source, "<replay>", "exec"))
 
@@ -94,226 +94,10 @@ def with_numeric_masks(program: Program) -> Program:
     return Program(program.inputs, outputs, nodes)
 
 
-def parts_at_home(calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
-    """What can be written straight into the vector it is joined in, and its offset there.
-
-    Parameters
-    ----------
-    calculated : list of Node
-        What is to be computed; in each a vector's place is looked for.
-    """
-    homes: dict[Node, tuple[Node, int]] = {}
-    known = set(calculated)
-    for x in calculated:
-        offset = 0
-        for part in x.operands if x.op == "concat" and x.ndim == 1 else ():
-            root = part.root
-            whole = part.contiguous and part.size == root.size
-            if whole and root in known and root not in homes and root.op != "concat":
-                homes[root] = x, offset
-            offset += part.n_bytes
-    return homes
-
-
-class _Plan:
-    """Where each result of a program lies in memory.
-
-    Attributes
-    ----------
-    segments : list of lists of Node
-        What is calculated, in order; a segment of more than one is a chain of
-        elementwise operations that run block by block.
-    place : dict
-        For each calculated node, its memory's number and its offset there in bytes.
-        Negative numbers are scratch memories, as large as a block.
-    sizes : list of int
-        Bytes of the memories; the first are the donated arrays'.
-    homes : dict
-        For a result that is written straight into the array it will be joined in,
-        that array's node and the offset there.
-    """
-
-    def __init__(self, program: Program, n_donated: int, block: int) -> None:
-        self.program = program
-        self.donated = program.inputs[:n_donated]
-        self.passed = program.inputs[n_donated:]
-        self.block = block
-        self.fixed = self._fixed()
-        calculated = [
-            x for x in program.nodes
-            if x.op not in VIEWS and x not in self.fixed and not x.is_number
-        ]  # fmt: skip
-        self.place: dict[Node, tuple[int, int]] = {}
-        self.sizes: list[int] = []
-        self.scratch: list[int] = []
-        self.homes = self._homes(calculated)
-        self.segments = self._segments(calculated)
-        self._assign()
-
-    def _fixed(self) -> set[Node]:
-        """What depends on no input: computed once."""
-        fixed: set[Node] = set()
-        for x in self.program.nodes:
-            if all(o in fixed for o in x.operands if isinstance(o, Node)):
-                fixed.add(x)
-        return fixed
-
-    def _homes(self, calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
-        known = set(calculated)
-        homes = parts_at_home(calculated)
-        # And what such a result is calculated from elementwise, if nobody else reads it
-        readers = Counter(o.root for x in calculated for o in {*x.arrays})
-        readers.update(y.root for y in self.program.outputs if isinstance(y, Node))
-        for x in reversed(calculated):
-            if x in homes and x.elementwise and x.op != "where":
-                for a in x.arrays:
-                    alike = (a.shape, a.dtype) == (x.shape, x.dtype)
-                    if alike and a in known and a not in homes and readers[a] == 1:
-                        homes[a] = homes[x]
-                        break
-        return homes
-
-    def _segments(self, calculated: list[Node]) -> list[list[Node]]:
-        segments: list[list[Node]] = []
-        chained: tuple[int, ...] | None = None
-        for x in calculated:
-            blockwise = (
-                0 < self.block < x.size and x.elementwise
-                and all(a.shape in ((), x.shape) for a in x.arrays)
-            )  # fmt: skip
-            if blockwise and x.shape == chained:
-                segments[-1].append(x)
-            else:
-                segments.append([x])
-            chained = x.shape if blockwise else None
-        return segments
-
-    def rows(self, segment: list[Node]) -> int:
-        """Rows of a block; 0 if the segment is not to be cut."""
-        (first, *more) = segment
-        if not more or first.size <= self.block:
-            return 0
-        return max(1, first.shape[0] * self.block // first.size)
-
-    # ------------------------------------------------------------ memory
-
-    def _assign(self) -> None:
-        uses: dict[Node, list[int]] = defaultdict(list)  # by segment
-        for i, segment in enumerate(self.segments):
-            for x in segment:
-                for operand in x.arrays:
-                    uses[operand.root].append(i)
-        end = len(self.segments)
-        for output in self.program.outputs:
-            if isinstance(output, Node):
-                uses[output.root].append(end)
-        last = {x: max(segments) for x, segments in uses.items()}
-        until: dict[int, int] = {}  # the segment after which a memory is free
-        for x in self.donated:
-            self.place[x] = self._new(x.n_bytes), 0
-            until[self.place[x][0]] = last.get(x, 0)
-        n_given = len(self.sizes)
-        free: list[int] = []
-        for now, segment in enumerate(self.segments):
-            rows = self.rows(segment)
-            left = {x: len([o for y in segment for o in y.arrays if o.root is x])
-                    for x in segment}  # fmt: skip
-            spare = list(range(len(self.scratch)))  # other segments' is free again
-            for x in segment:
-                if x in self.homes:
-                    home, offset = self.homes[x]
-                    if home not in self.place:
-                        self.place[home] = self._take(free, home.n_bytes), 0
-                    memory, _ = self.place[home]
-                    self.place[x] = memory, offset
-                    until[memory] = max(last[home], last[x], until.get(memory, 0))
-                elif x not in self.place:
-                    dead = self._overwritten(x, segment, until, now)
-                    local = rows and last[x] == now
-                    if local and (dead is None or dead >= n_given):
-                        self._place_scratch(x, left, spare, rows)
-                        continue
-                    memory = self._take(free, x.n_bytes) if dead is None else dead
-                    self.place[x] = memory, 0
-                    until[memory] = last[x]
-                self._retire(x, left, spare)
-            free += [
-                m for m, done in until.items() if done == now and m >= n_given and m not in free
-            ]
-
-    def _place_scratch(self, x: Node, left: dict[Node, int], spare: list[int], rows: int) -> None:
-        """A result that only its own segment reads: a block of it is enough."""
-        # An operand's memory serves if each element is read before it is written over
-        alike = all(o.dtype.itemsize == x.dtype.itemsize for o in x.arrays)
-        over_operands = alike and x.op != "where"
-        if over_operands:
-            self._retire(x, left, spare)
-        n_bytes = rows * (x.n_bytes // x.shape[0])
-        fits = [s for s in spare if self.scratch[s] >= n_bytes]
-        if fits:
-            number = fits[-1]
-            spare.remove(number)
-        else:
-            number = len(self.scratch)
-            self.scratch.append(n_bytes)
-        self.place[x] = -1 - number, 0
-        if not over_operands:
-            self._retire(x, left, spare)
-
-    def _retire(self, x: Node, left: dict[Node, int], spare: list[int]) -> None:
-        """Scratch memory that x is the last to read; an elementwise result may go there."""
-        for operand in x.arrays:
-            root = operand.root
-            if root in left:
-                left[root] -= 1
-                memory = self.place[root][0]
-                if not left[root] and memory < 0:
-                    spare.append(-1 - memory)
-
-    def _overwritten(
-        self, x: Node, segment: list[Node], until: dict[int, int], now: int
-    ) -> int | None:
-        """A memory that nobody reads any more where x is written, if there is one.
-
-        That of an operand, where each element is read before it is written; or that of
-        the donated array which x replaces.
-        """
-        later = segment[segment.index(x) + 1 :]
-        still_read = {self.place.get(o.root, (0,))[0] for y in later for o in y.arrays}
-        candidates: dict[int, bool] = {}
-        for operand in x.arrays:
-            memory, offset = self.place.get(operand.root, (-1, 0))
-            fits = (
-                x.elementwise and x.op != "where"
-                and (operand.shape, operand.dtype) == (x.shape, x.dtype) and operand.contiguous
-                and offset == 0 and memory >= 0 and self.sizes[memory] == x.n_bytes
-                and until[memory] <= now and memory not in still_read
-            )  # fmt: skip
-            # Any other view of the same memory would be read after it was overwritten
-            candidates[memory] = candidates.get(memory, True) and fits
-        for memory, output in enumerate(self.program.outputs[: len(self.donated)]):
-            if output is x and until[memory] <= now and memory not in still_read:
-                candidates.setdefault(memory, True)
-        # Donated memory first: its result is to be there in the end
-        return min((m for m, fits in candidates.items() if fits), default=None)
-
-    def _new(self, n_bytes: int) -> int:
-        self.sizes.append(n_bytes)
-        return len(self.sizes) - 1
-
-    def _take(self, free: list[int], n_bytes: int) -> int:
-        fits = [m for m in free if n_bytes <= self.sizes[m] <= 2 * n_bytes + 4096]
-        if not fits:
-            return self._new(n_bytes)
-        best = min(fits, key=lambda m: self.sizes[m])
-        free.remove(best)
-        return best
-
-
 class _Writer:
     """Writes a plan's calls."""
 
-    def __init__(self, plan: _Plan, dialect: type[NumPyDialect]) -> None:
+    def __init__(self, plan: Plan, dialect: type[NumPyDialect]) -> None:
         self.plan = plan
         self.dialect = dialect
         self.foreign = set(plan.passed)

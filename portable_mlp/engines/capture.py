@@ -19,8 +19,10 @@ import numpy as np
 
 from portable_mlp.backends import Backend
 from portable_mlp.engines.base import EPOCHS_AT_ONCE, RecordedEngine, Task, Tree, Values, recorded
-from portable_mlp.engines.kernels import Kernel, Kernels, View, compile_program, gather_kernel
-from portable_mlp.engines.recording import Unrecordable, leaves, specify
+from portable_mlp.engines.kernels import compile_program, gather_kernel
+from portable_mlp.engines.launches import Kernel, Kernels, View
+from portable_mlp.engines.program import leaves, specify
+from portable_mlp.engines.recording import Unrecordable
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 from portable_mlp.typing import Array
 from portable_mlp.warn import warn
@@ -291,11 +293,10 @@ class CaptureEngine(RecordedEngine):
             calls.append(lambda: function(*arguments))
 
         if not now.whole:
-            views = [_as_view(b) for b in buffers]
-            gather = gather_kernel(views, size, batch_size)
+            source, gather = gather_kernel(list(specify(buffers)), size, batch_size)
             pairs = [a for pair in zip(now.data, buffers, strict=True) for a in pair]
             arguments = [*common, now.rows, *pairs]
-            later(cuda.compile(gather.source), gather.launches[0], arguments)
+            later(cuda.compile(source), gather, arguments)
         launch = cuda.compile(kernels.source)
         for number, each in enumerate(kernels.launches):
             if isinstance(each, Kernel):
@@ -376,11 +377,6 @@ class CaptureEngine(RecordedEngine):
 def _row_by_row(a: Array, xp: Any) -> Array:
     """The array, laid out row by row; itself, if it is."""
     return xp.reshape(xp.reshape(a, (-1,)), a.shape)
-
-
-def _as_view(a: Array) -> View:
-    shape = tuple(a.shape)
-    return View(None, shape, (), np.dtype(str(a.dtype)))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)

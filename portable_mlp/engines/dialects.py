@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.recording import REDUCTIONS
+from portable_mlp.engines.program import REDUCTIONS
 from portable_mlp.typing import Array
 
 

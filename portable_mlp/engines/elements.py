@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from portable_mlp.engines.recording import Node, Shape
+from portable_mlp.engines.program import Node, Shape
 
 
 class Access(NamedTuple):

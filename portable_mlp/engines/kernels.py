@@ -1,10 +1,7 @@
 """A recorded program as CUDA kernels and matrix products.
 
-All that is computed at the same points, one after the other, becomes one kernel: a layer's
-bias with its activation, its derivative, a whole loss, the update of all parameters.  A
-kernel has a thread for each of its points and keeps what stands between in registers.  It
-ends where a result is needed elsewhere than where it was computed: by a matrix product, a
-sum over many elements, or through a transposition.
+Operations that share points share a kernel (`portable_mlp.engines.fusion`), which has a thread
+for each of its points and keeps what stands between in registers.
 
 Kernels read the numbers that change from step to step (learning rate, seeds) from a table
 on the device, in the row that a counter on the device names, so that a launch never
@@ -13,15 +10,10 @@ changes and can be replayed.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from math import isfinite, isnan, prod
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from portable_mlp.engines.calls import parts_at_home
 from portable_mlp.engines.cplusplus import (
     COMBINE,
     FUNCTIONS,
@@ -34,91 +26,22 @@ from portable_mlp.engines.cplusplus import (
 )
 from portable_mlp.engines.elements import (
     Access,
-    broadcast,
-    indices_of,
     keys,
-    linear,
-    long_axes,
     row_strides,
     through,
 )
-from portable_mlp.engines.recording import (
+from portable_mlp.engines.fusion import Fusion, Launch, inline, n_blocks
+from portable_mlp.engines.launches import Kernel, Kernels, Place, Product, View
+from portable_mlp.engines.program import (
     REDUCTIONS,
     VIEWS,
     Node,
     Program,
-    Shape,
-    Unrecordable,
+    Spec,
 )
+from portable_mlp.engines.recording import Unrecordable
 
-# ---------------------------------------------------------------- what a program becomes
-
-
-class Place(NamedTuple):
-    """A number of bytes behind the start of a memory: of an input's, or of the work memory."""
-
-    memory: int
-    offset: int
-
-
-class View(NamedTuple):
-    """An array that begins at a place; what a kernel gets as a pointer."""
-
-    place: Place
-    shape: Shape
-    strides: Shape  # in elements
-    dtype: Any
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A launch of a kernel, which gets the table, the counter, and these arrays.
-
-    Attributes
-    ----------
-    name : str
-    blocks, threads : int
-    arguments : tuple of View
-    """
-
-    name: str
-    blocks: int
-    threads: int
-    arguments: tuple[View, ...]
-
-
-@dataclass(frozen=True)
-class Product:
-    """out = left right; matrices, each with contiguous rows or contiguous columns."""
-
-    left: View
-    right: View
-    out: View
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What `compile_program` returns.
-
-    Attributes
-    ----------
-    source : str
-        CUDA C++, to be read: ``print(kernels.source)``.
-    launches : tuple of Kernel and Product
-        In order.
-    n_numbers : int
-        Width of the table: the program's inputs that are numbers, in order.
-    n_bytes : int
-        Of the work memory, whose number is that of the input arrays.
-    constants : tuple of (View, number)
-        Parts of the work memory to fill beforehand.
-    """
-
-    source: str
-    launches: tuple[Kernel | Product, ...]
-    n_numbers: int
-    n_bytes: int
-    constants: tuple[tuple[View, float], ...]
+_THREADS = 256  # of a block
 
 
 def compile_program(program: Program, n_donated: int) -> Kernels:
@@ -139,10 +62,10 @@ def compile_program(program: Program, n_donated: int) -> Kernels:
     Unrecordable
         If the program does what cannot be written; the message says what.
     """
-    return _Builder(program, n_donated).build()
+    return _Writer(program, n_donated).build()
 
 
-def gather_kernel(batch: Sequence[View], n_rows: int, batch_size: int) -> Kernels:
+def gather_kernel(batch: Sequence[Spec], n_rows: int, batch_size: int) -> tuple[str, Kernel]:
     """The kernel that takes a step's rows from where the data is.
 
     Its arguments are the row numbers of an epoch (int32), and in turn where an array's rows
@@ -150,17 +73,22 @@ def gather_kernel(batch: Sequence[View], n_rows: int, batch_size: int) -> Kernel
 
     Parameters
     ----------
-    batch : sequence of View
-        Where the rows go.
+    batch : sequence of Spec
+        Of the arrays that the rows go to.
     n_rows : int
         Of this batch.
     batch_size : int
         Rows of the batches before it.
+
+    Returns
+    -------
+    source : str
+    kernel : Kernel
     """
     parameters, lines = ["const double* table", "int* step", "int* rows"], []
-    for number, view in enumerate(batch):
-        width = prod(view.shape[1:])
-        kind = TYPES[str(view.dtype)]
+    for number, (shape, dtype) in enumerate(batch):
+        width = prod(shape[1:])
+        kind = TYPES[str(dtype)]
         parameters += [f"{kind}* data{number}", f"{kind}* batch{number}"]
         row = f"(long long)rows[*step * {batch_size} + i / {width}] * {width} + i % {width}"
         lines.append(
@@ -168,360 +96,12 @@ def gather_kernel(batch: Sequence[View], n_rows: int, batch_size: int) -> Kernel
             f" batch{number}[i] = data{number}[{row}];"
         )
     source = GATHER.format(parameters=", ".join(parameters), body="\n".join(lines))
-    points = n_rows * max(prod(view.shape[1:]) for view in batch)
-    kernel = Kernel("gather", -(-points // _THREADS), _THREADS, ())
-    return Kernels(source, (kernel,), 0, 0, ())
+    points = n_rows * max(prod(shape[1:]) for shape, _ in batch)
+    return source, Kernel("gather", -(-points // _THREADS), _THREADS, ())
 
 
-_THREADS = 256  # of a block
-_LONG = 64  # elements; a sum over more is shared by many threads, or not kept in registers
-_MOST = 2**30  # elements: kernels count them, and a stride beyond, in an int
-_SHARE = 8192  # elements that one block adds up
-
-# ---------------------------------------------------------------- the builder
-
-
-@dataclass
-class _Launch:
-    """What is launched: a product, a sum over all elements, or a kernel of many nodes."""
-
-    kind: str
-    nodes: list[Node] = field(default_factory=list)
-    rows: int = 0  # of a kernel whose threads have a row each: how many
-    points: int = 0
-
-
-class _Builder:
-    """Gathers a program's operations into launches, gives them memory, and writes them."""
-
-    def __init__(self, program: Program, n_donated: int) -> None:
-        self.program = program
-        self.arrays = [x for x in program.inputs if not x.is_number]
-        self.numbers = {x: k for k, x in enumerate(x for x in program.inputs if x.is_number)}
-        for x in (*self.arrays, *program.nodes):
-            if not x.is_number and str(x.dtype) not in TYPES:
-                raise Unrecordable(f"there are no CUDA kernels of {x.dtype}")
-            if x.size > _MOST:
-                raise Unrecordable(f"it has an array of more than {_MOST} elements")
-        self.donated = self.arrays[:n_donated]
-        self.outputs = program.outputs[:n_donated]
-        self.results = program.outputs[n_donated:]
-        calculated = [
-            x for x in program.nodes if x.op not in VIEWS and not x.is_number and not _inline(x)
-        ]
-        # Rows of few elements that something is summed over: a thread may have a row
-        summed = [
-            (x.operands[0].shape, *x.attrs[0])
-            for x in calculated
-            if x.op in REDUCTIONS and len(x.attrs[0]) == 1 and x.operands[0].ndim == 2
-        ]
-        shapes = {(shape[1 - axis], shape[axis]) for shape, axis in summed}
-        self.few = {(n, k) for n, k in shapes if 1 < k <= _LONG and n not in (1, k)}
-        self.long = {n for n, _ in self.few}
-        self.homes = parts_at_home(calculated)
-        self.launches: list[_Launch] = []
-        self.at: dict[Node, int] = {}
-        self.number = {x: i for i, x in enumerate((*program.inputs, *program.nodes))}
-        self.places: dict[Node, Place] = {x: Place(i, 0) for i, x in enumerate(self.arrays)}
-        self.constants: list[Node] = []
-        self.order = {x: i for i, x in enumerate(calculated)}
-        for x in calculated:
-            self._put(x)
-        for y in self.outputs:
-            self._need(y)
-        for base, _ in self._last_reads():
-            self._need(base)
-
-    # ------------------------------------------------------------ launches
-
-    def _put(self, x: Node) -> None:
-        """Launch what is no kernel of many nodes, and before it what it reads."""
-        if x.op in ("max", "min") and x.dtype.kind != "f":
-            raise Unrecordable(f"it takes the {x.op} of {x.dtype}")
-        if x.op == "matmul" and any(o.ndim > 1 for o in x.operands):
-            self._check_product(x)
-            self.constants += [o.root for o in x.operands if _inline(o.root)]
-            self._launch(_Launch("product", [x]))
-        elif x.op == "matmul" or (x.op in REDUCTIONS and x.size == 1 and _length(x) > _LONG):
-            self._launch(_Launch("total", [x], points=_length(x)))
-        elif x.op == "concat":
-            self._put_concat(x)
-
-    def _launch(self, launch: _Launch) -> None:
-        for base, _ in list(self._where(launch)):
-            self._need(base)
-        for x in launch.nodes:
-            self.at[x] = len(self.launches)
-        self.launches.append(launch)
-
-    def _put_concat(self, x: Node) -> None:
-        if x.attrs != (0,):
-            raise Unrecordable("it joins arrays along an axis that is not the first")
-        offset = 0
-        last = 0
-        for part in x.operands:
-            self._need(part)
-            if self.homes.get(part.root) != (x, offset):
-                self.launches.append(_Launch(f"copy {offset}", [x, part], points=part.size))
-                last = len(self.launches) - 1
-            last = max(last, self.at.get(part.root, 0))
-            offset += part.n_bytes
-        self.at[x] = last
-
-    def _need(self, x: Node) -> None:
-        """Put x, and all that nobody has needed before it, into a kernel.
-
-        As late as possible: what was computed for a layer's output need not be kept for its
-        derivative.
-        """
-        if _inline(x) or x.op in VIEWS:
-            for base, _ in list(self._bases(x, Access("0"))):
-                self._need(base)
-            return
-        if x in self.at or x not in self.order:
-            return
-        rows = self._rows(x)
-        points = rows or x.size
-        together, first = {x}, 0
-        open_ = [x]
-        while open_:
-            reader = open_.pop()
-            self._check_pointwise(reader)
-            for base, access in self._reads(reader, self._own(reader, rows)):
-                same = base in self.order and (self._rows(base), self._rows(base) or base.size) == (
-                    rows, points,
-                )  # fmt: skip
-                local = same and self._own(base, rows).flat == access.flat
-                if local and base not in self.at and self._pointwise(base):
-                    if base not in together:
-                        together.add(base)
-                        open_.append(base)
-                    continue
-                self._need(base)
-                if base in self.at:
-                    here = local and self.launches[self.at[base]].kind == "points"
-                    first = max(first, self.at[base] + (not here))
-        if together & self.at.keys():  # needed in between, elsewhere
-            self._need(x)
-            return
-        nodes = sorted(together, key=self.order.__getitem__)
-        for i in range(first, len(self.launches)):
-            launch = self.launches[i]
-            if launch.kind == "points" and (launch.rows, launch.points) == (rows, points):
-                launch.nodes += nodes
-                break
-        else:
-            i = len(self.launches)
-            self.launches.append(_Launch("points", nodes, rows, points))
-        self.at |= dict.fromkeys(nodes, i)
-
-    def _pointwise(self, x: Node) -> bool:
-        """Whether x is computed in a kernel of many nodes."""
-        if x.op in ("matmul", "concat"):
-            return False
-        return not (x.op in REDUCTIONS and x.size == 1 and _length(x) > _LONG)
-
-    def _check_pointwise(self, x: Node) -> None:
-        if x.elementwise and x.op not in (*FUNCTIONS, "absolute", "astype"):
-            raise Unrecordable(f"there is no CUDA kernel of {x.op}")
-
-    def _rows(self, x: Node) -> int:
-        """The number of rows, if each is a thread's; 0 if each element is."""
-        shape = long_axes(x.shape)
-        if len(shape) == 1:
-            return shape[0] if shape[0] in self.long else 0
-        if len(shape) != 2:
-            return 0
-        return next((n for n, k in (shape, shape[::-1]) if (n, k) in self.few), 0)
-
-    def _own(self, x: Node, rows: int) -> Access:
-        """The element of x that a thread computes: of a row, the j-th."""
-        if not rows:
-            return Access("i")
-        indices = ["i" if n == rows else "0" if n == 1 else "j" for n in x.shape]
-        return linear(x.shape, indices)
-
-    def _check_product(self, x: Node) -> None:
-        if x.ndim > 2 or any(o.ndim > 2 for o in x.operands):
-            raise Unrecordable("it multiplies stacks of matrices")
-        if x.dtype not in (np.float32, np.float64) or any(o.dtype != x.dtype for o in x.operands):
-            raise Unrecordable(f"it multiplies matrices of {x.dtype}")
-        for root in (o.root for o in x.operands):
-            if _inline(root) and (root.op != "full" or isinstance(root.operands[0], Node)):
-                raise Unrecordable("it multiplies by a matrix that is nowhere in memory")
-
-    # ------------------------------------------------------------ what is read
-
-    def _reads(self, x: Node, access: Access) -> Iterator[tuple[Node, Access]]:
-        """The arrays, and their elements, that an element of x is computed from."""
-        for operand, where in self._operands(x, access):
-            if isinstance(operand, Node) and not operand.is_number:
-                yield from self._bases(operand, where)
-
-    def _bases(self, x: Node, access: Access) -> Iterator[tuple[Node, Access]]:
-        while x.op in VIEWS:
-            access = through(x, access)
-            (x,) = x.operands
-        if not _inline(x):
-            yield x, access
-        elif x.elementwise:
-            yield from self._reads(x, access)
-
-    def _operands(self, x: Node, access: Access) -> Iterator[tuple[Any, Access]]:
-        """The operands, and which element of each."""
-        if x.op in REDUCTIONS:
-            (operand,) = x.operands
-            axes, keepdims = x.attrs
-            kept = iter(indices_of(x.shape, access))
-            indices = []
-            for axis, n in enumerate(operand.shape):
-                if axis in axes:
-                    if keepdims:
-                        next(kept)
-                    indices.append("0" if n == 1 else self._variable(operand, axis))
-                else:
-                    indices.append(next(kept))
-            yield operand, linear(operand.shape, indices)
-            return
-        for operand in x.operands:
-            if isinstance(operand, Node) and not operand.is_number:
-                yield operand, broadcast(operand, x.shape, access)
-            else:
-                yield operand, access
-
-    def _variable(self, x: Node, axis: int) -> str:
-        """What runs along an axis that is summed over."""
-        return "j" if self._rows(x) and x.shape[axis] != self._rows(x) else f"r{axis}"
-
-    def _where(self, launch: _Launch) -> Iterator[tuple[Node, Access]]:
-        """All that a launch reads."""
-        for x in launch.nodes:
-            if launch.kind == "product":
-                yield from ((o.root, Access("")) for o in x.operands)
-            elif launch.kind == "points":
-                yield from self._reads(x, self._own(x, launch.rows))
-            elif launch.kind == "total":
-                for operand in x.operands:
-                    yield from self._bases(operand, Access("i"))
-        if launch.kind.startswith("copy"):
-            yield from self._bases(launch.nodes[1], Access("i"))
-
-    # ------------------------------------------------------------ memory
-
-    def _settle(self) -> None:
-        """Place outputs over the donated arrays, or copy them there at the end."""
-        readers: dict[Node, list[tuple[int, str]]] = defaultdict(list)
-        for i, launch in enumerate(self.launches):
-            for base, access in self._where(launch):
-                readers[base].append((i, access.flat))
-        end = len(self.launches)
-        for base, access in self._last_reads():
-            readers[base].append((end, access.flat))
-        for y in self.outputs:
-            for base, _ in self._bases(y, Access("0")):
-                readers[base].append((end, ""))
-        moves = []
-        for x, y in zip(self.donated, self.outputs, strict=True):
-            base = y
-            while base.op == "reshape":
-                (base,) = base.operands
-            if base is x:
-                continue
-            at = self.at.get(base, -1)
-            in_place = (
-                at >= 0
-                and self.launches[at].kind == "points"
-                and base in self.launches[at].nodes  # no array joined of parts
-                and base not in self.homes
-                and base not in self.places
-                and base.dtype == x.dtype
-                and all(
-                    i < at or (i == at and flat == self._own(base, self.launches[at].rows).flat)
-                    for i, flat in readers[x]
-                )
-            )
-            if in_place:
-                self.places[base] = self.places[x]
-            else:
-                moves.append((x, y))
-        if {base for base, _ in self._last_reads()} & {x for x, _ in moves}:
-            raise Unrecordable("it returns a number out of an array that it overwrites")
-        # First aside, then home: an output may read what another overwrites
-        for x, y in moves:
-            self.launches.append(_Launch("move aside", [x, y], points=x.size))
-        for x, y in moves:
-            self.launches.append(_Launch("move home", [x, y], points=x.size))
-
-    def _last_reads(self) -> Iterator[tuple[Node, Access]]:
-        for y in self.results:
-            if isinstance(y, Node) and not y.is_number:
-                if y.size != 1:
-                    raise Unrecordable(f"it returns an array of shape {y.shape}")
-                yield from self._bases(y, Access("0", ("0",) * y.ndim))
-
-    def _allocate(self) -> int:
-        """Give a place to all that is read by another launch; return the bytes needed."""
-        born: dict[Any, int] = {}
-        dies: dict[Any, int] = {}
-        size: dict[Any, int] = {}
-        end = len(self.launches)
-
-        def owner(x: Node) -> Node:
-            return self.homes[x][0] if x in self.homes else x
-
-        def live(key: Any, n_bytes: int, since: int, until: int) -> None:
-            born[key] = min(born.get(key, since), since)
-            dies[key] = max(dies.get(key, until), until)
-            size[key] = n_bytes
-
-        for x in self.constants:
-            live(x, x.n_bytes, -1, end + 1)
-        for i, launch in enumerate(self.launches):
-            reads = list(self._where(launch))
-            if launch.kind == "move aside":
-                reads = list(self._bases(launch.nodes[1], Access("i")))
-                live(("aside", launch.nodes[0]), launch.nodes[0].n_bytes, i, end)
-            for base, access in reads:
-                if not self._is_local(base, access, i):
-                    live(owner(base), owner(base).n_bytes, self.at.get(base, -1), i)
-            written = launch.nodes[:1] if launch.kind.startswith("copy") else launch.nodes
-            for x in written:
-                if (
-                    launch.kind in ("product", "total")
-                    or x in self.homes
-                    or written != launch.nodes
-                ):
-                    live(owner(x), owner(x).n_bytes, i, i)
-            if launch.kind == "total":
-                live(("parts", launch.nodes[0]), 8 * _blocks(launch), i, i)
-        for base, _ in self._last_reads():
-            live(base, base.n_bytes, self.at.get(base, -1), end)
-        work = len(self.arrays)
-        total = 0
-        placed: list[tuple[Any, int]] = []
-        for key in sorted(born, key=lambda key: born[key]):
-            if key in self.places:
-                continue
-            start = 0
-            for other, offset in sorted(placed, key=lambda pair: pair[1]):
-                together = born[key] <= dies[other] and born[other] <= dies[key]
-                if together and start + size[key] > offset and start < offset + size[other]:
-                    start = -(-(offset + size[other]) // 256) * 256
-            placed.append((key, start))
-            self.places[key] = Place(work, start)
-            total = max(total, start + size[key])
-        for x, (home, offset) in self.homes.items():
-            if home in self.places:
-                self.places[x] = Place(work, self.places[home].offset + offset)
-        return max(total, 1)
-
-    def _is_local(self, base: Node, access: Access, i: int) -> bool:
-        """Whether a launch has computed this element itself, in the same thread."""
-        if self.at.get(base) != i or base not in self.launches[i].nodes:
-            return False
-        return access.flat == self._own(base, self.launches[i].rows).flat
-
-    # ------------------------------------------------------------ writing
+class _Writer(Fusion):
+    """Writes a program's launches."""
 
     def build(self) -> Kernels:
         self._settle()
@@ -605,7 +185,7 @@ class _Builder:
         )
         self.written.append(Kernel(name, blocks, threads, tuple(used.values())))
 
-    def _write_total(self, launch: _Launch) -> None:
+    def _write_total(self, launch: Launch) -> None:
         (x,) = launch.nodes
         kind = TYPES[str(x.dtype)]
         used: dict[str, View] = {}
@@ -613,7 +193,7 @@ class _Builder:
         value = operands[0] if x.op in REDUCTIONS else f"{operands[0]} * {operands[1]}"
         start, combine = COMBINE[x.op if x.op in REDUCTIONS else "sum"]
         parts = {"type": kind, "start": f"({kind})({start})", "combined": combine.format("a", "b")}
-        blocks, threads = _blocks(launch), 1024
+        blocks, threads = n_blocks(launch), 1024
         whole = self._whole(x)
         partial = View(self.places[("parts", x)], (blocks,), (1,), x.dtype) if blocks > 1 else whole  # type: ignore[index]
         used["out"] = partial
@@ -627,7 +207,7 @@ class _Builder:
                 value="partial[i]", points=blocks, **parts,
             )  # fmt: skip
 
-    def _write_points(self, i: int, launch: _Launch) -> None:
+    def _write_points(self, i: int, launch: Launch) -> None:
         used: dict[str, View] = {}
         lines: list[str] = []
         stores: list[str] = []
@@ -646,9 +226,9 @@ class _Builder:
             else:
                 value = self._read(y, x.dtype, Access("i"), used, -1)
                 used["to"] = aside
-                if launch.kind.startswith("copy"):
-                    place, offset = whole.place, int(launch.kind.split()[1])
-                    there = Place(place.memory, place.offset + offset)
+                if launch.kind == "copy":
+                    place = whole.place
+                    there = Place(place.memory, place.offset + launch.offset)
                     used["to"] = View(there, (y.size,), (1,), x.dtype)
             stores.append(f"to[i] = {value};")
         body = "\n".join(f"        {line}" for line in (*lines, *stores))
@@ -657,7 +237,7 @@ class _Builder:
             points=launch.points, body=body,
         )  # fmt: skip
 
-    def _compute(self, x: Node, launch: _Launch, i: int, used: dict[str, View]) -> list[str]:
+    def _compute(self, x: Node, launch: Launch, i: int, used: dict[str, View]) -> list[str]:
         """The lines that compute a node, in a variable of its own."""
         kind, own = TYPES[str(x.dtype)], self._own(x, launch.rows)
         name = f"v{self.number[x]}"
@@ -682,7 +262,7 @@ class _Builder:
         """The number of elements of x that a thread computes, if not one."""
         return next((n for n in x.shape if rows and n not in (1, rows)), 0)
 
-    def _store(self, x: Node, launch: _Launch, used: dict[str, View]) -> str:
+    def _store(self, x: Node, launch: Launch, used: dict[str, View]) -> str:
         name, loop = f"v{self.number[x]}", self._loop(x, launch.rows)
         flat = self._own(x, launch.rows).flat
         used[f"out{self.number[x]}"] = self._whole(x)
@@ -729,7 +309,7 @@ class _Builder:
         if x.op == "arange":
             span = range(*x.operands)
             return f"({TYPES[str(x.dtype)]})({span.start} + ({access.flat}) * {span.step})"
-        if _inline(x):
+        if inline(x):
             return f"({self._expression(x, access, used, i)})"
         if i >= 0 and self._is_local(x, access, i):
             return f"v{self.number[x]}" + "[j]" * bool(self._loop(x, self.launches[i].rows))
@@ -764,27 +344,12 @@ class _Builder:
         self._kernel(LAST, 1, 1, used, body="\n".join(lines))
 
 
-def _inline(x: Node) -> bool:
-    """Whether x is computed again at each use, which costs less than to store it."""
-    return x.op in ("full", "arange") or (x.shape == () and x.elementwise and x.op != "input")
-
-
 def _in_pieces(matrix: View) -> bool:
     """Whether rows or columns are contiguous, one after the other, as cuBLAS wants."""
     (n, m), (down, along) = matrix.shape, matrix.strides
     rows = (along == 1 or m == 1) and (down >= m or n == 1)
     columns = (down == 1 or n == 1) and (along >= n or m == 1)
     return rows or columns
-
-
-def _length(x: Node) -> int:
-    """The number of elements that a result is made of."""
-    n: int = x.operands[0].size
-    return n
-
-
-def _blocks(launch: _Launch) -> int:
-    return min(-(-launch.points // _SHARE), 256)
 
 
 def _for(variable: str, n: int, line: str) -> str:

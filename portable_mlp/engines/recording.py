@@ -12,27 +12,21 @@ computed once.  What does not lead to a result is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-Shape = tuple[int, ...]
-
-COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
-
-REDUCTIONS = {"sum": "add", "prod": "multiply", "max": "maximum", "min": "minimum"}
-"""Functions along axes, and the elementwise function that each repeats."""
-
-VIEWS = ("reshape", "permute", "index", "broadcast")
-"""Operations that only look at their operand's memory in another way."""
-
-
-NOT_ELEMENTWISE = {"matmul", "concat", "copy", "full", "arange", *REDUCTIONS, *VIEWS}
-"""Operations that may read an operand's elements elsewhere than they write the result's."""
+from portable_mlp.engines.program import (
+    NUMBERS,
+    Node,
+    Program,
+    Shape,
+    leaves,
+    rebuild,
+)
 
 
 class Unrecordable(Exception):
@@ -405,113 +399,6 @@ def _kind(x: Any) -> Any:
     return np.dtype(bool) if isinstance(x, bool) else type(x)
 
 
-NUMBERS = {
-    "add": "{} + {}", "subtract": "{} - {}", "multiply": "{} * {}", "divide": "{} / {}",
-    "power": "{} ** {}", "negative": "-{}", "absolute": "abs({})",
-}  # fmt: skip
-"""What can be done with numbers that change from call to call, in Python."""
-
-
-# ---------------------------------------------------------------- programs
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """An operation of a program, and the array or number that it makes.
-
-    Attributes
-    ----------
-    op : str
-        The name of an elementwise function, "input", or one of the operations of
-        `Recorder`.
-    operands : tuple of Node or number
-    attrs : tuple
-        What else the operation needs: axes, a shape, slices; of an elementwise
-        function, the data types it takes its operands in.
-    shape : tuple of int
-    dtype : numpy.dtype, or the type int or float
-    contiguous : bool
-        Whether its elements lie in memory row by row, without gaps.
-    """
-
-    op: str
-    operands: tuple[Any, ...]
-    attrs: tuple[Any, ...]
-    shape: Shape
-    dtype: Any
-    contiguous: bool
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def n_bytes(self) -> int:
-        n_bytes: int = self.size * self.dtype.itemsize
-        return n_bytes
-
-    @property
-    def is_number(self) -> bool:
-        return isinstance(self.dtype, type)
-
-    @property
-    def arrays(self) -> list[Node]:
-        """The operands that are arrays."""
-        return [o for o in self.operands if isinstance(o, Node) and not o.is_number]
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether each element is computed from those in the same place of the operands."""
-        return self.op not in NOT_ELEMENTWISE
-
-    @property
-    def wanted(self) -> tuple[Any, ...]:
-        """The data types in which the operands are taken."""
-        if self.op == "where":
-            return np.dtype(bool), self.dtype, self.dtype
-        if not self.elementwise or self.op == "astype":
-            return tuple(o.dtype for o in self.operands)
-        return self.attrs
-
-    @property
-    def root(self) -> Node:
-        """The node whose memory this one looks at."""
-        node = self
-        while node.op in VIEWS:
-            (node,) = node.operands
-        return node
-
-
-@dataclass(frozen=True, eq=False)
-class Program:
-    """A recorded function.
-
-    Attributes
-    ----------
-    inputs : tuple of Node
-        The arguments' arrays and numbers, in order.
-    outputs : tuple of Node or number
-        What the function returned, in order.
-    nodes : tuple of Node
-        All that the outputs need, operands first.
-    """
-
-    inputs: tuple[Node, ...]
-    outputs: tuple[Any, ...]
-    nodes: tuple[Node, ...]
-
-
-class Spec(NamedTuple):
-    """What a program has to know of an argument: of a number, its type."""
-
-    shape: Shape
-    dtype: Any
-
-
 def record(function: Callable[..., Any], recorder: Recorder, arguments: Any) -> tuple[Program, Any]:
     """Call a function with stand-ins; return what it did, and its result's tree.
 
@@ -546,31 +433,3 @@ def record(function: Callable[..., Any], recorder: Recorder, arguments: Any) -> 
     outputs = tuple(node(x) for x in leaves(result))
     nodes = tuple(x for x in made.values() if x.op != "input")
     return Program(tuple(map(node, inputs)), outputs, nodes), result
-
-
-def leaves(tree: Any) -> Iterator[Any]:
-    """Arrays and numbers in nested tuples and lists, in order; None is none."""
-    if isinstance(tree, tuple | list) and not isinstance(tree, Spec):
-        for branch in tree:
-            yield from leaves(branch)
-    elif tree is not None:
-        yield tree
-
-
-def rebuild(tree: Any, values: Iterator[Any]) -> Any:
-    """A tree of the same form, of other values."""
-    if isinstance(tree, tuple | list) and not isinstance(tree, Spec):
-        branches = [rebuild(branch, values) for branch in tree]
-        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
-    return None if tree is None else next(values)
-
-
-def specify(tree: Any) -> Any:
-    """The tree of `Spec` of a tree of arrays and numbers."""
-    specs = [
-        Spec(tuple(x.shape), np.dtype(str(x.dtype).rsplit(".", 1)[-1]))
-        if hasattr(x, "shape")
-        else Spec((), type(x))
-        for x in leaves(tree)
-    ]
-    return rebuild(tree, iter(specs))

@@ -10,7 +10,7 @@ from portable_mlp.backends import Backend
 from portable_mlp.engines.base import RecordedEngine, Task, Tree, Values, recorded
 from portable_mlp.engines.calls import Replay, lower
 from portable_mlp.engines.dialects import DIALECTS
-from portable_mlp.engines.recording import leaves, specify
+from portable_mlp.engines.program import leaves, specify
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe
 from portable_mlp.typing import Array
 
