@@ -32,6 +32,7 @@ from portable_mlp.backends import to_host
 from portable_mlp.engines import ENGINES
 from portable_mlp.losses import BinaryCrossEntropy, Quantile, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.schedules import Cosine, ReduceOnPlateau, Step
+from portable_mlp.sources import ArraySource
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
@@ -687,3 +688,65 @@ def test_sparse_tensors_are_refused():
 def test_settings_of_the_wrong_kind_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         MLPClassifier(**settings).fit(np.eye(4), [0, 1, 0, 1])
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The arrays X that training took its rows from."""
+    seen = []
+
+    class Spying(ArraySource):
+        def __init__(self, data, rows=None):
+            seen.append(data.x)
+            super().__init__(data, rows)
+
+    monkeypatch.setattr("portable_mlp.fitting.ArraySource", Spying)
+    return seen
+
+
+POINTERS = {
+    "numpy": lambda a: a.ctypes.data,
+    "torch": lambda a: a.data_ptr(),
+    "torch-cuda": lambda a: a.data_ptr(),
+    "jax": lambda a: a.unsafe_buffer_pointer(),
+    "jax-cuda": lambda a: a.unsafe_buffer_pointer(),
+    "cupy": lambda a: a.data.ptr,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize("name", POINTERS)
+def test_rows_are_not_copied_where_they_are(name, early_stopping, dtype, trained_on, request):
+    backend = get_target(name, request).backend
+    X, y = data("binary")
+    with backend.scope(dtype):
+        there = backend.asarray(X, dtype, copy=True)
+        MLPClassifier(max_iter=2, early_stopping=early_stopping, n_iter_no_change=5).fit(there, y)
+        (used,) = trained_on
+        assert POINTERS[name](used) == POINTERS[name](there)
+        # The planted twin: another data type is a copy
+        other = {"float32": "float64", "float64": "float32"}[dtype]
+        if name.startswith("jax"):
+            return  # which has no float64 outside of such a scope
+        MLPClassifier(max_iter=2, dtype=other).fit(there, y)
+        assert POINTERS[name](trained_on[1]) != POINTERS[name](there)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "torch-cuda", "jax-cuda", "cupy"])
+def test_rows_from_elsewhere_are_copied_once(name, trained_on, request, monkeypatch):
+    backend = get_target(name, request).backend
+    X, y = data("binary")
+    copies = []
+    kind = type(backend)
+
+    def asarray(self, x, dtype=None, *, copy=None, original=kind.asarray):
+        if type(x) is np.ndarray and x.shape == X.shape:
+            copies.append(x)
+        return original(self, x, dtype, copy=copy)
+
+    monkeypatch.setattr(kind, "asarray", asarray)
+    device = "gpu" if "cuda" in name or name == "cupy" else "cpu"
+    model = MLPClassifier(max_iter=3, backend=name.split("-")[0], device=device).fit(X, y)
+    assert len(copies) == len(trained_on) == 1
+    assert model.n_iter_ == 3
