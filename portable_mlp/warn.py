@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 import warnings
 
+_BETWEEN = ("portable_mlp", "sklearn", "joblib")
+
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn from the nearest frame that is neither this library's nor scikit-learn's.
+    """Warn from the nearest frame that is not this library's, scikit-learn's or joblib's.
 
     A ``stacklevel`` would not do: how many frames of scikit-learn's lie between depends
     on its version.
     """
     frame = sys._getframe(1)
-    while frame.f_back is not None and _package(frame.f_globals) in ("portable_mlp", "sklearn"):
+    while frame.f_back is not None and _package(frame.f_globals) in _BETWEEN:
         frame = frame.f_back
     there = frame.f_globals
     warnings.warn_explicit(

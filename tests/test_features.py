@@ -12,6 +12,7 @@ from array_api_compat import device
 from sklearn.base import clone
 from sklearn.datasets import make_classification, make_regression
 from sklearn.metrics import get_scorer, log_loss
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
@@ -473,7 +474,7 @@ def test_why_training_ended(settings, reason):
 # ---------------------------------------------------------------- warnings
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("around", ["nothing", "pipeline", "search"])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -489,16 +490,18 @@ def test_why_training_ended(settings, reason):
         ),
     ],
 )  # fmt: skip
-def test_warnings_point_at_the_line_that_called(settings, message, scheduled):
+def test_warnings_point_at_the_line_that_called(settings, message, around):
     model = classifier(**settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if scheduled:
-            make_pipeline(StandardScaler(), model).fit(X, Y)
-        else:
-            model.fit(X, Y)
-    (one,) = [w for w in caught if message in str(w.message)]
-    assert one.filename == __file__
+        {
+            "nothing": model,
+            "pipeline": make_pipeline(StandardScaler(), model),
+            "search": GridSearchCV(model, {"alpha": [0.1]}, cv=2),
+        }[around].fit(X, Y)
+    found = [w for w in caught if message in str(w.message)]
+    assert len(found) == (3 if around == "search" else 1)
+    assert {w.filename for w in found} == {__file__}
 
 
 # ---------------------------------------------------------------- exact continuation
