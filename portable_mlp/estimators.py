@@ -144,9 +144,11 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         Parameters of activations that have some.
     n_iter_, t_, n_layers_, n_outputs_, n_features_in_ : int
     stop_reason_ : {"converged", "max_epochs", "stopped", "interrupted", "diverged", "failed"}
-        Why training ended: "stopped" by a callback, "interrupted" by Ctrl-C, "diverged" with
-        early stopping (it is an error else), "failed" where L-BFGS found no better point;
-        None after ``init_model``, and missing from a model that was loaded.
+        Why training ended: "max_epochs" at the limit of this call (``max_iter``,
+        ``n_iter``, ``max_fun``, an epoch of ``partial_fit``), "stopped" by a callback,
+        "interrupted" by Ctrl-C, "diverged" with early stopping (it is an error else),
+        "failed" where L-BFGS found no better point; None after ``init_model``, and
+        missing from a model that was loaded.
     feature_names_in_ : ndarray of str
     out_activation_ : str
 

@@ -218,16 +218,16 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         backend = get_backend(self.device, self.backend, like=X)
         as_given = X, y
         X = check_X(self, X, reset=not again)
-        weights = check_weights(sample_weight, X)
+        dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
+        weights = check_weights(sample_weight, X, dtype)
         y = check_y(self, y, X, self._target_dtype)
         self._loss, n_outputs = self._learn_target(y, again, mode == "partial")
         target = self._encode_target(y)
         self.out_activation_ = self._loss.link_name
         network = self._network([X.shape[1], *self._hidden(), n_outputs])
-        dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
         rng = check_random_state(self.random_state)
         params = self._flat_params(network) if again else network.init(rng)
-        weights = self._class_weighted(y, weights)
+        weights = self._class_weighted(y, weights, dtype, some=mode != "partial")
         if not issparse(X):
             with backend.scope(dtype):
                 X = move(X, backend, dtype)
@@ -235,7 +235,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         self.n_outputs_ = n_outputs
         self.n_layers_ = len(self._hidden()) + 2
         rows = _Rows(X, y, target, weights)
-        held_out = self._check_validation(*validation)
+        held_out = self._check_validation(*validation, dtype)
         callbacks: list[Callback] = [Progress()] if self.verbose else []
         callbacks += self.callbacks or ()
         if context is not None:
@@ -267,17 +267,25 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
     # -------------------------------------------------------- rows
 
     def _class_weighted(
-        self, y: NDArray[Any], weights: NDArray[np.float64] | None
+        self,
+        y: NDArray[Any],
+        weights: NDArray[np.float64] | None,
+        dtype: str,
+        where: str = "",
+        some: bool = True,
     ) -> NDArray[np.float64] | None:
         class_weight = getattr(self, "class_weight", None)
         if class_weight is None:
             return weights
         by_class: NDArray[np.float64] = compute_sample_weight(class_weight, y)
-        if weights is None:
-            return check_weights(by_class, y, "class_weight")
-        return check_weights(weights * by_class, y, "sample_weight times class_weight")
+        name = f"class_weight{where}"
+        if weights is not None:
+            name = f"sample_weight times {name}"
+            with np.errstate(over="ignore"):
+                by_class = weights * by_class
+        return check_weights(by_class, y, dtype, name, some)
 
-    def _check_validation(self, X: Any, y: Any, sample_weight: Any) -> _Rows | None:
+    def _check_validation(self, X: Any, y: Any, sample_weight: Any, dtype: str) -> _Rows | None:
         if X is None and y is None and sample_weight is None:
             return None
         if X is None or y is None:
@@ -286,7 +294,8 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             raise ValueError("solver='lbfgs' cannot take X_val: it has no epochs to validate after")
         X = check_X(self, X, reset=False)
         y = check_y(self, y, X, self._target_dtype)
-        weights = self._class_weighted(y, check_weights(sample_weight, X))
+        weights = check_weights(sample_weight, X, dtype, "sample_weight_val")
+        weights = self._class_weighted(y, weights, dtype, " of y_val")
         return _Rows(X, y, self._encode_target(y), weights)
 
     def _split(self, rows: _Rows, rng: np.random.RandomState) -> list[NDArray[np.intp]]:
@@ -411,9 +420,9 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         if old is None:
             if again and mode in ("partial", "continue"):
                 warn(
-                    "the model comes without the state of its training (a model file has it if"
-                    " Checkpoint wrote it): the optimizer's moments, the random generator and the"
-                    " schedule start anew"
+                    "the model has no state of training to go on with (it was fitted by L-BFGS, or"
+                    " loaded from a file that Checkpoint did not write): the optimizer's moments,"
+                    " the random generator and the schedule start anew"
                 )
             return state
         if mode == "partial":

@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import inf, sqrt
+from numbers import Real
 from typing import Any, ClassVar
 
 from portable_mlp.typing import Array, Namespace, Params
@@ -44,7 +45,7 @@ class Optimizer(ABC):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = isinstance(value, Real) and not isinstance(value, bool)
             if number and not 0.0 <= value < inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
         for name in ("momentum", "rho"):
@@ -63,9 +64,9 @@ class Optimizer(ABC):
         return (rate,)
 
     def rule(self) -> Optimizer:
-        """What ``update`` is called on: equal for optimizers that differ in ``coefficients`` only.
+        """What the step calls: equal for optimizers that differ in ``coefficients`` only.
 
-        One that overrides ``update`` is its own rule, unless it says otherwise here.
+        A subclass of one's own is its own rule, unless it says otherwise here.
         """
         return self
 
@@ -164,8 +165,8 @@ class SGD(Optimizer):
         return rate, self.momentum
 
     def rule(self) -> Optimizer:
-        own = type(self).update is not SGD.update
-        return self if own else replace(self, momentum=1.0 if self.momentum else 0.0)
+        shared = type(self) is SGD and self.momentum
+        return replace(self, momentum=1.0) if shared else self
 
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
@@ -203,8 +204,7 @@ class SklearnSGD(Optimizer):
         return rate, self.momentum
 
     def rule(self) -> Optimizer:
-        own = type(self).update is not SklearnSGD.update
-        return self if own else replace(self, momentum=1.0)
+        return replace(self, momentum=1.0) if type(self) is SklearnSGD else self
 
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace

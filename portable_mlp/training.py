@@ -372,7 +372,7 @@ class _Run:
                 reason = self.end_epoch(loss, rate)
                 if reason is not None:
                     return reason
-            if len(losses) < n_epochs:
+            if len(losses) < n_epochs or self.pauses.interrupted.is_set():
                 return "interrupted"
         return "max_epochs"
 
@@ -387,6 +387,7 @@ class _Run:
             self.callbacks
             or self.validate is not None
             or state.begun != NOT_BEGUN
+            or state.best_leaves is not None
             or type(trainer.schedule).observe is not Schedule.observe
         )
         if watched or self.whole is None:

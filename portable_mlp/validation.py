@@ -80,18 +80,22 @@ def check_y(estimator: Any, y: Any, X: Array, dtype: type | None) -> NDArray[Any
 
 
 def _refuse_other_kinds(a: Any, name: str) -> None:
-    """Refuse what NumPy would turn into numbers all the same, and torch's sparse tensors."""
-    kind = getattr(getattr(a, "dtype", None), "kind", "")
-    if kind in ("m", "M", "U", "S"):
-        raise ValueError(f"{name}: numbers are expected, got dtype {a.dtype}")
+    """Refuse dates and text, which NumPy would turn into numbers, and torch's sparse tensors."""
+    for dtype in [a.dtype] if hasattr(a, "dtype") else getattr(a, "dtypes", ()):  # a frame's
+        other = getattr(dtype, "kind", "") in ("m", "M", "U", "S")
+        if other or str(dtype).startswith(("Date", "Time", "Duration", "String")):  # Polars'
+            raise ValueError(f"{name}: numbers are expected, got dtype {dtype}")
     if str(getattr(a, "layout", "torch.strided")).startswith("torch.sparse"):
         raise ValueError(f"{name}: sparse tensors are not supported; SciPy's matrices are")
 
 
 def check_weights(
-    sample_weight: Any, X: Array, name: str = "sample_weight"
+    sample_weight: Any, X: Array, dtype: str, name: str = "sample_weight", some: bool = True
 ) -> NDArray[np.float64] | None:
-    """Weights of the rows on the host, finite as is their sum, not negative, not all zero."""
+    """Weights of the rows on the host: not negative, their sum finite in a data type.
+
+    Not all zero either, if there have to be ``some``.
+    """
     if sample_weight is None:
         return None
     weights = np.asarray(to_host(sample_weight), dtype=np.float64)
@@ -99,8 +103,10 @@ def check_weights(
         weights = np.full(X.shape[0], float(weights))
     if weights.shape != (X.shape[0],):
         raise ValueError(f"{name}: expected shape {(X.shape[0],)}, got {weights.shape}")
-    if not np.isfinite(weights.sum()) or (weights < 0).any():
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if not total <= np.finfo(dtype).max or (weights < 0).any():
         raise ValueError(f"{name} must be finite, also in sum, and not negative")
-    if not weights.any():
+    if some and not weights.any():
         raise ValueError(f"{name} is zero for every row: nothing to learn from")
     return weights

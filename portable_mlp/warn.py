@@ -23,7 +23,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         category,
         frame.f_code.co_filename,
         frame.f_lineno,
-        module=there.get("__name__"),
+        module=str(there.get("__name__", "<unknown>")),
         registry=there.setdefault("__warningregistry__", {}),
     )
 

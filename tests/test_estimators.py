@@ -669,6 +669,17 @@ def test_what_is_no_number_is_refused(values):
         MLPRegressor(max_iter=1).fit(x, other)
 
 
+@pytest.mark.parametrize("kind", ["pandas", "polars"])
+def test_frames_of_dates_are_refused(kind):
+    library = pytest.importorskip(kind)
+    dates = np.array(["2020-01-01", "2021-01-01"] * 10, dtype="datetime64[ns]")
+    frame = library.DataFrame({"number": np.arange(20.0), "date": dates})
+    with pytest.raises(ValueError, match=r"X: numbers are expected, got dtype [dD]atetime"):
+        MLPClassifier(max_iter=1).fit(frame, np.arange(20) % 2)
+    with pytest.raises(ValueError, match=r"y: numbers are expected, got dtype [dD]atetime"):
+        MLPRegressor(max_iter=1).fit(np.arange(20.0)[:, None], frame["date"])
+
+
 def test_sparse_tensors_are_refused():
     torch = pytest.importorskip("torch")
     with pytest.raises(ValueError, match="X: sparse tensors are not supported"):

@@ -11,6 +11,7 @@ import pytest
 from array_api_compat import device
 from sklearn.base import clone
 from sklearn.datasets import make_classification, make_regression
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import get_scorer, log_loss
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -400,7 +401,7 @@ def test_scikit_learns_own_callbacks():
     ],
 )
 @pytest.mark.parametrize("solver", ["adam", "lbfgs"])
-@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_class_weights_are_checked_as_sample_weights_are(weights, message, solver):
     with pytest.raises(ValueError, match=message):
         classifier(class_weight=weights, solver=solver).fit(X, Y)
@@ -410,6 +411,25 @@ def test_class_and_sample_weights_that_leave_nothing():
     model = classifier(class_weight={0: 0, 1: 1, 2: 1})
     with pytest.raises(ValueError, match="sample_weight times class_weight is zero for every row"):
         model.fit(X, Y, sample_weight=1.0 * (Y == 0))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_weights_too_large_for_their_type():
+    heavy = np.full(len(X), 1e38)
+    classifier().fit(X, Y, sample_weight=heavy)
+    with pytest.raises(ValueError, match="sample_weight must be finite, also in sum"):
+        classifier(dtype="float32").fit(X, Y, sample_weight=heavy)
+    with pytest.raises(ValueError, match="sample_weight times class_weight must be finite"):
+        classifier(class_weight={0: 1e300, 1: 1e300, 2: 1}).fit(X, Y, sample_weight=1e12 * heavy)
+
+
+def test_parts_without_weight_and_held_out_rows_without():
+    model = classifier(class_weight={0: 1, 1: 0, 2: 1}, alpha=0.0)
+    model.partial_fit(X, Y, classes=[0, 1, 2])
+    model.partial_fit(X[Y == 1], Y[Y == 1])  # as a batch of such rows: no error
+    assert model.loss_ == 0.0
+    with pytest.raises(ValueError, match="class_weight of y_val is zero for every row"):
+        model.fit(X, Y, X_val=X[Y == 1], y_val=Y[Y == 1])
 
 
 class Hooks:
@@ -502,6 +522,13 @@ def test_warnings_point_at_the_line_that_called(settings, message, around):
     found = [w for w in caught if message in str(w.message)]
     assert len(found) == (3 if around == "search" else 1)
     assert {w.filename for w in found} == {__file__}
+
+
+def test_warnings_reach_code_without_a_module():
+    scope = {"model": classifier(max_iter=1), "X": X, "Y": Y}
+    with pytest.warns(ConvergenceWarning, match="Maximum iterations") as caught:
+        exec("model.fit(X, Y)", scope)
+    assert caught[0].filename == "<string>"
 
 
 # ---------------------------------------------------------------- exact continuation

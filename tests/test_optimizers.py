@@ -257,6 +257,12 @@ def test_negative_and_nan_are_refused(optimizer, name, value):
         optimizer(**{name: value})
 
 
+def test_numpys_scalars_are_checked_too():
+    for value in (np.float32(-1), np.float32("nan"), np.int64(-1)):
+        with pytest.raises(ValueError, match="weight_decay must be at least 0 and finite"):
+            AdamW(weight_decay=value)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "name"),
     [
@@ -283,9 +289,16 @@ class Halved(SGD):
         return p - c[0] * self.momentum * g, moments
 
 
-def test_a_rule_of_ones_own_sees_its_own_settings():
+@dataclass(frozen=True, kw_only=True)
+class HalvedWhole(SGD):
+    def apply(self, params, grads, moments, c, xp, groups=None):
+        return [p - c[0] * self.momentum * g for p, g in zip(params, grads, strict=True)], moments
+
+
+@pytest.mark.parametrize("rule", [Halved, HalvedWhole])
+def test_a_rule_of_ones_own_sees_its_own_settings(rule):
     trainer = Trainer(
-        mlp([2, 1]), SquaredError(), Halved(momentum=0.5), get_backend(), "float64", 0.1
+        mlp([2, 1]), SquaredError(), rule(momentum=0.5), get_backend(), "float64", 0.1
     )
     x, y = np.ones((3, 2)), np.zeros((3, 1))
     moved = []

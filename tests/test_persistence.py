@@ -56,7 +56,7 @@ def test_a_model_without_its_training_says_that_training_starts_anew(method, tmp
     X, y = np.random.RandomState(0).standard_normal((30, 4)), np.arange(30) % 2
     model = MLPClassifier((3,), max_iter=9, random_state=0).continue_fit(X, y, n_iter=4)
     again = load(save(model, tmp_path / "model"))
-    with pytest.warns(UserWarning, match="comes without the state of its training"):
+    with pytest.warns(UserWarning, match="no state of training to go on with"):
         getattr(again, method)(X, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -263,19 +263,52 @@ def test_epochs_of_one_step_in_a_row_are_epochs_one_by_one(
         np.testing.assert_allclose(a, b, rtol=target.tol, atol=target.tol)
 
 
-def test_ctrl_c_among_epochs_of_one_step_counts_those_that_are_done(monkeypatch, tasks):
-    @dataclass(frozen=True)
-    class Interrupting(SquaredError):
-        def per_row(self, z, y, xp):
-            calls.append(1)
-            if len(calls) == 20:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().per_row(z, y, xp)
+@dataclass(frozen=True)
+class Interrupting(SquaredError):
+    """Presses Ctrl-C in a step that it is given the number of."""
 
-    calls: list[int] = []
+    step: int = 0
+    calls: list[int] = field(default_factory=list, compare=False)
+
+    def per_row(self, z, y, xp):
+        self.calls.append(1)
+        if len(self.calls) == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().per_row(z, y, xp)
+
+
+@pytest.mark.parametrize("n_epochs", [10, 16, 32])
+def test_ctrl_c_in_the_last_step_is_not_lost(n_epochs, monkeypatch):
     monkeypatch.setattr(NumPyBackend, "engine", "eager")
     x, y = problem()
-    t = replace(trainer(batch_size=50), loss=Interrupting())
+    t = replace(trainer(batch_size=50), loss=Interrupting(n_epochs))
+    state = start(t)
+    assert t.fit(state, source(x, y), n_epochs, np.random.RandomState(0)) == "interrupted"
+    assert state.epochs == n_epochs
+
+
+def test_the_best_of_before_is_not_replaced_by_what_comes_in_a_row():
+    """A state that keeps its best parameters, and goes on without held-out rows."""
+    x, y = problem()
+    t = replace(trainer(batch_size=50, learning_rate=3.0), optimizer=SGD(), network=mlp([4, 1]))
+    outcomes = []
+    for callbacks in ([], [Callback()]):
+        state = start(t)
+        t.fit(
+            state, source(x, y), 1, np.random.RandomState(0), validate=lambda params: (1.0, 0.0),
+            early_stopping=True,
+        )  # fmt: skip
+        state.done = 0
+        t.fit(state, source(x, y), 16, np.random.RandomState(0), callbacks=callbacks)
+        outcomes.append((state.best, state.leaves[0]))
+    assert outcomes[0][0] == outcomes[1][0]
+    np.testing.assert_array_equal(outcomes[0][1], outcomes[1][1])
+
+
+def test_ctrl_c_among_epochs_of_one_step_counts_those_that_are_done(monkeypatch, tasks):
+    monkeypatch.setattr(NumPyBackend, "engine", "eager")
+    x, y = problem()
+    t = replace(trainer(batch_size=50), loss=Interrupting(20))
     states = []
     for reasons in (["interrupted", "max_epochs"], ["max_epochs"]):
         state = start(t)
