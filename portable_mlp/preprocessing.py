@@ -55,6 +55,18 @@ def useless_columns(X: pl.DataFrame) -> dict[str, str]:
     return found
 
 
+def nearly_numbers(X: pl.DataFrame) -> dict[str, list[str]]:
+    """Columns of text that is numbers but for one value in ten or fewer; the first few of those."""
+    found = {}
+    for name, dtype in X.schema.items():
+        if dtype == pl.String:
+            other = X[name].cast(pl.Float64, strict=False).is_null() & X[name].is_not_null()
+            n_values = X.height - X[name].null_count()
+            if 0 < 10 * other.sum() <= n_values:
+                found[name] = X[name].filter(other).unique(maintain_order=True).head(3).to_list()
+    return found
+
+
 def check_finite(X: pl.DataFrame) -> None:
     """Raise a ValueError that names a column with values that are infinite, or nearly so."""
     for name, dtype in X.schema.items():

@@ -40,6 +40,7 @@ from portable_mlp.preprocessing import (
     column_kinds,
     make_preprocessing,
     model_input,
+    nearly_numbers,
     useless_columns,
 )
 from portable_mlp.report import learning_curves, report
@@ -223,6 +224,9 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     )
     if table.dropped:
         say("dropped: " + ", ".join(f"{name} ({why})" for name, why in table.dropped.items()))
+    rows = pl.concat([table.X, table.X_test]).select(table.used)
+    for name, values in nearly_numbers(rows).items():
+        say(f"{name}: taken as text, for not all values are numbers: {', '.join(values)}")
     get_backend(settings.where.device, settings.where.backend)
     _check_writable(settings.out)
     preprocessing = make_preprocessing(

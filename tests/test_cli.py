@@ -185,6 +185,25 @@ def test_predict_regression(masses, tmp_path):
     np.testing.assert_allclose(got["prediction"], load(model).predict(X), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        (["none yet"], "length: taken as text, for not all values are numbers: none yet"),
+        (["1,5", "?", "", "tbd", "1,5"], "length: taken as text, .*: 1,5, tbd$"),  # holes are none
+        ([], None),
+        ([f"text {i}" for i in range(12)], None),  # more than one in ten
+    ],
+)
+def test_text_among_numbers_is_told(others, told, tmp_path, capsys):
+    lengths = [*others, *map(str, range(100 - len(others)))]
+    frame = pl.DataFrame({"length": lengths, "sex": ["f", "m"] * 50})
+    frame.write_csv(tmp_path / "t.csv")
+    run("train", "--data", tmp_path / "t.csv", "--epochs", "1", "--out", tmp_path / "run")
+    out = capsys.readouterr().out
+    assert ("taken as text" in out) == (told is not None)
+    assert told is None or re.search(told, out, re.MULTILINE)
+
+
 def test_arrays_go_through_every_command(tmp_path, rng, capsys):
     X = rng.standard_normal((200, 4))
     X[:, 2] = 1.0
