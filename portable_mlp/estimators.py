@@ -276,6 +276,13 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         Returns
         -------
         self
+
+        Raises
+        ------
+        UnavailableError
+            An AttributeError and a ValueError: with early stopping or ``solver="lbfgs"``.
+        ValueError, DivergenceError, BackendError
+            As `fit`; also if the classes are not those of the first call.
         """
         known = getattr(self, "classes_", None)
         given = known if classes is None else np.unique(to_host(classes))
@@ -495,6 +502,13 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         Returns
         -------
         self
+
+        Raises
+        ------
+        UnavailableError
+            An AttributeError and a ValueError: with early stopping or ``solver="lbfgs"``.
+        ValueError, DivergenceError, BackendError
+            As `fit`.
         """
         return self._guarded(X, y, sample_weight, "partial")
 

@@ -151,6 +151,14 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         Returns
         -------
         self
+
+        Raises
+        ------
+        UnavailableError
+            An AttributeError and a ValueError: with ``solver="lbfgs"``, which has no steps to go on with.
+        ValueError, DivergenceError, BackendError
+            As `fit`; also if the last call stopped in the middle of an epoch over other rows,
+            or had other layers.
         """
         if n_iter is not None and not (isinstance(n_iter, Integral) and n_iter >= 1):
             raise ValueError(f"n_iter must be at least 1, an integer, got {n_iter!r}")
@@ -172,6 +180,11 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         Returns
         -------
         self
+
+        Raises
+        ------
+        ValueError, BackendError
+            As `fit`.
         """
         return self._guarded(X, y, None, "init")
 

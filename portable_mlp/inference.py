@@ -90,6 +90,12 @@ class Inference(Construction):
         -------
         h : array (n_samples, hidden_layer_sizes[layer])
             In the namespace and on the device of X.
+
+        Raises
+        ------
+        NotFittedError
+        ValueError
+            If there is no such layer, or X does not fit the model.
         """
         check_is_fitted(self)
         network = self._fitted_network()

@@ -30,6 +30,20 @@ def fit_lbfgs(
     Value and gradient are computed on the backend; SciPy works on the host, in
     float64.  On NumPy, ``data.x`` may be sparse.
 
+    Parameters
+    ----------
+    trainer : Trainer
+        Its network, loss, penalty, ``tol`` (on the largest component of the gradient), backend
+        and data type; the optimizer and the schedule are not used.
+    params : list of arrays
+        Where to begin.
+    data : Batch
+        All rows.
+    max_iter, max_fun : int
+        Limits of iterations, and of evaluations of the loss.
+    callbacks : sequence of Callback
+        Told of each iteration as of an epoch.
+
     Returns
     -------
     params : list of arrays
@@ -38,6 +52,11 @@ def fit_lbfgs(
     reason : {"converged", "max_epochs", "stopped", "failed"}
     message : str
         SciPy's word for it.
+
+    Raises
+    ------
+    DivergenceError
+        If the loss or a parameter is not finite.
     """
     from scipy.optimize import minimize
 

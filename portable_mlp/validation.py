@@ -28,6 +28,11 @@ def check_X(estimator: Any, X: Any, reset: bool) -> Array:
         Sparse comes back as CSR.
     reset : bool
         Whether this is a fit, which sets ``n_features_in_`` and ``feature_names_in_``.
+
+    Raises
+    ------
+    ValueError
+        If it is not as said.
     """
     home = backend_of(X)
     _refuse_other_kinds(X, "X")
