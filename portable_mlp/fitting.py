@@ -155,7 +155,8 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         Raises
         ------
         UnavailableError
-            An AttributeError and a ValueError: with ``solver="lbfgs"``, which has no steps to go on with.
+            An AttributeError and a ValueError: with ``solver="lbfgs"``, which has no steps
+            to go on with.
         ValueError, DivergenceError, BackendError
             As `fit`; also if the last call stopped in the middle of an epoch over other rows,
             or had other layers.
