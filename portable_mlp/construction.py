@@ -19,9 +19,7 @@ from portable_mlp.backends import Backend
 from portable_mlp.callbacks import pausing
 from portable_mlp.initializers import GlorotUniform
 from portable_mlp.layers import Linear
-from portable_mlp.losses import (
-    SquaredError,
-)
+from portable_mlp.losses import SquaredError
 from portable_mlp.network import Network, mlp
 from portable_mlp.optimizers import SGD, AdamW, Optimizer, RMSprop, SklearnAdam, SklearnSGD
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule

@@ -11,9 +11,10 @@ from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 _MISSING = ["", "?", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL"]
@@ -280,8 +281,9 @@ def _parquet_parts(path: Path, rows: int | None) -> Iterator[Any]:
 def _array_parts(path: Path, rows: int | None, names: list[str] | None) -> Iterator[Any]:
     try:
         with open(path, "rb") as file:
-            if file.read(2) not in (b"\x93N", b"PK"):
-                raise ValueError("it is not one of NumPy's files")
+            magic = file.read(len(MAGIC_PREFIX))
+        if magic != MAGIC_PREFIX and not is_zipfile(path):
+            raise ValueError("it is not one of NumPy's files")
         loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         columns: dict[str, NDArray[Any]] = {}
         for name, array in {"": loaded}.items() if path.suffix == ".npy" else loaded.items():

@@ -505,10 +505,8 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
 
         Raises
         ------
-        UnavailableError
-            An AttributeError and a ValueError: with early stopping or ``solver="lbfgs"``.
-        ValueError, DivergenceError, BackendError
-            As `fit`.
+        UnavailableError, ValueError, DivergenceError, BackendError
+            As `MLPClassifier.partial_fit`.
         """
         return self._guarded(X, y, sample_weight, "partial")
 

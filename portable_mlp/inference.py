@@ -13,9 +13,7 @@ from portable_mlp.backends import Backend, NumPyBackend, backend_of, get_backend
 from portable_mlp.construction import Construction
 from portable_mlp.layers import Linear
 from portable_mlp.network import Network
-from portable_mlp.peer import (
-    check_same_namespace,
-)
+from portable_mlp.peer import check_same_namespace
 from portable_mlp.typing import Array
 from portable_mlp.validation import check_X
 

@@ -434,7 +434,11 @@ def main() -> None:
         },
         "unit": SUITES[args.suite].unit,
         "results": {
-            dtype: {"samples": found.samples, "failures": found.failures}
+            dtype: {
+                "samples": found.samples,
+                "heads": found.heads,
+                "failures": found.failures,
+            }
             for dtype, found in results.items()
         },
     }

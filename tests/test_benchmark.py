@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,10 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 def run(*arguments):
     command = [sys.executable, str(SCRIPT), "--rounds", "1", "--seconds", "0.01", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def printed(number):
+    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}"
 
 
 @pytest.mark.parametrize(
@@ -36,9 +41,11 @@ def test_tables_hold_what_was_measured(suite, peer, tmp_path):
     found = json.loads(file.read_text("utf-8"))["results"][dtype]
     (own,), (other,) = (found["samples"][name][number] for name in ("portable_mlp numpy", peer))
     *_, row = (line for line in text.splitlines() if line.startswith(f"| {peer} |"))
+    heads = re.search(rf"\| ms \| {number} \|\n.*?\| {peer} \| (\S+) \|", text, re.DOTALL)
+    assert (heads is None) == ("--fit" in suite)
+    assert heads is None or heads[1] == printed(1e3 * found["heads"][peer][number])
     ratio, mean = (cell.strip() for cell in row.split("|")[2:-1])
-    digits = 2 if own / other < 10 else 1 if own / other < 100 else 0
-    assert ratio == mean == f"{own / other:.{digits}f}"
+    assert ratio == mean == printed(own / other)
     assert not any(found["failures"].values())
     if "--fit" in suite:
         assert "Largest relative difference of the loss curves from scikit-learn's: " in text

@@ -305,6 +305,40 @@ def test_the_best_of_before_is_not_replaced_by_what_comes_in_a_row():
     np.testing.assert_array_equal(outcomes[0][1], outcomes[1][1])
 
 
+def test_held_out_rows_are_scored_after_each_epoch_of_one_step():
+    """Watched or not: the parameters of that epoch, not of a later one."""
+    x, y = problem()
+    t, scored = trainer(batch_size=50), []
+
+    def validate(params):
+        scored.append([p.copy() for p in params])
+        return 0.0, 0.0
+
+    state = start(t)
+    t.fit(state, source(x, y), 5, np.random.RandomState(0), validate=validate)
+    assert len(scored) == 5
+    for n_epochs, got in enumerate(scored, 1):
+        alone = start(t)
+        t.fit(alone, source(x, y), n_epochs, np.random.RandomState(0))
+        for a, b in zip(got, t.params(alone.leaves), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_an_epoch_of_one_step_that_is_begun_is_ended_and_not_done_again(monkeypatch):
+    """Ctrl-C where somebody looks at each epoch; nobody does when it goes on."""
+    monkeypatch.setattr(NumPyBackend, "engine", "eager")
+    x, y = problem()
+    t = replace(trainer(batch_size=50), loss=Interrupting(3))
+    state, whole = start(t), start(t)
+    rng = np.random.RandomState
+    assert t.fit(state, source(x, y), 9, rng(0), callbacks=[Callback()]) == "interrupted"
+    assert (state.epochs, state.begun.steps) == (2, 1)
+    assert t.fit(state, source(x, y), 9, rng(0)) == "max_epochs"
+    t.fit(whole, source(x, y), 9, rng(0))
+    assert [e.loss for e in state.history] == [e.loss for e in whole.history]
+    np.testing.assert_array_equal(state.leaves[0], whole.leaves[0])
+
+
 def test_ctrl_c_among_epochs_of_one_step_counts_those_that_are_done(monkeypatch, tasks):
     monkeypatch.setattr(NumPyBackend, "engine", "eager")
     x, y = problem()

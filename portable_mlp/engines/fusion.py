@@ -15,10 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from portable_mlp.engines.cplusplus import (
-    FUNCTIONS,
-    TYPES,
-)
+from portable_mlp.engines.cplusplus import FUNCTIONS, TYPES
 from portable_mlp.engines.elements import (
     Access,
     broadcast,

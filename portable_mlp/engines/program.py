@@ -33,8 +33,27 @@ NUMBERS = {
 """What can be done with numbers that change from call to call, in Python."""
 
 
+class Shaped:
+    """What follows from a shape and a data type, of an array or a number."""
+
+    shape: Shape
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def is_number(self) -> bool:
+        return isinstance(self.dtype, type)  # np.dtype(int) == int: compare with care
+
+
 @dataclass(frozen=True, eq=False)
-class Node:
+class Node(Shaped):
     """An operation of a program, and the array or number that it makes.
 
     Attributes
@@ -60,21 +79,9 @@ class Node:
     contiguous: bool
 
     @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    @property
     def n_bytes(self) -> int:
         n_bytes: int = self.size * self.dtype.itemsize
         return n_bytes
-
-    @property
-    def is_number(self) -> bool:
-        return isinstance(self.dtype, type)
 
     @property
     def arrays(self) -> list[Node]:

@@ -24,6 +24,7 @@ from portable_mlp.engines.program import (
     Node,
     Program,
     Shape,
+    Shaped,
     leaves,
     rebuild,
 )
@@ -48,7 +49,7 @@ def _operators(function: str) -> tuple[Operator, Operator]:
     return left, right
 
 
-class Traced:
+class Traced(Shaped):
     """An array, or a number, whose value is not known while recording: see `Node`.
 
     A number has Python's type for its data type: it takes that of the array it meets.
@@ -78,18 +79,6 @@ class Traced:
 
     def __repr__(self) -> str:
         return f"<{self.op} {self.shape} {self.dtype}>"
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def is_number(self) -> bool:
-        return isinstance(self.dtype, type)  # np.dtype(int) == int: compare with care
 
     @property
     def device(self) -> str:
