@@ -25,6 +25,7 @@ from cuda_emulation import COMPILER, Emulation
 from portable_mlp.backends import Backend, BackendError, NumPyBackend, get_backend
 from portable_mlp.engines import CaptureEngine
 from portable_mlp.engines.base import RecordedEngine
+from portable_mlp.engines.compiler import find
 
 SKLEARN = tuple(int(part) for part in version("scikit-learn").split(".")[:2])
 
@@ -75,14 +76,15 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 class ByEngine(NumPyBackend):
-    """NumPy by another engine than its own; CUDA's runs on the host, see `cuda_emulation`.
+    """NumPy by a certain engine; CUDA's runs on the host, see `cuda_emulation`.
 
     In its scope whatever computes with NumPy does so.
     """
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, compiled: str = "never") -> None:
         super().__init__()
         self.engine = engine
+        self.compiled = compiled
 
     @contextmanager
     def scope(self, dtype: str) -> Iterator[None]:
@@ -90,6 +92,7 @@ class ByEngine(NumPyBackend):
             patch.setattr(NumPyBackend, "engine", self.engine)
             patch.setattr(CaptureEngine, "runtime", Emulation)
             patch.setattr(RecordedEngine, "EAGER", 0)
+            patch.setenv("PORTABLE_MLP_COMPILE", self.compiled)
             yield
 
 
@@ -113,6 +116,7 @@ def _library(name: str) -> Callable[[], Backend]:
 TARGETS: dict[str, Callable[[], Target]] = {
     "numpy": lambda: Target("numpy", get_backend()),
     "numpy-eager": lambda: Target("numpy-eager", ByEngine("eager")),
+    "numpy-loops": lambda: Target("numpy-loops", ByEngine("replay", "now")),
     "numpy-cuda": lambda: Target("numpy-cuda", ByEngine("capture")),
     "numpy-read-only": lambda: Target("numpy-read-only", get_backend(), read_only=True),
     "strict": lambda: Target("strict", _strict("CPU_DEVICE")),
@@ -137,6 +141,8 @@ def get_gpu(name: str) -> Backend:
 def get_target(name: str, request: pytest.FixtureRequest) -> Target:
     if name == "numpy-cuda" and COMPILER is None:
         pytest.skip("no g++ to compile CUDA's kernels for the host with")
+    if name == "numpy-loops" and not find():
+        pytest.skip("no C compiler")
     try:
         return TARGETS[name]()
     except pytest.skip.Exception as skipped:

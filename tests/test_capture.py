@@ -315,7 +315,7 @@ extern "C" __global__ void k1(const double* table, int* step, float* m15, float*
     int first = blockIdx.x * blockDim.x + threadIdx.x, all = gridDim.x * blockDim.x;
     for (int i = first; i < 1600; i += all) {
         float v16 = (m15[i] + m0[i % 16 + 96]);
-        float v17 = (v16 >= (float)(0.0) || v16 != v16 ? v16 : (float)(0.0));
+        float v17 = (v16 > (float)(0.0) || v16 != v16 ? v16 : (float)(0.0));
         out17[i] = v17;
     }
 }

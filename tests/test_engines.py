@@ -21,6 +21,7 @@ from portable_mlp.engines import ENGINES, Engine, ReplayEngine, Task, base
 from portable_mlp.engines import replay as replay_module
 from portable_mlp.engines.base import RecordedEngine
 from portable_mlp.engines.calls import lower
+from portable_mlp.engines.compiler import compile_c
 from portable_mlp.engines.dialects import NumPyDialect, TorchDialect
 from portable_mlp.engines.memory import Plan
 from portable_mlp.engines.program import leaves, specify
@@ -168,7 +169,19 @@ def test_narrow_products_and_masks_are_the_same_in_other_words(request):
 SHAPE = (6, 4)
 UNARY = ["tanh", "exp", "abs", "negative", "square"]
 BINARY = ["add", "subtract", "multiply", "maximum", "minimum"]
-OTHER = ["sum", "max", "T", "reshape", "matmul", "index", "where", "concat", "astype", "narrow"]
+OTHER = [
+    "sum",
+    "max",
+    "T",
+    "reshape",
+    "matmul",
+    "index",
+    "where",
+    "concat",
+    "astype",
+    "narrow",
+    "cross",
+]
 
 
 @st.composite
@@ -183,6 +196,7 @@ def programs(draw):
 def interpret(program, xp, donated, passed, number):
     """The program on arrays of a namespace; the first results replace the donated arrays."""
     steps, replaced, shown = program
+    (rows, columns), size = passed.shape, passed.size
     stack = [*donated, passed]
     for op, i, j in steps:
         a, b = stack[i % len(stack)], stack[j % len(stack)]
@@ -196,9 +210,9 @@ def interpret(program, xp, donated, passed, number):
         elif op == "max":
             new = a - xp.max(b, axis=1, keepdims=True)
         elif op == "T":
-            new = xp.reshape(xp.tanh(a.T) + b.T, SHAPE)
+            new = xp.reshape(xp.reshape(xp.tanh(a.T) + b.T, (-1,)), (rows, columns))
         elif op == "reshape":
-            new = xp.reshape(xp.reshape(a, (-1,)) * 0.5 + xp.reshape(b, (-1,)), SHAPE)
+            new = xp.reshape(xp.reshape(a, (-1,)) * 0.5 + xp.reshape(b, (-1,)), (rows, columns))
         elif op == "matmul":
             new = xp.tanh(xp.matmul(a, xp.matmul(b.T, xp.ones_like(a))))
         elif op == "index":
@@ -207,21 +221,23 @@ def interpret(program, xp, donated, passed, number):
             new = xp.where(a > (b if (i + j) % 3 else number), a, number)
         elif op == "concat":
             flat = xp.concat([xp.reshape(a, (-1,)), xp.reshape(xp.tanh(b), (-1,))])
-            new = xp.reshape(flat[SHAPE[1] : SHAPE[1] + 24], SHAPE)
+            new = xp.reshape(flat[columns : columns + size], (rows, columns))
+        elif op == "cross":  # elements that other results of the same shape may be written over
+            new = xp.maximum(a * number + (b.T if rows == columns else b), -b)
         elif op == "narrow":  # of zeros and ones: exact, in whatever order it is summed
             tall, short = xp.astype(b > number, b.dtype), xp.astype(a[:, :2] > 0.0, a.dtype)
-            new = a + xp.reshape(xp.matmul(tall.T, short), (-1,))[:4]
+            new = a + xp.reshape(xp.matmul(tall.T, short), (-1,))[:columns]
         else:
             new = xp.astype(a > number, a.dtype) * b
         stack.append(new)
     return [stack[i % len(stack)] for i in replaced], [xp.sum(stack[shown % len(stack)])]
 
 
-def replayed(program, **settings_):
+def replayed(program, shape=SHAPE, *, loops=False, **settings_):
     """The program three times, each from what the last left; all it returned."""
     rng = np.random.RandomState(1)
-    donated = [rng.standard_normal(SHAPE) for _ in range(3)]
-    passed = rng.standard_normal(SHAPE)
+    donated = [rng.standard_normal(shape) for _ in range(3)]
+    passed = rng.standard_normal(shape)
     mine = [a.copy() for a in donated]
     recorder = Recorder()
     recorded, _ = record(
@@ -231,7 +247,9 @@ def replayed(program, **settings_):
     )
 
     chosen = type("Dialect", (NumPyDialect,), {"block": 0, **settings_})
-    function = lower(recorded, 3, chosen).bind(mine, chosen(NUMPY))
+    replay = lower(recorded, 3, chosen, loops=loops)
+    library = compile_c(replay.loops) if loops else None
+    function = replay.bind(mine, chosen(NUMPY), library)
     for i in range(3):
         before = passed.copy()
         wanted, shown = interpret(program, np, [a.copy() for a in donated], passed, 0.5 + i)
@@ -260,6 +278,8 @@ def test_programs_at_random(program):
     replayed(program)
     replayed(program, block=10)
     replayed(program, block=10, narrow=3, numeric_masks=True)
+    replayed(program, (5, 5))
+    replayed(program, (5, 5), block=10)
 
 
 @pytest.mark.parametrize("slip", ["later reads forgotten", "every operand overwritten"])
@@ -290,16 +310,16 @@ def test_few_steps_are_not_worth_recording(monkeypatch):
     """Epochs within the first steps run eagerly, and what follows is as if they had not."""
     monkeypatch.setattr(RecordedEngine, "EAGER", 7)
     made = case(SquaredError(), Adam(), alpha=0.1)
-    replay_module._replay.cache_clear()
+    replay_module._prepare.cache_clear()
     arrays, values = run(ReplayEngine, *made, n_steps=3)
-    assert replay_module._replay.cache_info().currsize == 2  # batches of 5 and 2 rows
+    assert replay_module._prepare.cache_info().currsize == 2  # batches of 5 and 2 rows
     wanted, wanted_values = run(Engine, *made, n_steps=3)
     np.testing.assert_allclose(values, wanted_values, rtol=1e-14)
     for a, b in zip(arrays, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
-    replay_module._replay.cache_clear()
+    replay_module._prepare.cache_clear()
     run(ReplayEngine, *made, n_steps=2)
-    assert replay_module._replay.cache_info().currsize == 0
+    assert replay_module._prepare.cache_info().currsize == 0
 
 
 def fit(trainer, arrays, batch, epochs=3, **settings_):
@@ -321,7 +341,7 @@ def test_no_namespace_is_called_during_an_epoch(name, request, monkeypatch):
         return step(*args)
 
     monkeypatch.setattr(base, "step", counted)
-    replay_module._replay.cache_clear()
+    replay_module._prepare.cache_clear()
 
     class After(Callback):
         def on_epoch_end(self, epoch, params):

@@ -10,16 +10,19 @@ function's free variables.
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, groupby
 from types import CodeType
 from typing import Any
 
 import numpy as np
 
 from portable_mlp.engines.dialects import NumPyDialect
+from portable_mlp.engines.loops import LoopWriter
 from portable_mlp.engines.memory import Plan
 from portable_mlp.engines.program import (
     COMPARISONS,
@@ -40,12 +43,17 @@ class Replay:
     ----------
     source : str
         To be read: ``print(replay.source)``.
+    loops : str
+        What of it is in C; to be compiled before it is bound.
     """
 
     source: str
     code: CodeType
+    loops: str = ""
 
-    def bind(self, donated: list[Array], dialect: NumPyDialect) -> Callable[..., tuple[Any, ...]]:
+    def bind(
+        self, donated: list[Array], dialect: NumPyDialect, library: Any = None
+    ) -> Callable[..., tuple[Any, ...]]:
         """Allocate, and return the function of the remaining arguments.
 
         Parameters
@@ -53,14 +61,28 @@ class Replay:
         donated : list of arrays, C-contiguous
             Overwritten at each call by the program's first results.
         dialect : NumPyDialect
+        library : ctypes.PyDLL, optional
+            The compiled ``loops``, if there are any.
         """
-        scope = dialect.globals()
+        scope = {**dialect.globals(), "loops": partial(_loops, library)}
         exec(self.code, scope)
         run: Callable[..., tuple[Any, ...]] = scope["bind"](*donated)
         return run
 
 
-def lower(program: Program, n_donated: int, dialect: type[NumPyDialect]) -> Replay:
+def _loops(library: Any, number: int, *arrays: Array) -> Callable[[], None]:
+    """A compiled function as a call; it points at the arrays, which are kept with it."""
+    memory = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+    function = library[f"run{number}"]
+    function.argtypes, function.restype = [ctypes.c_void_p], None
+    call = partial(function, ctypes.addressof(memory))
+    call.kept = memory, arrays  # type: ignore[attr-defined]
+    return call
+
+
+def lower(
+    program: Program, n_donated: int, dialect: type[NumPyDialect], *, loops: bool = False
+) -> Replay:
     """Plan the memory of a program, and write its calls.
 
     Parameters
@@ -69,12 +91,15 @@ def lower(program: Program, n_donated: int, dialect: type[NumPyDialect]) -> Repl
     n_donated : int
         So many of the first inputs are overwritten, by the outputs of the same place.
     dialect : type of NumPyDialect
+    loops : bool, default=False
+        Whether what can be is written in C; NumPy only.
     """
     if dialect.numeric_masks:
         program = with_numeric_masks(program)
-    plan = Plan(program, n_donated, dialect.block)
-    source = _Writer(plan, dialect).source()
-    return Replay(source, compile(source, "<replay>", "exec"))
+    plan = Plan(program, n_donated, dialect.block, loops=loops)
+    writer = _Writer(plan, dialect)
+    source = writer.source()
+    return Replay(source, compile(source, "<replay>", "exec"), writer.loops.source)
 
 
 def with_numeric_masks(program: Program) -> Program:
@@ -104,6 +129,7 @@ class _Writer:
         self.bound: list[str] = []  # lines run once
         self.calls: list[str] = []  # lines run at each call
         self.names: dict[Any, str] = {}
+        self.loops = LoopWriter(plan.registers, plan.place, self.name, self.operand)
 
     def source(self) -> str:
         plan = self.plan
@@ -116,13 +142,17 @@ class _Writer:
         self.bound.append(f"memory = work({ends[-1]})")
         for (memory, n_bytes), start in zip(memories.items(), ends, strict=False):
             self.bound.append(f"{memory} = memory[{start}:{start + n_bytes}]")
-        for segment in plan.segments:
-            rows = plan.rows(segment)
-            if rows:
-                self._blocks(segment, rows)
-            else:
-                for x in segment:
-                    self._call(x, self.calls)
+        for in_loops, segments in groupby(plan.segments, lambda segment: segment[0] in plan.loops):
+            if in_loops:
+                self._loops(list(segments))
+                continue
+            for segment in segments:
+                rows = plan.rows(segment)
+                if rows:
+                    self._blocks(segment, rows)
+                else:
+                    for x in segment:
+                        self._call(x, self.calls)
         self._settle()
         results = "".join(f"{self._result(y)}, " for y in plan.program.outputs[len(donated) :])
         lines = [
@@ -294,6 +324,13 @@ class _Writer:
                 lines.append(self.dialect.assign(f"{self.name(x)}[{key}]", self.name(part)))
             start = end
         return lines
+
+    def _loops(self, segments: list[list[Node]]) -> None:
+        """One call of a function with all loops up to what is none."""
+        number, arrays = self.loops.run(segments)
+        call = self._fresh(("loops", number), "loops")
+        self.bound.append(f"{call} = loops({', '.join([str(number), *arrays])})")
+        self.calls.append(f"{call}()")
 
     def _blocks(self, segment: list[Node], rows: int) -> None:
         """A chain of elementwise operations, a block of rows at a time."""

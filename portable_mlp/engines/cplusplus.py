@@ -8,9 +8,9 @@ TYPES = {
     "uint16": "unsigned short", "uint32": "unsigned", "uint64": "unsigned long long",
 }  # fmt: skip
 
-# NaN passes through a maximum, as in NumPy
-_GREATER = "({0} >= {1} || {0} != {0} ? {0} : {1})"
-_LESS = "({0} <= {1} || {0} != {0} ? {0} : {1})"
+# NaN passes through a maximum, as in NumPy; of two equals, zeros of either sign, the second
+_GREATER = "({0} > {1} || {0} != {0} ? {0} : {1})"
+_LESS = "({0} < {1} || {0} != {0} ? {0} : {1})"
 
 FUNCTIONS = {
     **{name: f"({{0}} {sign} {{1}})" for name, sign in {

@@ -26,6 +26,8 @@ class NumPyDialect:
     # Columns of a product of a transposed matrix; with fewer it is quicker to compute the
     # product's transpose, if that matrix is not as narrow
     narrow: int = 0
+    # Whether its arrays are where loops in C can read and write them
+    loops: bool = True
     # Whether a comparison is quicker into numbers than into booleans that are then converted
     numeric_masks: bool = False
 
@@ -119,6 +121,7 @@ class NumPyDialect:
 class TorchDialect(NumPyDialect):
     """How operations are spelled for torch."""
 
+    loops = False
     block = 0  # torch works on several cores; blocks would be too short for that
     wide = wider = 0
     vectors = ()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
+from portable_mlp.engines.loops import is_loop
 from portable_mlp.engines.program import (
+    REDUCTIONS,
     VIEWS,
     Node,
     Program,
@@ -23,7 +25,11 @@ class Plan:
     ----------
     segments : list of lists of Node
         What is calculated, in order; a segment of more than one is a chain of
-        elementwise operations that run block by block.
+        elementwise operations, which run block by block, or in one loop.
+    loops : set of Node
+        What runs in loops.
+    registers : set of Node
+        What only its own loop needs: it has no place.
     place : dict
         For each calculated node, its memory's number and its offset there in bytes.
         Negative numbers are scratch memories, as large as a block.
@@ -34,7 +40,9 @@ class Plan:
         that array's node and the offset there.
     """
 
-    def __init__(self, program: Program, n_donated: int, block: int) -> None:
+    def __init__(
+        self, program: Program, n_donated: int, block: int, *, loops: bool = False
+    ) -> None:
         self.program = program
         self.donated = program.inputs[:n_donated]
         self.passed = program.inputs[n_donated:]
@@ -44,6 +52,9 @@ class Plan:
             x for x in program.nodes
             if x.op not in VIEWS and x not in self.fixed and not x.is_number
         ]  # fmt: skip
+        passed = set(self.passed)
+        self.loops = {x for x in calculated if loops and is_loop(x, passed)}
+        self.registers: set[Node] = set()
         self.place: dict[Node, tuple[int, int]] = {}
         self.sizes: list[int] = []
         self.scratch: list[int] = []
@@ -76,23 +87,27 @@ class Plan:
 
     def _segments(self, calculated: list[Node]) -> list[list[Node]]:
         segments: list[list[Node]] = []
-        chained: tuple[int, ...] | None = None
+        chained: tuple[bool, tuple[int, ...]] | None = None
         for x in calculated:
-            blockwise = (
-                0 < self.block < x.size and x.elementwise
-                and all(a.shape in ((), x.shape) for a in x.arrays)
-            )  # fmt: skip
-            if blockwise and x.shape == chained:
+            loop = x in self.loops
+            if loop:
+                together = x.op not in REDUCTIONS
+            else:
+                together = 0 < self.block < x.size and x.elementwise
+                together &= all(a.shape in ((), x.shape) for a in x.arrays)
+            # Of a result, the same element: others are not there yet
+            crossed = segments and any(a.root in segments[-1] and a.op in VIEWS for a in x.arrays)
+            if together and chained == (loop, x.shape) and not crossed:
                 segments[-1].append(x)
             else:
                 segments.append([x])
-            chained = x.shape if blockwise else None
+            chained = (loop, x.shape) if together else None
         return segments
 
     def rows(self, segment: list[Node]) -> int:
         """Rows of a block; 0 if the segment is not to be cut."""
         (first, *more) = segment
-        if not more or first.size <= self.block:
+        if not more or first in self.loops or first.size <= self.block:
             return 0
         return max(1, first.shape[0] * self.block // first.size)
 
@@ -121,6 +136,9 @@ class Plan:
                     for x in segment}  # fmt: skip
             spare = list(range(len(self.scratch)))  # other segments' is free again
             for x in segment:
+                if x in self.loops and last[x] == now:
+                    self.registers.add(x)
+                    continue
                 if x in self.homes:
                     home, offset = self.homes[x]
                     if home not in self.place:
@@ -165,7 +183,7 @@ class Plan:
         """Scratch memory that x is the last to read; an elementwise result may go there."""
         for operand in x.arrays:
             root = operand.root
-            if root in left:
+            if root in left and root in self.place:
                 left[root] -= 1
                 memory = self.place[root][0]
                 if not left[root] and memory < 0:
@@ -179,13 +197,23 @@ class Plan:
         That of an operand, where each element is read before it is written; or that of
         the donated array which x replaces.
         """
+        place = self.place
         later = segment[segment.index(x) + 1 :]
-        still_read = {self.place.get(o.root, (0,))[0] for y in later for o in y.arrays}
+        still_read = {place[o.root][0] for y in later for o in y.arrays if o.root in place}
+        # What the segment reads elsewhere than it writes would be overwritten before
+        still_read |= {
+            place[o.root][0]
+            for y in segment
+            for o in y.arrays
+            if o.root in place and not (o.contiguous and o.size == o.root.size == y.size)
+        }
         candidates: dict[int, bool] = {}
-        for operand in x.arrays:
-            memory, offset = self.place.get(operand.root, (-1, 0))
+        loop = x in self.loops
+        readers = segment[: segment.index(x) + 1] if loop else [x]
+        for operand in (o for y in readers for o in y.arrays):
+            memory, offset = place.get(operand.root, (-1, 0))
             fits = (
-                x.elementwise and x.op != "where"
+                x.elementwise and (loop or x.op != "where")
                 and (operand.shape, operand.dtype) == (x.shape, x.dtype) and operand.contiguous
                 and offset == 0 and memory >= 0 and self.sizes[memory] == x.n_bytes
                 and until[memory] <= now and memory not in still_read

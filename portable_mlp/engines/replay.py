@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
+from ctypes import PyDLL
 from functools import lru_cache
+from time import perf_counter
 from typing import Any
 
 from portable_mlp.backends import Backend
+from portable_mlp.engines import compiler
 from portable_mlp.engines.base import RecordedEngine, Task, Tree, Values, recorded
 from portable_mlp.engines.calls import Replay, lower
 from portable_mlp.engines.dialects import DIALECTS
 from portable_mlp.engines.program import leaves, specify
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe
 from portable_mlp.typing import Array
+from portable_mlp.warn import warn
 
 
 class ReplayEngine(RecordedEngine):
-    """Makes the calls of `portable_mlp.engines.calls`."""
+    """Makes the calls of `portable_mlp.engines.calls`.
+
+    Where there is a C compiler and training has gone on for a while, it compiles the loops
+    of `portable_mlp.engines.loops` in the background, and goes over to them between two
+    epochs: they give the same bits.  See `compiler.when` for how to decide otherwise.
+    """
 
     name = "replay"
 
+    PATIENCE = 0.25  # seconds of training
+
     def __init__(self, backend: Backend, recipe: Recipe) -> None:
         super().__init__(backend, recipe)
-        self.dialect = DIALECTS[backend.name](backend)
+        self._when = compiler.when() if DIALECTS[backend.name].loops else "never"
+        self._seconds = 0.0
+        self._to_come: list[_Prepared] = []
         self._arrays: Arrays | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.dialect = DIALECTS[self.backend.name](self.backend)
         self._programs: dict[int, tuple[list[Array], Callable[..., tuple[Any, ...]]]] = {}
 
     def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
-        if arrays is not self._arrays:
-            self._programs.clear()
+        begun = perf_counter()
+        if arrays is not self._arrays or (self._to_come and all(p.done for p in self._to_come)):
+            self._forget()
+            self._to_come = []
             self._arrays = arrays
         n, batch_size, hypers = task.n_rows, task.batch_size, task.hypers
         # The longer batch first: its memory is enough for the shorter
@@ -53,6 +73,10 @@ class ReplayEngine(RecordedEngine):
             losses, penalties = zip(*found, strict=True)
             found = self._fetch(list(losses), list(penalties))
         values += found
+        self._seconds += perf_counter() - begun
+        if self._when == "later" and self._seconds > self.PATIENCE:
+            for prepared in self._to_come:
+                prepared.compile()
 
     def _bind(self, arrays: Arrays, data: Batch, size: int, hyper: Hyper) -> None:
         """Make buffers for a batch of so many rows, and the function that does a step with it."""
@@ -63,11 +87,56 @@ class ReplayEngine(RecordedEngine):
             buffers = [self.dialect.buffer(a, size) for a in data if a is not None]
         batch = Batch(*buffers)
         arguments = specify((arrays, batch, hyper))
-        replay = _replay(self.recipe, self.backend.name, Tree(arguments))
-        self._programs[size] = buffers, replay.bind(list(leaves(arrays)), self.dialect)
+        prepared = _prepare(self.recipe, self.backend.name, Tree(arguments))
+        if self._when == "now":
+            prepared.compile()
+            prepared.wait()
+        replay, library = prepared.calls, None
+        if self._when != "never":
+            if prepared.done:
+                replay, library = prepared.best
+            else:
+                self._to_come.append(prepared)
+        self._programs[size] = buffers, replay.bind(list(leaves(arrays)), self.dialect, library)
+
+
+class _Prepared:
+    """A step as calls, and as calls with loops when they are compiled.
+
+    Without buffers, so that it can outlive a fit.
+    """
+
+    def __init__(self, recipe: Recipe, dialect: str, arguments: Tree) -> None:
+        self._program = recorded(recipe, arguments)
+        self._dialect = DIALECTS[dialect]
+        self.calls = lower(*self._program, self._dialect)
+        self._looped: tuple[Replay, Future[PyDLL]] | None = None
+
+    def compile(self) -> None:
+        """Begin to compile the loops, if that has not been done."""
+        if self._looped is None:
+            replay = lower(*self._program, self._dialect, loops=True)
+            self._looped = replay, compiler.compile_beside(replay.loops)
+
+    def wait(self) -> None:
+        """Until they are compiled, or it is known why not, which is told."""
+        if self._looped is not None and (error := self._looped[1].exception()):
+            warn(f"the step runs without loops in C: {error}", RuntimeWarning)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing better to come."""
+        return self._looped is not None and self._looped[1].done()
+
+    @property
+    def best(self) -> tuple[Replay, PyDLL | None]:
+        """What there is, once it is ``done``, and what to bind it with."""
+        if self._looped is None or self._looped[1].exception():
+            return self.calls, None
+        replay, library = self._looped
+        return replay, library.result()
 
 
 @lru_cache(maxsize=64)
-def _replay(recipe: Recipe, dialect: str, arguments: Tree) -> Replay:
-    # Without buffers, so that it can outlive a fit
-    return lower(*recorded(recipe, arguments), DIALECTS[dialect])
+def _prepare(recipe: Recipe, dialect: str, arguments: Tree) -> _Prepared:
+    return _Prepared(recipe, dialect, arguments)

@@ -1,0 +1,378 @@
+"""Loops in C: NumPy's bits, whatever is compiled and whenever."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import warnings
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_engines import OPTIMIZERS, case, programs, replayed, run
+
+from portable_mlp import ACTIVATIONS, MLPClassifier
+from portable_mlp.engines import Engine, ReplayEngine, compiler
+from portable_mlp.engines import replay as replay_module
+from portable_mlp.engines.base import RecordedEngine
+from portable_mlp.engines.calls import lower
+from portable_mlp.engines.dialects import NumPyDialect
+from portable_mlp.engines.loops import EXACT
+from portable_mlp.engines.memory import Plan
+from portable_mlp.engines.program import specify
+from portable_mlp.engines.recording import Recorder, record
+from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy
+from portable_mlp.optimizers import Adam, SklearnAdam
+
+pytestmark = pytest.mark.skipif(not compiler.find(), reason="no C compiler")
+
+DTYPES = ["float32", "float64"]
+
+
+@pytest.fixture(autouse=True)
+def _recorded_from_the_first_step(monkeypatch):
+    monkeypatch.setattr(RecordedEngine, "EAGER", 0)
+    replay_module._prepare.cache_clear()
+
+
+@pytest.fixture
+def now(monkeypatch):
+    monkeypatch.setenv("PORTABLE_MLP_COMPILE", "now")
+
+
+def written(function, *arrays):
+    """A function as a program that overwrites its arguments, the first by its result."""
+    recorder = Recorder()
+    program, _ = record(
+        lambda *args: [function(recorder, *args), *args[1:]], recorder, specify(arrays)
+    )
+    dialect = type("Dialect", (NumPyDialect,), {"block": 0})
+    return lower(program, len(arrays), dialect, loops=True)
+
+
+def computed(function, *arrays):
+    """What the loops make of the first argument."""
+    replay = written(function, *arrays)
+    mine = [a.copy() for a in arrays]
+    replay.bind(mine, NumPyDialect(None), compiler.compile_c(replay.loops))()
+    return mine[0], replay
+
+
+def calls(replay):
+    """The lines that run at each call."""
+    _, body = replay.source.split("def run():\n")
+    return "\n".join(line.strip() for line in body.split("        return")[0].splitlines())
+
+
+def assert_same_bits(got, wanted):
+    """Of zeros the sign too; of NaN only that it is one."""
+    assert got.dtype == wanted.dtype
+    np.testing.assert_array_equal(got, wanted)
+    known = ~np.isnan(wanted)
+    np.testing.assert_array_equal(np.signbit(got[known]), np.signbit(wanted[known]))
+
+
+# ---------------------------------------------------------------- operations
+
+FUNCTIONS = {
+    **{name: lambda xp, x, y, f=name: getattr(xp, f)(x)
+       for name in ("sqrt", "square", "reciprocal", "negative")},
+    "absolute": lambda xp, x, y: xp.abs(x),
+    **{name: lambda xp, x, y, f=name: getattr(xp, f)(x, y)
+       for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum")},
+    **{name: lambda xp, x, y, f=name: xp.astype(getattr(xp, f)(x, y), x.dtype)
+       for name in ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")},
+    **{name: lambda xp, x, y, f=name: xp.astype(getattr(xp, f)(x > y, y > 0.0), x.dtype)
+       for name in ("logical_and", "logical_or", "bitwise_and", "bitwise_or", "bitwise_xor")},
+    "logical_not": lambda xp, x, y: xp.astype(xp.logical_not(x > y), x.dtype),
+    "where": lambda xp, x, y: xp.where(x > y, x, 0.3),
+    "astype": lambda xp, x, y: xp.astype(xp.astype(x, "float32") * 3.0, x.dtype) + y,
+    "copy": lambda xp, x, y: xp.reshape(xp.reshape(x.T, (-1,)) * 0.1, x.shape) + y,
+}  # fmt: skip
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.1, -3.7, 1e-40, 3e38, 1e-310, np.inf, -np.inf, np.nan]
+
+
+def test_every_operation_is_listed():
+    assert set(FUNCTIONS) == EXACT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operations_are_numpys_on_whatever_values(dtype):
+    """Zeros, infinities, NaN and subnormal numbers, each with each; in vectors and beyond."""
+    with np.errstate(all="ignore"):
+        x, y = (a.astype(dtype) for a in np.meshgrid(SPECIAL, SPECIAL))
+        x, y = np.tile(x, (3, 1)), np.tile(y, (3, 1))
+        for name, function in FUNCTIONS.items():
+            got, replay = computed(function, x, y)
+            assert re.fullmatch(r"loops\d+\(\)", calls(replay)), name
+            assert_same_bits(got, function(np, x, y))
+
+
+def test_integers_are_compared_and_masked():
+    x = np.arange(-6, 6, dtype=np.int64).reshape(3, 4)
+    bits = np.arange(12, dtype=np.uint32).reshape(3, 4) * np.uint32(400_000_003)
+    for function in (
+        lambda xp, x, b: xp.astype(x > 2, x.dtype),
+        lambda xp, x, b: xp.astype(xp.astype(b, "uint8"), x.dtype),
+    ):
+        got, replay = computed(function, x, bits)
+        assert "run0" in replay.loops
+        np.testing.assert_array_equal(got, function(np, x, bits))
+    got, replay = computed(lambda xp, b, x: ((b * 2654435769) ^ (b + 7)) | 1, bits, x)
+    np.testing.assert_array_equal(got, ((bits * np.uint32(2654435769)) ^ (bits + np.uint32(7))) | 1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda xp, x, y: xp.exp(x),
+        lambda xp, x, y: x**3.0,
+        lambda xp, x, y: xp.astype(xp.astype(x, "int32"), x.dtype),
+        lambda xp, x, y: x - xp.max(x, axis=1, keepdims=True),
+        lambda xp, x, y: x - xp.sum(xp.reshape(y[1:, :1], (-1,))),
+    ],
+)
+def test_what_has_not_one_right_result_stays_a_call(function):
+    x = np.arange(12.0).reshape(4, 3)
+    got, replay = computed(function, x, x + 1.0)
+    assert re.search(r"^\w+_\(|^v\d+\[\.\.\.\] = ", calls(replay), re.MULTILINE)
+    np.testing.assert_array_equal(got, function(np, x, x + 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["sum", "max", "min", "prod"])
+@pytest.mark.parametrize("shape", [(2, 100), (10, 65), (64, 65), (3, 9000)])
+def test_rows_are_added_up_as_numpy_does(dtype, name, shape):
+    x = np.random.RandomState(0).standard_normal(shape).astype(dtype)
+    x[1, 3], x[0, 4] = np.nan, -0.0
+
+    def function(xp, x):
+        return x - getattr(xp, name)(x, axis=0)
+
+    got, replay = computed(function, x)
+    assert "reduce" not in replay.source
+    assert_same_bits(got, function(np, x))
+
+
+def test_adam_is_read_as_it_is_computed():
+    """Each moment once through memory, the parameters at the end, a block at a time."""
+    rule, n = Adam(), 5000
+
+    def function(xp, p, g, m, v):
+        new, moments = rule.update(p, g, (m, v), (0.1, 0.01, 1e-8), xp)
+        return [new, g, *moments]
+
+    arrays = np.abs(np.random.RandomState(0).standard_normal((4, n)).astype(np.float32))
+    recorder = Recorder()
+    program, _ = record(lambda *args: function(recorder, *args), recorder, specify((*arrays,)))
+    replay = lower(program, 4, NumPyDialect, loops=True)
+    assert ADAM in replay.loops
+    mine, wanted = ([a.copy() for a in arrays] for _ in range(2))
+    replay.bind(mine, NumPyDialect(None), compiler.compile_c(replay.loops))()
+    for a, b in zip(mine, function(np, *wanted), strict=True):
+        assert_same_bits(a, b)
+
+
+ADAM = """\
+    for (long start = 0; start < 5000; start += 1024) {
+        const long end = start < 3976 ? start + 1024 : 5000;
+        for (long i = start; i < end; ++i) {
+            const float v0 = (m0[i] * (float)0.9);
+            const float v1 = (v0 + m1[i]);
+            m0[i] = v1;
+        }
+        for (long i = start; i < end; ++i) {
+            const float v1 = (m2[i] * (float)0.999);
+            const float v2 = (m1[i] * m1[i]);
+            const float v3 = (v1 + v2);
+            m2[i] = v3;
+        }
+        for (long i = start; i < end; ++i) {
+            const float v2 = sqrt(m2[i]);
+            const float v3 = (v2 + (float)1e-08);
+            const float v4 = (m0[i] / v3);
+            const float v5 = (v4 * (float)0.01);
+            const float v6 = (m3[i] - v5);
+            m3[i] = v6;
+        }
+    }
+"""
+
+
+# ---------------------------------------------------------------- programs
+
+SLOW = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@SLOW
+@given(programs(), st.sampled_from([(6, 4), (5, 5)]))
+def test_programs_at_random(program, shape):
+    replayed(program, shape, loops=True)
+
+
+@pytest.mark.parametrize("slip", ["later reads forgotten", "views taken for the same element"])
+def test_a_planner_with_a_slip_would_be_seen(slip, monkeypatch):
+    """The planted twins of the test above."""
+    if slip == "later reads forgotten":
+
+        def overwritten(self, x, segment, until, now, original=Plan._overwritten):
+            return original(self, x, segment, dict.fromkeys(until, -1), now)
+
+        monkeypatch.setattr(Plan, "_overwritten", overwritten)
+    else:
+        monkeypatch.setattr("portable_mlp.engines.loops.through", lambda x, access: access)
+
+    @settings(SLOW, database=None)
+    @given(programs(), st.sampled_from([(6, 4), (5, 5)]))
+    def check(program, shape):
+        replayed(program, shape, loops=True)
+
+    with pytest.raises(Exception):  # noqa: B017, PT011 (which one depends on the slip)
+        check()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_steps_are_the_same_to_the_last_bit(loss, weighted, now):
+    turn = 2 * list(LOSSES).index(loss) + weighted
+    options = [{}, {"alpha": 0.1}, {"dropout": 0.3}, {"clip_norm": 0.05, "alpha": 0.1}]
+    for i in range(2):
+        optimizer = OPTIMIZERS[(turn + 5 * i) % len(OPTIMIZERS)]
+        activation = [*ACTIVATIONS][(turn + i) % len(ACTIVATIONS)]
+        made = case(
+            LOSSES[loss], optimizer, activation, dtype=DTYPES[turn % 2], weighted=weighted,
+            sizes=[(5, 7, 6, 3), (2, 600, 3)][i], **options[(turn + i) % 4],
+        )  # fmt: skip
+        arrays, values = run(ReplayEngine, *made)
+        wanted, wanted_values = run(Engine, *made)
+        np.testing.assert_allclose(values, wanted_values, rtol=1e-14 if turn % 2 else 1e-6)
+        for a, b in zip(arrays, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+# ---------------------------------------------------------------- when
+
+
+@pytest.fixture
+def bound(monkeypatch):
+    """For each program that is bound, whether loops come with it."""
+    found = []
+
+    def bind(self, donated, dialect, library=None, original=replay_module.Replay.bind):
+        found.append(library is not None)
+        return original(self, donated, dialect, library)
+
+    monkeypatch.setattr(replay_module.Replay, "bind", bind)
+    return found
+
+
+def test_loops_take_over_between_two_epochs(monkeypatch, bound):
+    """For both sizes of batches at once; the steps are as if nothing had happened."""
+    monkeypatch.setenv("PORTABLE_MLP_COMPILE", "later")
+    monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
+    begun = []
+
+    def compile_beside(source):
+        begun.append((source, Future()))
+        return begun[-1][1]
+
+    monkeypatch.setattr(compiler, "compile_beside", compile_beside)
+    seen = []
+
+    class Watched(ReplayEngine):
+        def run(self, arrays, task):
+            done = super().run(arrays, task)
+            seen.append(bound.copy())
+            if len(seen) in (2, 3):
+                source, future = begun[len(seen) - 2]
+                future.set_result(compiler.compile_c(source))
+            return done
+
+    made = case(SoftmaxCrossEntropy(), SklearnAdam(), "relu", alpha=0.1)
+    arrays, _ = run(Watched, *made, n_steps=6)
+    assert len(begun) == 2
+    assert seen == [[False, False]] * 3 + [[False, False, True, True]] * 3
+    wanted, _ = run(Engine, *made, n_steps=6)
+    for a, b in zip(arrays, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    # A later engine has them from the beginning
+    run(ReplayEngine, *made, n_steps=1)
+    assert bound[4:] == [True, True]
+
+
+def test_nothing_is_compiled_for_a_short_training(monkeypatch, bound):
+    monkeypatch.setattr(compiler, "compile_beside", None)
+    for when in ("later", "never"):
+        monkeypatch.setenv("PORTABLE_MLP_COMPILE", when)
+        run(ReplayEngine, *case(SoftmaxCrossEntropy(), Adam()))
+    assert bound == [False] * 4
+
+
+def test_a_compiler_is_asked_after_a_while(monkeypatch, bound):
+    """As by default, and by the machine's own."""
+    monkeypatch.delenv("PORTABLE_MLP_COMPILE", raising=False)
+    monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
+    made = case(SoftmaxCrossEntropy(), Adam())
+    run(ReplayEngine, *made, n_steps=2)
+    compiler.compile_beside("").result()  # waits in line
+    run(ReplayEngine, *made, n_steps=2)
+    assert bound == [False, False, True, True]
+
+
+@pytest.mark.parametrize("command", ["false", "no-such-compiler --at all"])
+def test_what_does_not_compile_runs_as_calls(command, monkeypatch, bound):
+    monkeypatch.setenv("CC", command)
+    monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
+    made = case(SoftmaxCrossEntropy(), Adam())
+    wanted, _ = run(Engine, *made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arrays, _ = run(ReplayEngine, *made)
+    compiler.compile_beside("").exception()
+    run(ReplayEngine, *made)
+    replay_module._prepare.cache_clear()
+    monkeypatch.setenv("PORTABLE_MLP_COMPILE", "now")
+    with pytest.warns(RuntimeWarning, match="without loops in C: .+"):
+        again, _ = run(ReplayEngine, *made)
+    assert not any(bound)
+    for a, b, c in zip(arrays, again, wanted, strict=True):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, c)
+
+
+def test_an_environment_that_says_something_else_is_an_error(monkeypatch):
+    monkeypatch.setenv("PORTABLE_MLP_COMPILE", "yes")
+    X, y = np.eye(20), np.arange(20) % 2
+    with pytest.raises(ValueError, match="PORTABLE_MLP_COMPILE must be one of later, now, never"):
+        MLPClassifier(max_iter=1).fit(X, y)
+
+
+def test_two_fits_share_a_library_but_no_memory(now):
+    """Interleaved, they do what each does alone."""
+    trainer, arrays, batch = case(SoftmaxCrossEntropy(), Adam())
+    alone, _ = run(ReplayEngine, trainer, arrays, batch)
+    others = []
+
+    class Beside(ReplayEngine):
+        def run(self, own, task):
+            others.append(run(ReplayEngine, trainer, arrays, batch))
+            return super().run(own, task)
+
+    arrays, _ = run(Beside, trainer, arrays, batch)
+    for found in (arrays, others[-1][0]):
+        for a, b in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_has_a_compiler_too():
+    """Its parent's thread is not there."""
+    compiler.compile_beside("").result()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if compiler.compile_beside("").result(timeout=15) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
