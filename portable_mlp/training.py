@@ -289,7 +289,7 @@ class Trainer:
             callback.on_fit_begin(max_epochs)
         try:
             with self.backend.scope(self.dtype), deferred_interrupt() as interrupted:
-                run = _Run(
+                reason = _Run(
                     self,
                     state,
                     source,
@@ -299,8 +299,7 @@ class Trainer:
                     validate,
                     callbacks,
                     Pauses(interrupted, callbacks, lambda: model and model(state)),
-                )
-                reason = run.epochs()
+                ).epochs()
                 xp = self.backend.xp
                 finite = [xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.leaves]
                 if not self.backend.fetch(finite).all():

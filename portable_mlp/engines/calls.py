@@ -66,7 +66,9 @@ class Replay:
         """
         scope = {**dialect.globals(), "loops": partial(_loops, library)}
         exec(self.code, scope)
-        run: Callable[..., tuple[Any, ...]] = scope["bind"](*donated)
+        # If it stayed in its own scope, memory would live on until cycles are looked for
+        bind = scope.pop("bind")
+        run: Callable[..., tuple[Any, ...]] = bind(*donated)
         return run
 
 

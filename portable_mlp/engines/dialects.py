@@ -59,6 +59,10 @@ class NumPyDialect:
             self._memory = self.empty(n_bytes)
         return self._memory
 
+    def release(self) -> None:
+        """Let that memory go, when no program is left."""
+        self._memory = None
+
     @classmethod
     def dtype(cls, dtype: Any) -> str:
         return f"np.{dtype}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from ctypes import PyDLL
-from functools import lru_cache
+from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any
 
@@ -34,21 +34,18 @@ class ReplayEngine(RecordedEngine):
 
     def __init__(self, backend: Backend, recipe: Recipe) -> None:
         super().__init__(backend, recipe)
-        self._when = compiler.when() if DIALECTS[backend.name].loops else "never"
+        self.dialect = DIALECTS[backend.name](backend)
+        self._when = compiler.when() if self.dialect.loops else "never"
         self._seconds = 0.0
         self._to_come: list[_Prepared] = []
         self._arrays: Arrays | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self.dialect = DIALECTS[self.backend.name](self.backend)
         self._programs: dict[int, tuple[list[Array], Callable[..., tuple[Any, ...]]]] = {}
 
     def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
         begun = perf_counter()
-        if arrays is not self._arrays or (self._to_come and all(p.done for p in self._to_come)):
-            self._forget()
-            self._to_come = []
+        if arrays is not self._arrays or self._goes_over():
+            self._programs.clear()
+            self._to_come.clear()
             self._arrays = arrays
         n, batch_size, hypers = task.n_rows, task.batch_size, task.hypers
         # The longer batch first: its memory is enough for the shorter
@@ -74,9 +71,19 @@ class ReplayEngine(RecordedEngine):
             found = self._fetch(list(losses), list(penalties))
         values += found
         self._seconds += perf_counter() - begun
-        if self._when == "later" and self._seconds > self.PATIENCE:
-            for prepared in self._to_come:
-                prepared.compile()
+
+    def _goes_over(self) -> bool:
+        """Whether what is bound has served its time; after a while, begin to compile."""
+        if all(p.begun for p in self._to_come):
+            return bool(self._to_come) and all(p.done for p in self._to_come)
+        if self._seconds <= self.PATIENCE:
+            return False
+        # To write a program takes about as much memory as to run it
+        self._programs.clear()
+        self.dialect.release()
+        for prepared in self._to_come:
+            prepared.compile()
+        return True
 
     def _bind(self, arrays: Arrays, data: Batch, size: int, hyper: Hyper) -> None:
         """Make buffers for a batch of so many rows, and the function that does a step with it."""
@@ -107,21 +114,27 @@ class _Prepared:
     """
 
     def __init__(self, recipe: Recipe, dialect: str, arguments: Tree) -> None:
-        self._program = recorded(recipe, arguments)
-        self._dialect = DIALECTS[dialect]
-        self.calls = lower(*self._program, self._dialect)
+        program, kind = recorded(recipe, arguments), DIALECTS[dialect]
+        self.calls = lower(*program, kind)
+        self._to_loop: Callable[[], Replay] | None = partial(lower, *program, kind, loops=True)
         self._looped: tuple[Replay, Future[PyDLL]] | None = None
 
     def compile(self) -> None:
         """Begin to compile the loops, if that has not been done."""
-        if self._looped is None:
-            replay = lower(*self._program, self._dialect, loops=True)
+        if self._to_loop is not None:
+            replay = self._to_loop()
             self._looped = replay, compiler.compile_beside(replay.loops)
+            self._to_loop = None  # the program goes
 
     def wait(self) -> None:
         """Until they are compiled, or it is known why not, which is told."""
         if self._looped is not None and (error := self._looped[1].exception()):
             warn(f"the step runs without loops in C: {error}", RuntimeWarning)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the compiler has been asked."""
+        return self._looped is not None
 
     @property
     def done(self) -> bool:
