@@ -125,7 +125,7 @@ class Worker:
     def enter(self, workload: Workload, dtype: str, seconds: float) -> int:
         """Set up a workload; returns how many epochs take about this many seconds."""
         self._ask((workload, dtype))
-        # JAX compiles in the first call, and anew when fed its own results
+        # JAX compiles in the first call, and anew when fed its own results; so does portable_mlp
         first = self.time(2)
         epochs = 1
         while (elapsed := self.time(epochs)) < seconds / 4:
@@ -234,7 +234,7 @@ def report(args: argparse.Namespace, dtype: str, results: Results) -> Iterator[s
     if suite.unit == "µs a step":
         yield (
             "Milliseconds that the first two epochs took longer than later ones: late imports, and"
-            " what JAX compiles."
+            " what JAX, and the C compiler of portable_mlp numpy, compile."
         )
         heads = {name: {n: 1e3 * s for n, s in own.items()} for name, own in results.heads.items()}
         yield table(["ms", *numbers], [[name, *map(h.get, numbers)] for name, h in heads.items()])

@@ -5,6 +5,7 @@ Each contestant lives in a process of its own, which loads only its own librarie
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +176,8 @@ class PortableMLP(Contestant):
         from portable_mlp.steps import Batch
         from portable_mlp.training import Trainer
 
+        # Before the first step, as JAX does: what it takes is told apart
+        os.environ.setdefault("PORTABLE_MLP_COMPILE", "now")
         self.backend = get_backend(device, backend)
         super().__init__(workload, dtype)
         self.rng = np.random.RandomState(0)
@@ -213,6 +216,8 @@ class WithoutTrick(PortableMLP):
         from portable_mlp.engines import dialects, memory
 
         plan, dialect = memory.Plan, dialects.NumPyDialect
+        if "loops" in trick:
+            os.environ["PORTABLE_MLP_COMPILE"] = "never"
         if trick == "recording":
             NumPyBackend.engine = "eager"
         elif trick == "memory used again":
@@ -220,9 +225,9 @@ class WithoutTrick(PortableMLP):
             plan._take = lambda self, free, n_bytes: self._new(n_bytes)
         elif trick == "gradients in their place":
             plan._homes = lambda *_: {}
-        elif trick == "blocks":
+        elif trick == "loops and blocks":
             dialect.block = 0
-        elif trick == "long rows":
+        elif trick == "loops and long rows":
             dialect.wide, dialect.wider, dialect.vectors = 0, 0, ()
         super().__init__(workload, dtype, "numpy")
 
@@ -539,10 +544,11 @@ TRICKS: Contestants = {
         f"without {trick}": (partial(WithoutTrick, trick=trick), "portable_mlp")
         for trick in (
             "recording",
+            "loops",
             "memory used again",
             "gradients in their place",
-            "blocks",
-            "long rows",
+            "loops and blocks",
+            "loops and long rows",
         )
     },
 }

@@ -30,13 +30,12 @@ class ReplayEngine(RecordedEngine):
 
     name = "replay"
 
-    PATIENCE = 0.25  # seconds of training
+    PATIENCE = 0.25  # seconds of training in all fits that take the same step
 
     def __init__(self, backend: Backend, recipe: Recipe) -> None:
         super().__init__(backend, recipe)
         self.dialect = DIALECTS[backend.name](backend)
         self._when = compiler.when() if self.dialect.loops else "never"
-        self._seconds = 0.0
         self._to_come: list[_Prepared] = []
         self._arrays: Arrays | None = None
         self._programs: dict[int, tuple[list[Array], Callable[..., tuple[Any, ...]]]] = {}
@@ -70,13 +69,14 @@ class ReplayEngine(RecordedEngine):
             losses, penalties = zip(*found, strict=True)
             found = self._fetch(list(losses), list(penalties))
         values += found
-        self._seconds += perf_counter() - begun
+        for prepared in self._to_come:
+            prepared.seconds += perf_counter() - begun
 
     def _goes_over(self) -> bool:
         """Whether what is bound has served its time; after a while, begin to compile."""
         if all(p.begun for p in self._to_come):
             return bool(self._to_come) and all(p.done for p in self._to_come)
-        if self._seconds <= self.PATIENCE:
+        if max(p.seconds for p in self._to_come) <= self.PATIENCE:
             return False
         # To write a program takes about as much memory as to run it
         self._programs.clear()
@@ -111,11 +111,17 @@ class _Prepared:
     """A step as calls, and as calls with loops when they are compiled.
 
     Without buffers, so that it can outlive a fit.
+
+    Attributes
+    ----------
+    seconds : float
+        That it has been repeated for as calls.
     """
 
     def __init__(self, recipe: Recipe, dialect: str, arguments: Tree) -> None:
         program, kind = recorded(recipe, arguments), DIALECTS[dialect]
         self.calls = lower(*program, kind)
+        self.seconds = 0.0
         self._to_loop: Callable[[], Replay] | None = partial(lower, *program, kind, loops=True)
         self._looped: tuple[Replay, Future[PyDLL]] | None = None
 
