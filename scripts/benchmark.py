@@ -125,12 +125,11 @@ class Worker:
     def enter(self, workload: Workload, dtype: str, seconds: float) -> int:
         """Set up a workload; returns how many epochs take about this many seconds."""
         self._ask((workload, dtype))
-        # JAX compiles in the first call, and anew when fed its own results; so does portable_mlp
-        first = self.time(2)
+        first = self.time(workload.head)
         epochs = 1
         while (elapsed := self.time(epochs)) < seconds / 4:
             epochs = ceil(epochs * min(seconds / elapsed, 10.0))
-        self.head = max(0.0, first - 2 * elapsed / epochs)
+        self.head = max(0.0, first - workload.head * elapsed / epochs)
         return max(1, round(epochs * seconds / elapsed))
 
     def time(self, epochs: int) -> float:
@@ -157,7 +156,7 @@ class Worker:
 class Results:
     """By contestant and workload: a time in each round, losses, and what went wrong.
 
-    ``heads`` are the seconds that the first two epochs took longer than later ones.
+    ``heads`` are the seconds that the first epochs took longer than later ones.
     """
 
     samples: dict[str, dict[int, list[float]]]
@@ -233,8 +232,8 @@ def report(args: argparse.Namespace, dtype: str, results: Results) -> Iterator[s
     )
     if suite.unit == "µs a step":
         yield (
-            "Milliseconds that the first two epochs took longer than later ones: late imports, and"
-            " what JAX, and the C compiler of portable_mlp numpy, compile."
+            "Milliseconds that the first epochs, at least two and 20 steps, took longer than later"
+            " ones: late imports, and what JAX, and the C compiler of portable_mlp numpy, compile."
         )
         heads = {name: {n: 1e3 * s for n, s in own.items()} for name, own in results.heads.items()}
         yield table(["ms", *numbers], [[name, *map(h.get, numbers)] for name, h in heads.items()])

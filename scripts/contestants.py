@@ -37,6 +37,11 @@ class Workload:
         """Number of steps in an epoch."""
         return ceil(self.rows / self.batch)
 
+    @property
+    def head(self) -> int:
+        """Epochs after which all is compiled: of JAX two, of portable_mlp some steps."""
+        return max(2, ceil(20 / self.steps))
+
     def data(self, dtype: str) -> tuple[Any, Any]:
         return normal_rows(self.rows, self.sizes[0], self.sizes[-1], dtype)
 
@@ -82,6 +87,7 @@ class Fit:
     data: Callable[[str], tuple[Any, Any]]
     hidden: tuple[int, ...]
     epochs: int
+    head = 1
 
     def __str__(self) -> str:
         epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}"

@@ -178,8 +178,8 @@ def test_adam_is_read_as_it_is_computed():
 
 
 ADAM = """\
-    for (long start = 0; start < 5000; start += 1024) {
-        const long end = start < 3976 ? start + 1024 : 5000;
+    for (long start = 0; start < 5000; start += 512) {
+        const long end = start < 4488 ? start + 512 : 5000;
         for (long i = start; i < end; ++i) {
             const float v0 = (m0[i] * (float)0.9);
             const float v1 = (v0 + m1[i]);

@@ -25,7 +25,7 @@ EXACT = {
 }  # fmt: skip
 """Functions that have one right result."""
 
-BLOCK = 1024
+BLOCK = 512
 """Elements that stay in the nearest cache from one loop to the next."""
 
 FEW = 64
