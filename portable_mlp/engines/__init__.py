@@ -6,7 +6,8 @@ and the library.
 - *eager* calls it (`base`).
 - *replay* records it once (`recording`) as a `program`, finds each result a place (`memory`),
   writes calls that leave it there (`calls`, in the words of `dialects`), and repeats those
-  (`replay`): NumPy and torch.
+  (`replay`): NumPy and torch.  NumPy's become, between the matrix products, loops in C
+  (`loops`) where there is a `compiler`.
 - *scan* hands a loop of steps to JAX's compiler (`scan`).
 - *capture* records it, writes it as CUDA kernels (`kernels`, in the words of `cplusplus` and
   `elements`), and replays a graph of their launches (`capture`): CuPy.

@@ -3,8 +3,9 @@
 What a plain step costs beyond its matrix products is, in about equal parts, memory
 (each operation makes a new array) and calls.  Here every result has its place
 beforehand (`portable_mlp.engines.memory`).  Chains of elementwise operations on arrays
-larger than a core's cache run block by block.  The calls are written out as Python
-source and compiled once, with the buffers, their views and the constants as the
+larger than a core's cache run block by block; with a C compiler, runs of elementwise
+operations are a call each (`portable_mlp.engines.loops`).  The calls are written out as
+Python source and compiled once, with the buffers, their views and the constants as the
 function's free variables.
 """
 

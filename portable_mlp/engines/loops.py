@@ -29,7 +29,7 @@ BLOCK = 512
 """Elements that stay in the nearest cache from one loop to the next."""
 
 FEW = 64
-"""Rows that are added up, at most: NumPy adds them one by one, as a loop does."""
+"""Of rows that are added up: at most so many, each longer.  NumPy, too, adds one by one then."""
 
 _FUNCTIONS = {"absolute": "fabs({0})", "astype": "{0}", "copy": "{0}"}
 
