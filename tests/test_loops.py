@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import threading
 import warnings
 from concurrent.futures import Future
 
@@ -271,6 +269,13 @@ def bound(monkeypatch):
     return found
 
 
+def wait():
+    """Until nothing is compiled any more."""
+    for thread in threading.enumerate():
+        if thread.name == "portable_mlp compiler":
+            thread.join()
+
+
 def test_loops_take_over_between_two_epochs(monkeypatch, bound):
     """For both sizes of batches at once; the steps are as if nothing had happened."""
     monkeypatch.setenv("PORTABLE_MLP_COMPILE", "later")
@@ -321,7 +326,7 @@ def test_a_compiler_is_asked_after_a_while(monkeypatch, bound):
     monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
     made = case(SoftmaxCrossEntropy(), Adam())
     run(ReplayEngine, *made, n_steps=2)
-    compiler.compile_beside("").result()  # waits in line
+    wait()
     run(ReplayEngine, *made, n_steps=2)
     assert bound == [False] * 4 + [True] * 2
 
@@ -335,7 +340,7 @@ def test_what_does_not_compile_runs_as_calls(command, monkeypatch, bound):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         arrays, _ = run(ReplayEngine, *made)
-    compiler.compile_beside("").exception()
+    wait()
     run(ReplayEngine, *made)
     replay_module._prepare.cache_clear()
     monkeypatch.setenv("PORTABLE_MLP_COMPILE", "now")
@@ -371,19 +376,21 @@ def test_two_fits_share_a_library_but_no_memory(now):
             np.testing.assert_array_equal(a, b)
 
 
-FORK = """
-import os, signal
-from portable_mlp.engines.compiler import compile_beside
-compile_beside("").result()
-child = os.fork()
-if child == 0:
-    signal.alarm(20)
-    os._exit(0 if compile_beside("").result() else 1)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
+def test_where_there_can_be_no_thread_there_are_calls(monkeypatch, bound):
+    monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
+
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    run(ReplayEngine, *case(SoftmaxCrossEntropy(), Adam()))
+    assert bound
+    assert not any(bound)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_process_has_a_compiler_too():
-    """Its parent's thread is not there."""
-    subprocess.run([sys.executable, "-c", FORK], check=True)
+def test_on_macos_only_a_compiler_that_is_named_is_called(monkeypatch):
+    monkeypatch.setattr(compiler.sys, "platform", "darwin")
+    monkeypatch.delenv("CC", raising=False)
+    assert compiler.find() == []
+    monkeypatch.setenv("CC", "'/opt/my clang' -m64")
+    assert compiler.find() == ["/opt/my clang", "-m64"]

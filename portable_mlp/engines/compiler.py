@@ -7,10 +7,11 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 
 FLAGS = (
     "-O3", "-march=native", "-shared", "-fPIC",
@@ -44,8 +45,11 @@ class CompilerError(RuntimeError):
 
 
 def find() -> list[str]:
-    """The compiler's command: the environment's ``CC``, or what stands for it; or nothing."""
-    command = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    """The compiler's command: the environment's ``CC``, or what is there; or nothing."""
+    command = os.environ.get("CC")
+    # On macOS, cc is always there, and opens a window if there is no compiler
+    if not command and sys.platform != "darwin":
+        command = shutil.which("cc") or shutil.which("gcc")
     return shlex.split(command) if command else []
 
 
@@ -75,16 +79,18 @@ def compile_c(source: str) -> ctypes.PyDLL:
             raise CompilerError(str(error)) from error
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="portable_mlp compiler")
-
-
-# A forked process has none of its parent's threads
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
 def compile_beside(source: str) -> Future[ctypes.PyDLL]:
-    """`compile_c` while other things go on."""
-    return _pool().submit(compile_c, source)
+    """`compile_c`, in a thread of its own."""
+    future: Future[ctypes.PyDLL] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(compile_c(source))
+        except Exception as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+
+    try:
+        Thread(target=work, name="portable_mlp compiler").start()
+    except RuntimeError as error:  # there can be no more threads
+        future.set_exception(error)
+    return future

@@ -127,8 +127,9 @@ class _Prepared:
 
     def compile(self) -> None:
         """Begin to compile the loops, if that has not been done."""
-        if self._to_loop is not None:
-            replay = self._to_loop()
+        to_loop = self._to_loop  # another thread may set it
+        if to_loop is not None:
+            replay = to_loop()
             self._looped = replay, compiler.compile_beside(replay.loops)
             self._to_loop = None  # the program goes
 
