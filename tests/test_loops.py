@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
 import warnings
+import weakref
 from concurrent.futures import Future
 
 import numpy as np
@@ -310,6 +312,42 @@ def test_loops_take_over_between_two_epochs(monkeypatch, bound):
     # A later engine has them from the beginning
     run(ReplayEngine, *made, n_steps=1)
     assert bound[6:] == loops
+
+
+def test_loops_take_over_in_an_epoch(monkeypatch, bound):
+    """An epoch may be long."""
+    monkeypatch.setenv("PORTABLE_MLP_COMPILE", "later")
+    monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
+    monkeypatch.setattr(ReplayEngine, "LOOK", 0.0)
+
+    def compile_beside(source):
+        future = Future()
+        future.set_result(compiler.compile_c(source))
+        return future
+
+    monkeypatch.setattr(compiler, "compile_beside", compile_beside)
+    made = case(SoftmaxCrossEntropy(), SklearnAdam(), "relu", alpha=0.1, n=22)
+    arrays, values = run(ReplayEngine, *made, n_steps=1)
+    assert bound == [False, False, True, True]
+    assert len(values) == 5
+    wanted, _ = run(Engine, *made, n_steps=1)
+    for a, b in zip(arrays, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_memory_goes_with_its_function():
+    """At once: were it part of a cycle it would stay until the collector comes."""
+    x = np.ones((300, 100))
+    replay, dialect = written(lambda xp, x: xp.exp(x) + xp.exp(-x), x), NumPyDialect(None)
+    function = replay.bind([x], dialect, compiler.compile_c(replay.loops))
+    function()
+    memory = weakref.ref(dialect._memory)
+    gc.disable()
+    try:
+        del function, dialect
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_compiled_for_a_short_training(monkeypatch, bound):

@@ -273,7 +273,7 @@ class Recorder:
         axes = tuple(sorted(a % x.ndim for a in axes))
         kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
         shape = kept if keepdims else tuple(n for i, n in enumerate(x.shape) if i not in axes)
-        dtype = getattr(np, name)(np.empty(1, x.dtype)).dtype
+        dtype = getattr(np, name)(np.zeros(1, x.dtype)).dtype  # what is empty may warn
         return self.node(name, (x,), (axes, keepdims), shape, dtype)
 
     def sum(self, x: Traced, *, axis: Any = None, keepdims: bool = False) -> Traced:

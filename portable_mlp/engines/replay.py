@@ -25,12 +25,13 @@ class ReplayEngine(RecordedEngine):
 
     Where there is a C compiler and training has gone on for a while, it compiles the loops
     of `portable_mlp.engines.loops` in the background, and goes over to them between two
-    epochs: they give the same bits.  See `compiler.when` for how to decide otherwise.
+    steps: they give the same bits.  See `compiler.when` for how to decide otherwise.
     """
 
     name = "replay"
 
     PATIENCE = 0.25  # seconds of training in all fits that take the same step
+    LOOK = 0.05  # seconds from one look at what is compiled to the next
 
     def __init__(self, backend: Backend, recipe: Recipe) -> None:
         super().__init__(backend, recipe)
@@ -41,7 +42,13 @@ class ReplayEngine(RecordedEngine):
         self._programs: dict[int, tuple[list[Array], Callable[..., tuple[Any, ...]]]] = {}
 
     def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
-        begun = perf_counter()
+        first, finished = task.first, False
+        while not finished:
+            task = task._replace(first=first + len(values))
+            finished = self._stretch(arrays, task, values)
+
+    def _stretch(self, arrays: Arrays, task: Task, values: Values) -> bool:
+        """Some of the steps, up to where others may be better; whether they were the last."""
         if arrays is not self._arrays or self._goes_over():
             self._programs.clear()
             self._to_come.clear()
@@ -55,6 +62,8 @@ class ReplayEngine(RecordedEngine):
         given = [a for a in task.data if a is not None]
         gather = self.dialect.gather
         found: Values = []
+        finished = True
+        begun = perf_counter()
         for rows, hyper in zip(task.batches(), hypers[task.first :], strict=False):
             buffers, program = self._programs[rows.stop - rows.start]
             if indices is None:
@@ -65,12 +74,16 @@ class ReplayEngine(RecordedEngine):
             found.append(program(*batch, hyper.alpha, *hyper.coefficients, *hyper.keys))
             if task.stop():
                 break
+            if self._to_come and perf_counter() - begun > self.LOOK:
+                finished = False
+                break
         if self.backend.name != "numpy":  # there they are numbers already
             losses, penalties = zip(*found, strict=True)
             found = self._fetch(list(losses), list(penalties))
         values += found
         for prepared in self._to_come:
             prepared.seconds += perf_counter() - begun
+        return finished
 
     def _goes_over(self) -> bool:
         """Whether what is bound has served its time; after a while, begin to compile."""
