@@ -149,6 +149,7 @@ def test_what_has_not_one_right_result_stays_a_call(function):
 def test_rows_are_added_up_as_numpy_does(dtype, name, shape):
     x = np.random.RandomState(0).standard_normal(shape).astype(dtype)
     x[1, 3], x[0, 4] = np.nan, -0.0
+    x[:, 5] = -0.0
 
     def function(xp, x):
         return x - getattr(xp, name)(x, axis=0)
@@ -156,6 +157,41 @@ def test_rows_are_added_up_as_numpy_does(dtype, name, shape):
     got, replay = computed(function, x)
     assert "reduce" not in replay.source
     assert_same_bits(got, function(np, x))
+
+
+def test_a_sum_of_negative_zeros_is_zero():
+    x = np.full((4, 80), -0.0)
+    got, replay = computed(lambda xp, x: xp.reciprocal(xp.sum(x, axis=0) * xp.ones_like(x)), x)
+    assert "reduce" not in replay.source
+    np.testing.assert_array_equal(got, np.inf)
+
+
+def test_signed_numbers_are_compared_with_unsigned_by_value():
+    x, y = np.array([-1, 2, -3, 4]), np.ones(4, np.uint64)
+    got, _ = computed(lambda xp, x, y: xp.astype(xp.less(x, y), x.dtype), x, y)
+    np.testing.assert_array_equal(got, [1, 0, 1, 0])
+
+
+def test_a_sum_of_no_rows_is_zero():
+    x, y = np.ones(100), np.ones((0, 100))
+    got, _ = computed(lambda xp, x, y: x + xp.sum(y, axis=0), x, y)
+    np.testing.assert_array_equal(got, 1.0)
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_an_array_joined_of_joined_ones(loops):
+    def function(xp, x):
+        joined = xp.concat([xp.abs(x), 2.0 * x])
+        return xp.concat([0.5 * joined, x])[: x.shape[0]]
+
+    x = np.arange(1.0, 4.0)
+    recorder = Recorder()
+    program, _ = record(lambda x: [function(recorder, x)], recorder, specify((x,)))
+    replay = lower(program, 1, NumPyDialect, loops=loops)
+    mine = x.copy()
+    library = compiler.compile_c(replay.loops) if loops else None
+    replay.bind([mine], NumPyDialect(None), library)()
+    np.testing.assert_array_equal(mine, function(np, x))
 
 
 def test_adam_is_read_as_it_is_computed():
@@ -348,6 +384,25 @@ def test_memory_goes_with_its_function():
         assert memory() is None
     finally:
         gc.enable()
+
+
+def test_many_short_trainings_are_a_while_too(monkeypatch, bound):
+    """As by ``partial_fit``: an engine for each."""
+    monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
+    made = case(SoftmaxCrossEntropy(), Adam())
+    for _ in range(3):
+        run(ReplayEngine, *made, n_steps=1)
+        wait()
+    assert bound == [False] * 4 + [True] * 2
+
+
+def test_a_compiler_of_other_arithmetic_is_refused(monkeypatch):
+    """Before it is loaded, which would change that of the whole process."""
+    monkeypatch.setenv("CC", " ".join([*compiler.find(), "-ffast-math"]))
+    monkeypatch.setenv("PORTABLE_MLP_COMPILE", "now")
+    with pytest.warns(RuntimeWarning, match=r"not that of IEEE 754"):
+        run(ReplayEngine, *case(SoftmaxCrossEntropy(), Adam()))
+    assert (np.full(4, 1e-40, np.float32) * np.float32(1.0) > 0.0).all()
 
 
 def test_nothing_is_compiled_for_a_short_training(monkeypatch, bound):

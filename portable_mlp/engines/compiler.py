@@ -71,7 +71,15 @@ def compile_c(source: str) -> ctypes.PyDLL:
         library = path.with_suffix(".so")
         command = [*compiler, *FLAGS, "-o", str(library), str(path), "-lm"]
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+            # In a session of its own: Ctrl-C in training is not meant for the compiler
+            subprocess.run(
+                command,
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                start_new_session=True,
+            )
             return ctypes.PyDLL(str(library))  # stays when the file is gone
         except subprocess.CalledProcessError as error:
             raise CompilerError(error.stderr.strip() or str(error)) from error
@@ -90,7 +98,8 @@ def compile_beside(source: str) -> Future[ctypes.PyDLL]:
             future.set_exception(error)
 
     try:
-        Thread(target=work, name="portable_mlp compiler").start()
+        # A daemon: the end of a program does not wait for it
+        Thread(target=work, name="portable_mlp compiler", daemon=True).start()
     except RuntimeError as error:  # there can be no more threads
         future.set_exception(error)
     return future

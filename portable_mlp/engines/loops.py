@@ -38,6 +38,9 @@ PREAMBLE = """\
 #include <math.h>
 #include <stdbool.h>
 #include <tgmath.h>
+#ifdef __FAST_MATH__
+#error "arithmetic is not that of IEEE 754"
+#endif
 #if FLT_EVAL_METHOD != 0
 #error "results are not rounded at once"
 #endif
@@ -57,7 +60,7 @@ def is_loop(x: Node, passed: set[Node]) -> bool:
         return False
     if x.op in REDUCTIONS:
         (operand,) = x.operands
-        few = operand.ndim == 2 and x.attrs[0] == (0,) and operand.shape[0] <= FEW < x.size
+        few = operand.ndim == 2 and x.attrs[0] == (0,) and 0 < operand.shape[0] <= FEW < x.size
         plain = operand.contiguous and _plain(seen(operand, Access("j * 2 + i"))[1])
         return few and plain and operand.dtype == x.dtype and str(x.dtype) in ("float32", "float64")
     kinds = [*(d for d in x.wanted if isinstance(d, np.dtype)), x.dtype]
@@ -71,6 +74,8 @@ def is_loop(x: Node, passed: set[Node]) -> bool:
         return False
     if any(d.kind == "i" and x.op not in COMPARISONS for d in kinds):
         return False  # C's signed numbers need not wrap
+    if x.op in COMPARISONS and len(set(x.wanted)) > 1:
+        return False  # of signed with unsigned numbers: C converts the former
     return all(_plain(access) for _, access in _reads(x, linear(x.shape, _indices(x))))
 
 
@@ -265,8 +270,10 @@ class LoopWriter:
             f"const {kind} a = {out}[i], b = {source}[{following.flat}];",
             f"{out}[i] = {combine.format('a', 'b')};",
         ]
+        # NumPy adds the first to zero, which makes -0 a 0
+        start = "0 + " if x.op == "sum" else ""
         return [
-            *_nested([("i", n)], [f"{out}[i] = {source}[{access.flat}];"]),
+            *_nested([("i", n)], [f"{out}[i] = {start}{source}[{access.flat}];"]),
             f"for (long j = 1; j < {rows}; ++j)",
             *(f"    {line}" for line in _nested([("i", n)], more)),
         ]

@@ -80,7 +80,8 @@ class Plan:
             if x in homes and x.elementwise and x.op != "where":
                 for a in x.arrays:
                     alike = (a.shape, a.dtype) == (x.shape, x.dtype)
-                    if alike and a in known and a not in homes and readers[a] == 1:
+                    own = a in known and a.op != "concat"  # whose parts are at home in it
+                    if alike and own and a not in homes and readers[a] == 1:
                         homes[a] = homes[x]
                         break
         return homes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from ctypes import PyDLL
@@ -111,6 +112,8 @@ class ReplayEngine(RecordedEngine):
         if self._when == "now":
             prepared.compile()
             prepared.wait()
+        elif self._when == "later" and prepared.seconds > self.PATIENCE:
+            prepared.compile()  # of many short trainings
         replay, library = prepared.calls, None
         if self._when != "never":
             if prepared.done:
@@ -173,3 +176,8 @@ class _Prepared:
 @lru_cache(maxsize=64)
 def _prepare(recipe: Recipe, dialect: str, arguments: Tree) -> _Prepared:
     return _Prepared(recipe, dialect, arguments)
+
+
+# Nobody goes on in a forked process with what its parent's threads compile
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_prepare.cache_clear)
