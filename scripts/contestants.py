@@ -87,7 +87,7 @@ class Fit:
     data: Callable[[str], tuple[Any, Any]]
     hidden: tuple[int, ...]
     epochs: int
-    head = 1
+    head = 1  # fits, as steps: see there
 
     def __str__(self) -> str:
         epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}"

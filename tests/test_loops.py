@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -13,7 +17,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_engines import OPTIMIZERS, case, programs, replayed, run
+from test_engines import (
+    OPTIMIZERS,
+    assert_same_bits,
+    case,
+    forget_later_reads,
+    programs,
+    replayed,
+    run,
+)
 
 from portable_mlp import ACTIVATIONS, MLPClassifier
 from portable_mlp.engines import Engine, ReplayEngine, compiler
@@ -22,7 +34,6 @@ from portable_mlp.engines.base import RecordedEngine
 from portable_mlp.engines.calls import lower
 from portable_mlp.engines.dialects import NumPyDialect
 from portable_mlp.engines.loops import EXACT
-from portable_mlp.engines.memory import Plan
 from portable_mlp.engines.program import specify
 from portable_mlp.engines.recording import Recorder, record
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy
@@ -36,6 +47,7 @@ DTYPES = ["float32", "float64"]
 @pytest.fixture(autouse=True)
 def _recorded_from_the_first_step(monkeypatch):
     monkeypatch.setattr(RecordedEngine, "EAGER", 0)
+    monkeypatch.delenv("PORTABLE_MLP_COMPILE", raising=False)
     replay_module._prepare.cache_clear()
 
 
@@ -66,14 +78,6 @@ def calls(replay):
     """The lines that run at each call."""
     _, body = replay.source.split("def run():\n")
     return "\n".join(line.strip() for line in body.split("        return")[0].splitlines())
-
-
-def assert_same_bits(got, wanted):
-    """Of zeros the sign too; of NaN only that it is one."""
-    assert got.dtype == wanted.dtype
-    np.testing.assert_array_equal(got, wanted)
-    known = ~np.isnan(wanted)
-    np.testing.assert_array_equal(np.signbit(got[known]), np.signbit(wanted[known]))
 
 
 # ---------------------------------------------------------------- operations
@@ -194,6 +198,24 @@ def test_an_array_joined_of_joined_ones(loops):
     np.testing.assert_array_equal(mine, function(np, x))
 
 
+@pytest.mark.parametrize("loops", [False, True])
+def test_what_is_returned_is_that_from_before_it_is_overwritten(loops):
+    recorder = Recorder()
+
+    def function(xp, x, y):
+        doubled = 2.0 * x
+        return [xp.tanh(y), y, doubled]
+
+    x, y = np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0])
+    program, _ = record(lambda *args: function(recorder, *args), recorder, specify((x, y)))
+    replay = lower(program, 2, NumPyDialect, loops=loops)
+    mine = [x.copy(), y.copy()]
+    library = compiler.compile_c(replay.loops) if loops else None
+    (got,) = replay.bind(mine, NumPyDialect(None), library)()
+    np.testing.assert_array_equal(got, 2.0 * x)
+    np.testing.assert_array_equal(mine, [np.tanh(y), y])
+
+
 def test_adam_is_read_as_it_is_computed():
     """Each moment once through memory, the parameters at the end, a block at a time."""
     rule, n = Adam(), 5000
@@ -255,11 +277,7 @@ def test_programs_at_random(program, shape):
 def test_a_planner_with_a_slip_would_be_seen(slip, monkeypatch):
     """The planted twins of the test above."""
     if slip == "later reads forgotten":
-
-        def overwritten(self, x, segment, until, now, original=Plan._overwritten):
-            return original(self, x, segment, dict.fromkeys(until, -1), now)
-
-        monkeypatch.setattr(Plan, "_overwritten", overwritten)
+        forget_later_reads(monkeypatch)
     else:
         monkeypatch.setattr("portable_mlp.engines.loops.through", lambda x, access: access)
 
@@ -268,7 +286,7 @@ def test_a_planner_with_a_slip_would_be_seen(slip, monkeypatch):
     def check(program, shape):
         replayed(program, shape, loops=True)
 
-    with pytest.raises(Exception):  # noqa: B017, PT011 (which one depends on the slip)
+    with pytest.raises(AssertionError, match="Arrays are not equal"):
         check()
 
 
@@ -288,7 +306,7 @@ def test_steps_are_the_same_to_the_last_bit(loss, weighted, now):
         wanted, wanted_values = run(Engine, *made)
         np.testing.assert_allclose(values, wanted_values, rtol=1e-14 if turn % 2 else 1e-6)
         for a, b in zip(arrays, wanted, strict=True):
-            np.testing.assert_array_equal(a, b)
+            assert_same_bits(a, b)
 
 
 # ---------------------------------------------------------------- when
@@ -316,7 +334,6 @@ def wait():
 
 def test_loops_take_over_between_two_epochs(monkeypatch, bound):
     """For both sizes of batches at once; the steps are as if nothing had happened."""
-    monkeypatch.setenv("PORTABLE_MLP_COMPILE", "later")
     monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
     begun = []
 
@@ -352,7 +369,6 @@ def test_loops_take_over_between_two_epochs(monkeypatch, bound):
 
 def test_loops_take_over_in_an_epoch(monkeypatch, bound):
     """An epoch may be long."""
-    monkeypatch.setenv("PORTABLE_MLP_COMPILE", "later")
     monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
     monkeypatch.setattr(ReplayEngine, "LOOK", 0.0)
 
@@ -415,7 +431,6 @@ def test_nothing_is_compiled_for_a_short_training(monkeypatch, bound):
 
 def test_a_compiler_is_asked_after_a_while(monkeypatch, bound):
     """As by default, and by the machine's own."""
-    monkeypatch.delenv("PORTABLE_MLP_COMPILE", raising=False)
     monkeypatch.setattr(ReplayEngine, "PATIENCE", 0.0)
     made = case(SoftmaxCrossEntropy(), Adam())
     run(ReplayEngine, *made, n_steps=2)
@@ -479,6 +494,54 @@ def test_where_there_can_be_no_thread_there_are_calls(monkeypatch, bound):
     run(ReplayEngine, *case(SoftmaxCrossEntropy(), Adam()))
     assert bound
     assert not any(bound)
+
+
+FORK = """
+import os, sys
+import numpy as np
+from portable_mlp.engines import replay
+from portable_mlp import MLPClassifier
+MLPClassifier(max_iter=30).fit(np.eye(20), np.arange(20) % 2)
+assert replay._prepare.cache_info().currsize == 1
+child = os.fork()
+if child == 0:
+    os._exit(replay._prepare.cache_info().currsize)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_does_not_wait_for_its_parents_threads():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True)
+
+
+def test_ctrl_c_is_not_for_the_compiler(monkeypatch, tmp_path):
+    """The terminal sends it to all of a session's processes in the foreground."""
+    script = tmp_path / "compiler.py"
+    script.write_text("import os, sys; sys.exit(str(os.getsid(0)))")
+    monkeypatch.setenv("CC", f"{sys.executable} {script}")
+    with pytest.raises(compiler.CompilerError) as said:
+        compiler.compile_c("")
+    assert int(str(said.value)) != os.getsid(0)
+
+
+def test_the_end_of_a_program_does_not_wait(tmp_path):
+    pid = tmp_path / "pid"
+    script = tmp_path / "compiler.py"
+    script.write_text(
+        f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()));"
+        " time.sleep(50)"
+    )
+    ends = (
+        "import pathlib, time; from portable_mlp.engines import compiler;"
+        f" compiler.compile_beside(''); pid = pathlib.Path({str(pid)!r})\n"
+        "while not (pid.exists() and pid.read_text()): time.sleep(0.01)"
+    )
+    environment = os.environ | {"CC": f"{sys.executable} {script}"}
+    try:
+        subprocess.run([sys.executable, "-c", ends], check=True, env=environment, timeout=40)
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 def test_on_macos_only_a_compiler_that_is_named_is_called(monkeypatch):

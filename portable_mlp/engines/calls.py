@@ -53,7 +53,7 @@ class Replay:
     loops: str = ""
 
     def bind(
-        self, donated: list[Array], dialect: NumPyDialect, library: Any = None
+        self, donated: list[Array], dialect: NumPyDialect, library: ctypes.PyDLL | None = None
     ) -> Callable[..., tuple[Any, ...]]:
         """Allocate, and return the function of the remaining arguments.
 
@@ -65,7 +65,9 @@ class Replay:
         library : ctypes.PyDLL, optional
             The compiled ``loops``, if there are any.
         """
-        scope = {**dialect.globals(), "loops": partial(_loops, library)}
+        scope = dialect.globals()
+        if library is not None:
+            scope["loops"] = partial(_loops, library)
         exec(self.code, scope)
         # If it stayed in its own scope, memory would live on until cycles are looked for
         bind = scope.pop("bind")
@@ -73,7 +75,7 @@ class Replay:
         return run
 
 
-def _loops(library: Any, number: int, *arrays: Array) -> Callable[[], None]:
+def _loops(library: ctypes.PyDLL, number: int, *arrays: Array) -> Callable[[], None]:
     """A compiled function as a call; it points at the arrays, which are kept with it."""
     memory = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
     function = library[f"run{number}"]
@@ -156,14 +158,16 @@ class _Writer:
                 else:
                     for x in segment:
                         self._call(x, self.calls)
+        results = plan.program.outputs[len(donated) :]
+        # Copied before what is moved may overwrite them
+        self.calls += [f"result{i} = {self._result(y)}" for i, y in enumerate(results)]
         self._settle()
-        results = "".join(f"{self._result(y)}, " for y in plan.program.outputs[len(donated) :])
         lines = [
             f"def bind({', '.join(donated)}):",
             *(f"    {line}" for line in self.bound),
             f"    def run({', '.join(passed)}):",
             *(f"        {line}" for line in self.calls),
-            f"        return ({results})",
+            f"        return ({''.join(f'result{i}, ' for i in range(len(results)))})",
             "    return run",
         ]
         return "\n".join(lines) + "\n"

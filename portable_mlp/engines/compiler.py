@@ -19,7 +19,6 @@ FLAGS = (
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
 )  # fmt: skip
 
-
 WHEN = ("later", "now", "never")
 
 
@@ -45,7 +44,10 @@ class CompilerError(RuntimeError):
 
 
 def find() -> list[str]:
-    """The compiler's command: the environment's ``CC``, or what is there; or nothing."""
+    """The compiler's command: the environment's ``CC``, else ``cc`` or ``gcc``; or nothing.
+
+    On macOS ``CC`` alone.
+    """
     command = os.environ.get("CC")
     # On macOS, cc is always there, and opens a window if there is no compiler
     if not command and sys.platform != "darwin":

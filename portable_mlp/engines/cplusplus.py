@@ -1,4 +1,7 @@
-"""The C++ that CUDA kernels are made of: types, functions, and frames to fill in."""
+"""The C++ that CUDA kernels are made of: types, functions, and frames to fill in.
+
+Types and functions are those of the host's loops in C, too.
+"""
 
 from __future__ import annotations
 

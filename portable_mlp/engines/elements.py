@@ -1,7 +1,7 @@
-"""Which element of one array goes with which of another, as text for a kernel.
+"""Which element of one array goes with which of another, as text for a kernel or a loop.
 
 An element is named by its number in memory, row by row, and where they are known by its
-indices: expressions of the variables that a kernel runs through.
+indices: expressions of the variables that it runs through.
 """
 
 from __future__ import annotations

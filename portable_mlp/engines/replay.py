@@ -53,6 +53,7 @@ class ReplayEngine(RecordedEngine):
         if arrays is not self._arrays or self._goes_over():
             self._programs.clear()
             self._to_come.clear()
+            self.dialect.release()  # to write a program takes about as much memory as to run it
             self._arrays = arrays
         n, batch_size, hypers = task.n_rows, task.batch_size, task.hypers
         # The longer batch first: its memory is enough for the shorter
@@ -87,17 +88,11 @@ class ReplayEngine(RecordedEngine):
         return finished
 
     def _goes_over(self) -> bool:
-        """Whether what is bound has served its time; after a while, begin to compile."""
-        if all(p.begun for p in self._to_come):
-            return bool(self._to_come) and all(p.done for p in self._to_come)
-        if max(p.seconds for p in self._to_come) <= self.PATIENCE:
-            return False
-        # To write a program takes about as much memory as to run it
-        self._programs.clear()
-        self.dialect.release()
-        for prepared in self._to_come:
-            prepared.compile()
-        return True
+        """Whether all that is bound has served its time: it is to be compiled, or has been."""
+        waiting = self._to_come
+        return bool(waiting) and all(
+            p.done if p.begun else p.seconds > self.PATIENCE for p in waiting
+        )
 
     def _bind(self, arrays: Arrays, data: Batch, size: int, hyper: Hyper) -> None:
         """Make buffers for a batch of so many rows, and the function that does a step with it."""
@@ -113,7 +108,7 @@ class ReplayEngine(RecordedEngine):
             prepared.compile()
             prepared.wait()
         elif self._when == "later" and prepared.seconds > self.PATIENCE:
-            prepared.compile()  # of many short trainings
+            prepared.compile()
         replay, library = prepared.calls, None
         if self._when != "never":
             if prepared.done:
