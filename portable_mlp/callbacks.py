@@ -41,7 +41,7 @@ class Callback:
     """Hooks of the training loop; override what is needed."""
 
     def on_fit_begin(self, max_epochs: int) -> None:
-        """Before the first epoch."""
+        """Before the first epoch; ``max_epochs`` is the number that the last one may have."""
 
     def on_epoch_begin(self, epoch: int) -> None:
         """Before each epoch, counted from 1 (each iteration of L-BFGS)."""

@@ -16,7 +16,7 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 
 from portable_mlp.activations import lookup
 from portable_mlp.backends import Backend
-from portable_mlp.callbacks import pausing
+from portable_mlp.callbacks import Callback, pausing
 from portable_mlp.initializers import GlorotUniform
 from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
@@ -76,7 +76,7 @@ class Construction(BaseEstimator):
     def _check_parameters(self) -> None:
         self._validate_params()
         for callback in self.callbacks or ():
-            if isinstance(callback, type) or not hasattr(callback, "on_epoch_end"):
+            if not isinstance(callback, Callback):
                 raise ValueError(f"callbacks: expected instances of Callback, got {callback!r}")
         if self.solver == "lbfgs":
             given = {"dropout": self.dropout > 0, "clip_norm": self.clip_norm is not None}
@@ -141,10 +141,12 @@ class Construction(BaseEstimator):
         return hidden
 
     def _network(self, sizes: list[int]) -> Network:
-        init = GlorotUniform(2.0 if self.activation == "logistic" else 6.0)
         activation = self.activation
         if isinstance(activation, Iterable) and not isinstance(activation, str):
             activation = tuple(activation)
+        each = activation if isinstance(activation, tuple) else [activation]
+        logistic = all(isinstance(a, str) and a == "logistic" for a in each)
+        init = GlorotUniform(2.0 if logistic else 6.0)
         return mlp(
             sizes,
             activation,

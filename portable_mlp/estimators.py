@@ -239,7 +239,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         self._multilabel = kind == "multilabel-indicator"
         softmax = len(classes) > 2 and not self._multilabel
         cross_entropy = (SoftmaxCrossEntropy if softmax else BinaryCrossEntropy)(
-            self.label_smoothing
+            self.label_smoothing, clipped=True
         )
         n_outputs = len(classes) if softmax or self._multilabel else 1
         if self.loss is None:
@@ -262,16 +262,16 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         return codes if len(self.classes_) > 2 else codes.astype(np.float64)
 
     @only_if(without_partial_fit)
-    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> Self:
         """One epoch over X and y, going on from where the model is.
 
         Parameters
         ----------
         X : array-like (n_samples, n_features)
         y : array-like (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array-like (n_samples,), optional
         classes : array-like (n_classes,), optional
             All labels that may ever come; needed in the first call.
-        sample_weight : array-like (n_samples,), optional
 
         Returns
         -------
@@ -280,7 +280,8 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         Raises
         ------
         UnavailableError
-            An AttributeError and a ValueError: with early stopping or ``solver="lbfgs"``.
+            An AttributeError and a ValueError: with early stopping, ``solver="lbfgs"``, or
+            ``class_weight="balanced"``.
         ValueError, DivergenceError, BackendError
             As `fit`; also if the classes are not those of the first call.
         """
@@ -292,11 +293,6 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
             raise ValueError(
                 f"`classes={classes!r}` is not the same as on last call to partial_fit,"
                 f" was: {known!r}"
-            )
-        if self.class_weight == "balanced":
-            raise ValueError(
-                "class_weight='balanced' needs all rows at once: for partial_fit compute the"
-                " weights with sklearn.utils.class_weight.compute_class_weight and pass a dict"
             )
         with self._unchanged_on_error():
             self.classes_ = given

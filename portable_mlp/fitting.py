@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from math import inf, nan
 from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -66,7 +67,24 @@ def without_partial_fit(model: Any) -> str | None:
     """Why a model cannot be fitted in parts; None if it can."""
     if model.early_stopping:
         return "partial_fit does not support early_stopping=True"
+    if getattr(model, "class_weight", None) == "balanced":
+        return (
+            "class_weight='balanced' needs all rows at once: for partial_fit compute the"
+            " weights with sklearn.utils.class_weight.compute_class_weight and pass a dict"
+        )
     return _without_steps(model)
+
+
+_OF_EPOCHS = (
+    "_state", "loss_curve_", "best_loss_",
+    "validation_loss_curve_", "validation_scores_", "best_validation_score_",
+)  # fmt: skip
+"""Attributes that L-BFGS does not set."""
+
+
+def _takes_weights(scorer: Any) -> bool:
+    """Whether a scorer, or the metric that it is made of, has weights of rows."""
+    return "sample_weight" in signature(getattr(scorer, "_score_func", scorer)).parameters
 
 
 class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
@@ -257,6 +275,8 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             callbacks.append(FitCallbacks(self, context, *as_given, attributes))
         if self.solver == "lbfgs" and mode != "init":
             params, fitted = self._run_lbfgs(trainer, params, rows, callbacks)
+            for name in _OF_EPOCHS:  # those of an earlier fit
+                vars(self).pop(name, None)
         else:
             state = self._state_to_go_on(trainer, params, again, mode)
             del params  # copied: training would hold them for nothing
@@ -446,8 +466,9 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             if old.watched == "score" and self.early_stopping and old.arrays.leaves:
                 # The fitted parameters are the best ones; training goes on from the last
                 new.best_leaves = new.arrays.leaves
-                with trainer.backend.scope(trainer.dtype):
-                    last = trainer.copy(old.arrays.leaves)
+                backend = trainer.backend
+                with backend.scope(trainer.dtype):
+                    last = trainer.load([move(p, backend) for p in old.last_params])
                 new.arrays = new.arrays._replace(leaves=last)
             return new
         # A warm start forgets the moments and the schedule
@@ -497,7 +518,8 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
                 np.empty((0, 0)), rows.target, rows.weights, backend, trainer.dtype
             )
         scorer = None if self.scoring is None else check_scoring(self, self.scoring)
-        given = {} if rows.weights is None else {"sample_weight": rows.weights}
+        weighs = rows.weights is not None and scorer is not None and _takes_weights(scorer)
+        given = {"sample_weight": rows.weights} if weighs else {}
         chunk = -(-trainer.batch_size // 2)  # beside what training holds
 
         def validate(params: list[Array]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from portable_mlp.backends import Backend
+from portable_mlp.backends import Backend, backend_of
 from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.engines import ENGINES, EPOCHS_AT_ONCE, Task
 from portable_mlp.losses import Loss
@@ -97,6 +97,15 @@ class State:
     def leaves(self) -> list[Array]:
         """The parameters to use: the best, where a score was watched, or the last."""
         return self.arrays.leaves if self.best_leaves is None else self.best_leaves
+
+    @property
+    def last_params(self) -> list[Array]:
+        """Parameters after the last step, in order, where they were trained."""
+        _, _, layout, *_ = self.origin
+        params: list[Array] = layout.unpack(
+            self.arrays.leaves, backend_of(self.arrays.leaves[0]).xp
+        )
+        return params
 
     def cut_short(self) -> State:
         """What is begun counted, but not to be ended: the next epoch is a new one."""
@@ -286,7 +295,7 @@ class Trainer:
         if early_stopping and state.best_leaves is None:
             state.best_leaves = self.copy(state.arrays.leaves)
         for callback in callbacks:
-            callback.on_fit_begin(max_epochs)
+            callback.on_fit_begin(max_epochs + state.epochs - state.done)
         try:
             with self.backend.scope(self.dtype), deferred_interrupt() as interrupted:
                 reason = _Run(

@@ -182,7 +182,12 @@ class Tree:
 def recorded(recipe: Recipe, arguments: Tree) -> tuple[Program, int]:
     """What a step does with such arguments, and how many of them it overwrites."""
     recorder = Recorder()
-    program, _ = record(
-        lambda *args: step(replace(recipe, xp=recorder), *args), recorder, arguments.tree
-    )
+    try:
+        program, _ = record(
+            lambda *args: step(replace(recipe, xp=recorder), *args), recorder, arguments.tree
+        )
+    except Unrecordable:
+        raise
+    except Exception as error:  # one's own loss or layer may ask for what stand-ins have not
+        raise Unrecordable(f"{type(error).__name__}: {error}") from error
     return program, len(list(leaves(arguments.tree[0])))

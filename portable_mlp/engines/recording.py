@@ -150,6 +150,8 @@ class Recorder:
     Any function that it lacks raises `Unrecordable`.
     """
 
+    finfo = staticmethod(np.finfo)
+
     def __init__(self) -> None:
         self._nodes: dict[Any, Traced] = {}
 
