@@ -11,3 +11,10 @@ def pytest_configure(config: object) -> None:
     for module in (public, private):
         for name in ("MLPClassifier", "MLPRegressor"):
             setattr(module, name, getattr(portable_mlp, name))
+
+
+def pytest_collection_finish(session: object) -> None:
+    # What they have imported by then
+    for item in session.items:
+        for name in ("MLPClassifier", "MLPRegressor"):
+            assert getattr(item.module, name) is getattr(portable_mlp, name)

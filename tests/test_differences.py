@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array, issparse
 from scipy.special import logsumexp
 from sklearn import neural_network as peer
 from sklearn.datasets import load_wine, make_classification
@@ -14,6 +15,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 import portable_mlp as ours
 from portable_mlp import DivergenceError
+from portable_mlp.losses import SoftmaxCrossEntropy
+from portable_mlp.optimizers import SklearnAdam
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -82,19 +85,37 @@ def test_negative_weights():
         mine.fit(X, Y, sample_weight=weights)
 
 
-def test_the_reported_loss_is_not_clipped():
-    x, y = load_wine(return_X_y=True)  # not scaled: proline goes up to 1680
-    params = {"hidden_layer_sizes": (50,), "random_state": 4, "batch_size": 178, "alpha": 0.0}
-    theirs = peer.MLPClassifier(**params, max_iter=1).fit(x, y)
-    mine = ours.MLPClassifier(**params, max_iter=1).fit(x, y)
-    for a, b in zip(theirs.coefs_, mine.coefs_, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
-    first = ours.MLPClassifier(**params).init_model(x, y)
-    z = first.hidden_activations(x) @ first.coefs_[-1] + first.intercepts_[-1]
-    per_row = logsumexp(z, axis=1) - z[np.arange(178), y]
-    assert mine.loss_curve_[0] == pytest.approx(per_row.mean(), rel=1e-12)
-    assert theirs.loss_curve_[0] == pytest.approx(np.minimum(per_row, 36.04).mean(), rel=1e-3)
-    assert mine.loss_curve_[0] > 2 * theirs.loss_curve_[0]
+def test_several_sparse_labels_are_predicted_dense():
+    several = csr_array(np.c_[Y, 1 - Y])
+    theirs, mine = (model.fit(X, several) for model in classifiers())
+    assert issparse(theirs.predict(X))
+    np.testing.assert_array_equal(mine.predict(X), theirs.predict(X).toarray())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "before", "after"),
+    [("object", "<U2", "object"), ("Int64", "float64", "int64"), ("boolean", "float64", "bool")],
+)
+def test_labels_keep_their_type(dtype, before, after):
+    pandas = pytest.importorskip("pandas")
+    labels = np.array(["no", "so"], object)[Y] if dtype == "object" else Y
+    labels = pandas.Series(labels, dtype=dtype)
+    theirs, mine = (model.fit(X, labels) for model in classifiers())
+    assert theirs.classes_.dtype == before
+    assert mine.classes_.dtype == mine.predict(X).dtype == after
+    np.testing.assert_array_equal(mine.predict(X), theirs.predict(X))
+
+
+def test_updates_have_the_type_of_the_parameters():
+    theirs, mine = (model.fit(X.astype(np.float32), Y) for model in classifiers())
+    gradients = [np.ones_like(w) for w in theirs.coefs_ + theirs.intercepts_]
+    assert theirs.coefs_[0].dtype == mine.coefs_[0].dtype == np.float32
+    assert {u.dtype for u in theirs._optimizer._get_updates(gradients)} == {np.dtype("float64")}
+    leaf = np.ones(3, np.float32)
+    rule = SklearnAdam()
+    hyper = rule.coefficients(1, 0.001)
+    updated, _ = rule.update(leaf, leaf, (leaf, leaf), hyper, np)
+    assert updated.dtype == np.float32
 
 
 @pytest.mark.parametrize("values", [(-1, 1), (1, 2), (0, 2)])
@@ -135,11 +156,40 @@ def test_lbfgs_has_no_partial_fit():
     assert not hasattr(mine, "partial_fit")
 
 
-def test_log_probabilities_are_finite():
-    theirs, mine = (model.fit(X, Y) for model in classifiers())
+@pytest.mark.parametrize("kind", ["two classes", "three classes", "several labels"])
+def test_log_probabilities_are_finite(kind):
+    y = {"two classes": Y, "three classes": Y + (X[:, 0] > 1), "several labels": np.c_[Y, 1 - Y]}
+    theirs, mine = (model.fit(X, y[kind]) for model in classifiers())
     with np.errstate(divide="ignore"):
         assert np.isneginf(theirs.predict_log_proba(1e6 * X)).any()
+        wanted = np.log(theirs.predict_proba(X))
     assert np.isfinite(mine.predict_log_proba(1e6 * X)).all()
+    np.testing.assert_allclose(mine.predict_log_proba(X), wanted, rtol=1e-9)
+
+
+def test_parts_and_early_stopping_are_refused_beforehand():
+    theirs, mine = classifiers(early_stopping=True)
+    assert hasattr(theirs, "partial_fit")
+    assert not hasattr(mine, "partial_fit")
+    for model in (theirs, mine):
+        with pytest.raises(ValueError, match="partial_fit does not support early_stopping=True"):
+            model.partial_fit(X, Y, classes=[0, 1])
+
+
+def test_kept_the_reported_loss_is_clipped():
+    """Unless a loss is given that is not."""
+    x, y = load_wine(return_X_y=True)  # not scaled: proline goes up to 1680
+    params = {"hidden_layer_sizes": (50,), "random_state": 4, "batch_size": 178, "alpha": 0.0}
+    theirs = peer.MLPClassifier(**params, max_iter=20).fit(x, y)
+    mine = ours.MLPClassifier(**params, max_iter=20).fit(x, y)
+    np.testing.assert_allclose(mine.loss_curve_, theirs.loss_curve_, rtol=1e-9)
+    first = ours.MLPClassifier(**params).init_model(x, y)
+    z = first.hidden_activations(x) @ first.coefs_[-1] + first.intercepts_[-1]
+    per_row = logsumexp(z, axis=1) - z[np.arange(178), y]
+    assert mine.loss_curve_[0] == pytest.approx(np.minimum(per_row, 36.04).mean(), rel=1e-3)
+    exact = ours.MLPClassifier(**params, max_iter=1, loss=SoftmaxCrossEntropy()).fit(x, y)
+    assert exact.loss_curve_[0] == pytest.approx(per_row.mean(), rel=1e-12)
+    assert exact.loss_curve_[0] > 2 * mine.loss_curve_[0]
 
 
 def test_kept_the_loss_reported_for_several_outputs_is_their_mean():
@@ -152,8 +202,8 @@ def test_kept_the_loss_reported_for_several_outputs_is_their_mean():
         assert model.loss_curve_[0] == pytest.approx(wanted, rel=1e-12)
 
 
-def test_kept_held_out_rows_of_several_labels_are_not_stratified():
-    """The rows held out are the peer's, for which it stratifies single labels alone."""
-    labels = np.column_stack([Y, X[:, 0] > 0])
+@pytest.mark.parametrize("labels", [np.c_[Y, X[:, 0] > 0], Y + (X[:, 0] > 1)], ids=["2", "3"])
+def test_kept_held_out_rows_are_stratified_for_two_classes_alone(labels):
+    """The rows held out are the peer's."""
     theirs, mine = (model.fit(X, labels) for model in classifiers(early_stopping=True))
     np.testing.assert_allclose(mine.validation_scores_, theirs.validation_scores_, rtol=1e-12)

@@ -761,3 +761,49 @@ def test_rows_from_elsewhere_are_copied_once(name, trained_on, request, monkeypa
     model = MLPClassifier(max_iter=3, backend=name.split("-")[0], device=device).fit(X, y)
     assert len(copies) == len(trained_on) == 1
     assert model.n_iter_ == 3
+
+
+# ---------------------------------------------------------------- what is asked in other words
+
+
+def test_activations_in_an_array():
+    X, y = data("binary")
+    params = {"hidden_layer_sizes": (6, 5), "max_iter": 3, "random_state": 0}
+    wanted = MLPClassifier(**params, activation=("tanh", "relu")).fit(X, y)
+    model = MLPClassifier(**params, activation=np.array(["tanh", "relu"])).fit(X, y)
+    assert np.array_equal(model.coefs_[0], wanted.coefs_[0])
+
+
+def test_the_same_activation_for_each_layer_is_that_activation():
+    """Its initial weights, too."""
+    X, y = data("binary")
+    params = {"hidden_layer_sizes": (6, 5), "max_iter": 3, "random_state": 0}
+    wanted = MLPClassifier(**params, activation="logistic").fit(X, y)
+    model = MLPClassifier(**params, activation=("logistic", "logistic")).fit(X, y)
+    assert np.array_equal(model.coefs_[0], wanted.coefs_[0])
+
+
+def test_callbacks_are_told_the_number_of_the_last_epoch():
+    X, y = data("binary")
+    told = []
+
+    class Told(Callback):
+        def on_fit_begin(self, max_epochs):
+            told.append(max_epochs)
+
+    parts = MLPClassifier(random_state=0, callbacks=[Told()])
+    for _ in range(3):
+        parts.partial_fit(X, y, classes=[0, 1])
+    model = MLPClassifier(random_state=0, max_iter=7, callbacks=[Told()])
+    model.continue_fit(X, y, n_iter=2).continue_fit(X, y)
+    assert told == [1, 2, 3, 2, 7]
+
+
+def test_a_callback_is_one():
+    class Other:
+        def on_epoch_end(self, epoch, params):
+            return True
+
+    X, y = data("binary")
+    with pytest.raises(ValueError, match="callbacks: expected instances of Callback"):
+        MLPClassifier(callbacks=[Other()]).fit(X, y)

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from array_api_compat import device
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import make_classification, make_regression
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import get_scorer, log_loss
 from sklearn.model_selection import GridSearchCV
+from sklearn.neural_network import MLPClassifier as PeerClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
-from portable_mlp import Callback, MLPClassifier, MLPRegressor, check_layer, check_loss
+from portable_mlp import (
+    Callback,
+    LossCurveDisplay,
+    MLPClassifier,
+    MLPRegressor,
+    check_layer,
+    check_loss,
+)
 from portable_mlp.backends import to_host
 from portable_mlp.layers import Layer, Param
+from portable_mlp.losses import Quantile
 from portable_mlp.optimizers import SGD, Adam, AdamW
 from portable_mlp.schedules import Cosine, ReduceOnPlateau
 
@@ -93,23 +104,27 @@ class PReLU(Layer):
 
 # ---------------------------------------------------------------- every backend
 
+# What the first argument brings, with the others
 FEATURES = {
     "class_weight": {"class_weight": {0: 2.0, 1: 0.5, 2: 1.0}},
     "balanced": {"class_weight": "balanced"},
     "dropout": {"dropout": 0.3},
     "adamw": {"solver": "adamw"},
     "rmsprop": {"solver": "rmsprop"},
-    "weight_decay": {"weight_decay": 0.5, "solver": "sgd", "learning_rate_init": 0.1},
+    "weight_decay": {"weight_decay": 0.5, "solver": "adamw"},
     "optimizer": {"solver": AdamW(weight_decay=0.3)},
     "loss function": {"loss": squared},
     "label_smoothing": {"label_smoothing": 0.2},
     "activations": {"activation": ("tanh", "gelu")},
     "own layer": {"activation": (PReLU(8), "tanh")},
     "schedule": {"learning_rate": Cosine(0.1)},
+    "schedule of sgd": {"learning_rate": Cosine(0.1), "solver": "sgd"},
+    "schedule of adamw": {"learning_rate": Cosine(0.1), "solver": "adamw"},
+    "schedule of rmsprop": {"learning_rate": Cosine(0.1), "solver": "rmsprop"},
     "clip_norm": {"clip_norm": 0.05},
     "scoring": {
+        "scoring": "neg_log_loss",
         "early_stopping": True,
-        "scoring": "balanced_accuracy",
         "max_iter": 12,
         "validation_fraction": 0.3,
     },
@@ -123,7 +138,8 @@ def test_every_feature_has_an_effect_and_is_the_same_everywhere(feature, target)
         without_argmax(target)
     wanted = classifier(**extra, dtype=target.dtype).fit(X, Y)
     if target.name == "numpy":
-        assert different(wanted, classifier(max_iter=extra.get("max_iter", 6)).fit(X, Y))
+        others = {name: extra[name] for name in list(extra)[1:]}
+        assert different(wanted, classifier(**others).fit(X, Y))
     with target.scope():
         model = classifier(**extra).fit(target.array(X), target.array(Y.astype(np.int32)))
         same(model, wanted, 1e-9 if target.dtype == "float64" else 1e-4)
@@ -131,6 +147,52 @@ def test_every_feature_has_an_effect_and_is_the_same_everywhere(feature, target)
             np.testing.assert_allclose(to_host(mine), theirs, atol=1e-4)
         if wanted.validation_scores_ is not None:
             np.testing.assert_allclose(model.validation_scores_, wanted.validation_scores_)
+
+
+@pytest.mark.parametrize(
+    "loss", ["poisson", "huber", Quantile(0.8), halved], ids=["poisson", "huber", "quantile", "own"]
+)
+def test_losses_of_the_regressor_are_the_same_everywhere(loss, target):
+    y = np.abs(Y + 0.1 * X[:, 0])
+    wanted = MLPRegressor(loss, **PARAMS, dtype=target.dtype).fit(X, y)
+    with target.scope():
+        model = MLPRegressor(loss, **PARAMS).fit(target.array(X), target.array(y))
+        same(model, wanted, 1e-9 if target.dtype == "float64" else 1e-4)
+        np.testing.assert_allclose(model.loss_curve_, wanted.loss_curve_, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["warm start", "parts"])
+@pytest.mark.parametrize("solver", ["adam", "sgd"])
+def test_warm_starts_and_parts_are_the_peers_on_every_backend(kind, solver, target):
+    """They seed the order of rows anew; parts keep the moments, a warm start does not."""
+    params = {**PARAMS, "solver": solver, "warm_start": kind == "warm start", "max_iter": 3}
+    x, weights = X.astype(target.dtype), np.linspace(0.5, 2.0, len(X))
+    peer, model = PeerClassifier(**params), MLPClassifier(**params)
+    with target.scope():
+        data = target.array(X), target.array(Y.astype(np.int32))
+        for _ in range(3):
+            if kind == "parts":
+                peer.partial_fit(x, Y, weights, [0, 1, 2])
+                model.partial_fit(*data, weights, [0, 1, 2])
+            else:
+                peer.fit(x, Y)
+                model.fit(*data)
+    single = target.dtype == "float32"
+    same(model, peer, 1e-5 if single else 1e-12)
+    np.testing.assert_allclose(model.loss_curve_, peer.loss_curve_, rtol=1e-4 if single else 1e-9)
+    assert (model.t_, model.n_iter_) == (peer.t_, peer.n_iter_)
+
+
+def test_what_is_told_and_drawn_on_every_backend(target, capsys):
+    with target.scope():
+        model = classifier(verbose=True).fit(target.array(X), target.array(Y.astype(np.int32)))
+    told = [
+        float(loss) for loss in re.findall(r"Iteration \d+, loss = (\S+)", capsys.readouterr().out)
+    ]
+    np.testing.assert_allclose(told, model.loss_curve_, atol=1e-7)
+    pytest.importorskip("matplotlib")
+    display = LossCurveDisplay.from_estimator(model)
+    np.testing.assert_array_equal(display.lines_[0].get_ydata(), model.loss_curve_)
 
 
 @pytest.mark.parametrize("early_stopping", [False, True])
@@ -208,10 +270,12 @@ def test_class_weights_by_label_and_in_partial_fit():
     weights = {"a": 3.0, "b": 1.0, "c": 0.1}
     model = classifier(class_weight=weights)
     by_class = compute_sample_weight(weights, names)
-    same(model.partial_fit(X, names, ["a", "b", "c"]),
-         classifier().partial_fit(X, names, ["a", "b", "c"], by_class))  # fmt: skip
+    same(model.partial_fit(X, names, classes=["a", "b", "c"]),
+         classifier().partial_fit(X, names, by_class, ["a", "b", "c"]))  # fmt: skip
+    balanced = classifier(class_weight="balanced")
+    assert not hasattr(balanced, "partial_fit")
     with pytest.raises(ValueError, match="'balanced' needs all rows at once"):
-        classifier(class_weight="balanced").partial_fit(X, Y, [0, 1, 2])
+        balanced.partial_fit(X, Y, classes=[0, 1, 2])
     with pytest.raises(ValueError, match="not in class_weight"):
         classifier(class_weight={0: 1.0, 7: 1.0}).fit(X, Y)
 
@@ -238,6 +302,35 @@ def test_a_function_as_loss():
     assert model.fit(X, Y).score(X, Y) > 0.9
     with pytest.raises(ValueError, match="label_smoothing is for the cross-entropy"):
         classifier(loss=squared, label_smoothing=0.1).fit(X, Y)
+
+
+def test_a_function_as_loss_that_asks_for_more_than_the_standard():
+    """It runs as it is."""
+    Xr, yr = make_regression(80, 5, random_state=0)
+
+    def absolute(z, y, xp):
+        d = z[:, 0] - y
+        return np.abs(d), np.sign(d)[:, None]
+
+    def standard(z, y, xp):
+        d = z[:, 0] - y
+        return xp.abs(d), xp.sign(d)[:, None]
+
+    params = {"hidden_layer_sizes": (6,), "max_iter": 20, "random_state": 0}
+    with pytest.warns(RuntimeWarning, match="runs eagerly.*does not support ufuncs"):
+        model = MLPRegressor(absolute, **params).fit(Xr, yr)
+    same(model, MLPRegressor(standard, **params).fit(Xr, yr), 1e-12)
+
+
+def test_a_function_as_loss_that_returns_something_else():
+    Xr, yr = make_regression(80, 5, random_state=0)
+
+    def summed(z, y, xp):
+        d = z[:, 0] - y
+        return xp.sum(d * d), 2.0 * d[:, None]
+
+    with pytest.raises(ValueError, match=r"rows' losses, \(80,\).*not arrays of shapes \(\)"):
+        MLPRegressor(summed).fit(Xr, yr)
 
 
 def test_a_layer_with_parameters_of_its_own():
@@ -312,6 +405,16 @@ def test_early_stopping_with_a_function_as_scorer():
     assert model.best_validation_score_ == pytest.approx(margin(model, X_VAL, Y_VAL), rel=1e-12)
 
 
+@pytest.mark.parametrize("scoring", [lambda model, X, y: model.score(X, y), "rand_score"])
+def test_a_scorer_that_takes_no_weights_gets_none(scoring):
+    weights = np.linspace(0.5, 2.0, len(X))
+    model = classifier(early_stopping=True, scoring=scoring).fit(X, Y, weights)
+    held = classifier(early_stopping=True).fit(X, Y, weights)
+    assert len(model.validation_scores_) == 6
+    if callable(scoring):
+        assert model.validation_scores_ != held.validation_scores_  # those are weighted
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -379,16 +482,19 @@ def test_callbacks_of_lbfgs():
     assert model.loss_ == pytest.approx(watcher.seen[-2][1])
 
 
-def test_scikit_learns_own_callbacks():
+def test_scikit_learns_own_callbacks(target):
     callback = pytest.importorskip("sklearn.callback")
+    without_argmax(target)
     monitor = callback.ScoringMonitor(scoring="accuracy")
     model = classifier()
     model.set_callbacks(monitor)
-    model.fit(X, Y)
+    # Its metrics take arrays on a device by dispatch alone
+    with target.scope(), config_context(array_api_dispatch=True):
+        model.fit(target.array(X), target.array(Y.astype(np.int32)))
     scores = [scores["accuracy"] for *_, scores in monitor._log if "accuracy" in scores]
     wanted = [classifier(max_iter=k).fit(X, Y).score(X, Y) for k in range(1, 7)]
-    assert scores[:6] == wanted
-    same(model, classifier().fit(X, Y))
+    assert scores[:6] == pytest.approx(wanted, rel=1e-6)  # torch: in float32
+    same(model, classifier().fit(X, Y), 1e-9 if target.dtype == "float64" else 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -569,6 +675,47 @@ def test_n_and_m_epochs_are_n_plus_m_to_the_last_bit(extra):
     assert np.array_equal(parts.predict_proba(X), whole.predict_proba(X))
 
 
+@pytest.mark.parametrize("change", [{"backend": "torch"}, {"backend": "jax"}, {"solver": "adamw"},
+                                    {"dtype": "float32"}], ids=str)  # fmt: skip
+def test_continuation_from_the_last_parameters_elsewhere(change):
+    """Those after the last epoch, though the best ones are kept; the moments begin anew."""
+    if "backend" in change:
+        pytest.importorskip(change["backend"])
+    early = {"early_stopping": True, "validation_fraction": 0.3, "learning_rate_init": 0.1}
+    model = classifier(**early, max_iter=9).fit(X, Y)
+    assert np.argmax(model.validation_scores_) < 8
+    last = clone(model).set_params(early_stopping=False)
+    last.init_model(X, Y)
+    last.coefs_ = [w.copy() for w in model._state.last_params[::2]]
+    last.intercepts_ = [b.copy() for b in model._state.last_params[1::2]]
+    wanted = last.score(X, Y), [w.copy() for w in last.coefs_]
+    seen = []
+
+    class First(Callback):
+        def on_epoch_begin(self, epoch):
+            seen.append(epoch)
+
+    model.set_params(max_iter=10, learning_rate_init=1e-12, callbacks=[First()], **change)
+    with pytest.warns(UserWarning, match="moments and the schedule start anew"):
+        model.continue_fit(X, Y)
+    assert seen == [10]
+    for w, old in zip(model._state.last_params[::2], wanted[1], strict=True):
+        np.testing.assert_allclose(to_host(w), old, atol=1e-6)
+        assert str(w.dtype).endswith(change.get("dtype", "float64"))
+
+
+def test_after_lbfgs_nothing_is_left_of_earlier_epochs():
+    model = classifier(early_stopping=True).fit(X, Y)
+    model.set_params(solver="lbfgs", early_stopping=False).fit(X, Y)
+    assert not hasattr(model, "loss_curve_")
+    assert not hasattr(model, "validation_scores_")
+    coefs = model.coefs_
+    model.set_params(solver="adam", max_iter=1, learning_rate_init=1e-12)
+    with pytest.warns(UserWarning, match="no state of training to go on with"):
+        model.continue_fit(X, Y)
+    np.testing.assert_allclose(model.coefs_[0], coefs[0], atol=1e-9)
+
+
 def test_fit_then_continue():
     model = classifier(max_iter=3).fit(X, Y)
     model.set_params(max_iter=8).continue_fit(X, Y)
@@ -648,8 +795,6 @@ def test_sparse_lbfgs_is_dense_lbfgs():
 def test_loss_curve_display():
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
-
-    from portable_mlp import LossCurveDisplay
 
     model = classifier(early_stopping=True).fit(X, Y)
     ax = Figure().subplots()

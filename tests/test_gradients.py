@@ -48,6 +48,8 @@ ALL_LOSSES = {
     **LOSSES,
     "softmax_smoothed": SoftmaxCrossEntropy(0.1),
     "binary_smoothed": BinaryCrossEntropy(0.2),
+    "softmax_clipped": SoftmaxCrossEntropy(clipped=True),
+    "binary_clipped": BinaryCrossEntropy(clipped=True),
     "huber_small": Huber(0.3),
     "quantile_90": Quantile(0.9),
 }
@@ -108,6 +110,10 @@ def torch_loss(name: str) -> Any:
             z, y, reduction="none"
         ).sum(1),
         "softmax_cross_entropy": lambda z, y: F.cross_entropy(z, y, reduction="none"),
+        "softmax_clipped": lambda z, y: F.nll_loss(F.softmax(z, 1).log(), y, reduction="none"),
+        "binary_clipped": lambda z, y: F.binary_cross_entropy(
+            F.sigmoid(z), y, reduction="none"
+        ).sum(1),
         "softmax_smoothed": lambda z, y: F.cross_entropy(
             z, y, reduction="none", label_smoothing=0.1
         ),

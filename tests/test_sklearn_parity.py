@@ -50,14 +50,16 @@ FACTORS = {
     "early_stopping": [False, True],
     "shuffle": [True, False],
     "weighted": [False, True],
-    "batch_size": ["auto", 32],
+    "batch_size": ["auto", 32, 50],  # all 120 rows at once, or with a shorter batch in the end
 }
+SEEDS = [3, 4, 5]  # the others on NumPy
 
 
 def sensible(row: dict) -> bool:
     solver = row["solver"]
     return not (
-        (solver == "lbfgs" and (row["early_stopping"] or row["batch_size"] == 32))
+        (solver == "lbfgs" and (row["early_stopping"] or row["batch_size"] != "auto"))
+        or (solver != "lbfgs" and row["batch_size"] == "auto" and row["shuffle"])  # to no effect
         or (solver != "sgd" and (row["momentum"], row["rate"]) != ("nesterov", "constant"))
         # float32 trajectories through ReLU's kinks are chaotic
         or (row["activation"] == "relu" and row["dtype"] == "float32")
@@ -86,7 +88,7 @@ def covering() -> list[dict]:
 
 
 GRID = covering()
-assert len(GRID) <= 150
+assert len(GRID) * len(SEEDS) <= 150
 
 
 def data(task, dtype):
@@ -95,12 +97,13 @@ def data(task, dtype):
     return X.astype(dtype), y
 
 
-def fit(row, X, y, *, peer=False, seed=3):
+def fit(row, X, y, seed, *, peer=False):
     params = {
         "hidden_layer_sizes": (10, 6), "max_iter": 20, "random_state": seed,
         **{name: row[name] for name in
            ("solver", "activation", "early_stopping", "shuffle", "batch_size")},
         **MOMENTUM[row["momentum"]], **RATES[row["rate"]],
+        "learning_rate_init": 1e-3 if row["dtype"] == "float64" else 2e-4,
     }  # fmt: skip
     classifies = row["task"] in ("binary", "multiclass", "multilabel")
     if row["task"] == "poisson":
@@ -117,9 +120,9 @@ def fit(row, X, y, *, peer=False, seed=3):
 
 
 @cache
-def wanted(i):
+def wanted(i, seed):
     row = GRID[i]
-    return fit(row, *data(row["task"], row["dtype"]), peer=True)
+    return fit(row, *data(row["task"], row["dtype"]), seed, peer=True)
 
 
 def largest_difference(model, peer) -> float:
@@ -133,23 +136,30 @@ def largest_difference(model, peer) -> float:
 
 BACKENDS = {"numpy": None, "numpy-eager": 25, "numpy-loops": 25, "numpy-cuda": 25, "strict": None,
             "torch": None, "jax": 25, "cupy": None, "torch-cuda": None, "jax-cuda": 25}  # fmt: skip
-CASES = [(name, i) for name, most in BACKENDS.items() for i in range(len(GRID[:most]))]
+CASES = [
+    (name, i, seed)
+    for name, most in BACKENDS.items()
+    for i in range(len(GRID[:most]))
+    for seed in (SEEDS if name == "numpy" else SEEDS[:1])
+]
 
 
-@pytest.mark.parametrize(("name", "i"), CASES, ids=[f"{name}-{i}" for name, i in CASES])
-def test_same_seed_same_model(name, i, request, record_property):
-    row, peer = GRID[i], wanted(i)
+@pytest.mark.parametrize(("name", "i", "seed"), CASES)
+def test_same_seed_same_model(name, i, seed, request, record_property):
+    row, peer = GRID[i], wanted(i, seed)
     backend = get_target(name, request).backend
     X, y = data(row["task"], row["dtype"])
     with backend.scope(row["dtype"]):
-        model = fit(row, backend.asarray(X), y)
+        model = fit(row, backend.asarray(X), y, seed)
         found = largest_difference(model, peer)
         single = row["dtype"] == "float32"
         tol = 1e-4 if single else 1e-7 if row["solver"] == "lbfgs" else 1e-9
+        # One unit in the last place of X moves the peer's own objective by up to 4 % by then
+        objective = 0.05 if single and row["solver"] == "lbfgs" else tol
         if not (single and row["solver"] == "lbfgs"):  # its line searches part: see the loss
             assert found <= tol
         assert model.n_iter_ == peer.n_iter_ or (single and row["solver"] == "lbfgs")
-        assert model.loss_ == pytest.approx(peer.loss_, rel=1e-3 if single else tol)
+        assert model.loss_ == pytest.approx(peer.loss_, rel=objective)
         assert model.out_activation_ == peer.out_activation_
         if row["solver"] != "lbfgs":
             np.testing.assert_allclose(model.loss_curve_, peer.loss_curve_, rtol=tol)
@@ -172,4 +182,22 @@ def test_same_seed_same_model(name, i, request, record_property):
 def test_another_seed_would_be_seen():
     """The planted twin."""
     X, y = data(GRID[0]["task"], GRID[0]["dtype"])
-    assert largest_difference(fit(GRID[0], X, y, seed=4), wanted(0)) > 0.1
+    assert largest_difference(fit(GRID[0], X, y, 4), wanted(0, 3)) > 0.1
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_another_order_of_rows_would_be_seen(task, early_stopping):
+    """In each kind of task by each solver that draws one: of two of its batches."""
+    X, y = data(task, "float64")
+    for solver in ("adam", "sgd"):
+        rows = [
+            row | {"shuffle": shuffle}
+            for row in GRID[:1]
+            for row in [row | {"task": task, "solver": solver, "early_stopping": early_stopping}]
+            for shuffle in (True, False)
+        ]
+        rows = [row | {"dtype": "float64", "batch_size": 50} for row in rows]
+        shuffled, peer = (fit(rows[0], X, y, 3, peer=peer) for peer in (False, True))
+        assert largest_difference(shuffled, peer) <= 1e-9
+        assert largest_difference(fit(rows[1], X, y, 3), peer) > 1e-4
