@@ -75,10 +75,10 @@ def without_partial_fit(model: Any) -> str | None:
     return _without_steps(model)
 
 
-_OF_EPOCHS = (
+_OF_EPOCHS = {
     "_state", "loss_curve_", "best_loss_",
     "validation_loss_curve_", "validation_scores_", "best_validation_score_",
-)  # fmt: skip
+}  # fmt: skip
 """Attributes that L-BFGS does not set."""
 
 
@@ -275,8 +275,8 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             callbacks.append(FitCallbacks(self, context, *as_given, attributes))
         if self.solver == "lbfgs" and mode != "init":
             params, fitted = self._run_lbfgs(trainer, params, rows, callbacks)
-            for name in _OF_EPOCHS:  # those of an earlier fit
-                vars(self).pop(name, None)
+            for name in vars(self).keys() & _OF_EPOCHS:  # those of an earlier fit
+                delattr(self, name)
         else:
             state = self._state_to_go_on(trainer, params, again, mode)
             del params  # copied: training would hold them for nothing
