@@ -223,6 +223,10 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
                 " which expects discrete classes on a regression target with continuous"
                 " values."
             )
+        several = kind == "multilabel-indicator"
+        if again and several != getattr(self, "_multilabel", several):
+            before, now = ("one label", "several") if several else ("several labels", "one")
+            raise ValueError(f"`y`: the model was fitted to {before} a row, and is given {now}")
         if incremental:
             if np.setdiff1d(classes, self.classes_).size:
                 raise ValueError(
@@ -236,7 +240,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
                 f" call to fit. Previously got {self.classes_}, `y` has {classes}"
             )
         self.classes_ = classes
-        self._multilabel = kind == "multilabel-indicator"
+        self._multilabel = several
         softmax = len(classes) > 2 and not self._multilabel
         cross_entropy = (SoftmaxCrossEntropy if softmax else BinaryCrossEntropy)(
             self.label_smoothing, clipped=True

@@ -339,7 +339,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         numbers = np.arange(rows.x.shape[0])
         split: list[NDArray[np.intp]] = train_test_split(
             numbers,
-            test_size=self.validation_fraction,
+            test_size=float(self.validation_fraction),
             random_state=rng,
             stratify=rows.target.astype(bool)[:, None] if binary else None,
         )
@@ -526,7 +526,8 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             z = logits(network, params, x, backend, trainer.dtype, chunk)
             (loss,) = backend.fetch([trainer.loss(z, target, xp, weights)[0]]).tolist()
             loss = trainer.reported(loss)
-            if not bool(xp.all(xp.isfinite(z))):
+            # Where e to the power of z overflows, the prediction is infinite
+            if not bool(xp.all(xp.isfinite(trainer.loss.link(z, xp)))):
                 return nan, loss
             if scorer is not None:
                 view = self._view(self._with_params(params, network))

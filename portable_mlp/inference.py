@@ -106,7 +106,8 @@ class Inference(Construction):
     def _score(self, X: Any, y: Any, sample_weight: Any) -> float:
         # On the host: scikit-learn's metrics refuse a device's arrays
         weights = None if sample_weight is None else to_host(sample_weight)
-        return float(self._metric(to_host(y), to_host(self.predict(X)), sample_weight=weights))
+        y = y.toarray() if issparse(y) else to_host(y)
+        return float(self._metric(y, to_host(self.predict(X)), sample_weight=weights))
 
     def _predict_with(
         self, function: Any, X: Any, method: str, n_layers: int | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from math import ceil, inf, isfinite, nan
 from typing import Any, Literal, NamedTuple
@@ -123,6 +123,21 @@ StopReason = Literal["converged", "max_epochs", "stopped", "interrupted", "diver
 Validate = Callable[[list[Array]], tuple[float, float]]
 
 
+def _plain(x: Any) -> Any:
+    """With Python's numbers for NumPy's scalars, which would turn float32 into float64."""
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, tuple):
+        items = tuple(_plain(item) for item in x)
+        return x if all(a is b for a, b in zip(x, items, strict=True)) else items
+    if is_dataclass(x) and not isinstance(x, type):
+        old = {f.name: getattr(x, f.name) for f in fields(x) if f.init}
+        new = {name: _plain(value) for name, value in old.items()}
+        changed = {name: value for name, value in new.items() if value is not old[name]}
+        return replace(x, **changed) if changed else x
+    return x
+
+
 @dataclass(frozen=True)
 class Trainer:
     """A training run's settings.
@@ -166,6 +181,10 @@ class Trainer:
     tol: float = 1e-4
     patience: float = 10
     loss_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _plain(value))
 
     @cached_property
     def recipe(self) -> Recipe:

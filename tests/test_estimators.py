@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from conftest import TARGETS, get_target
+from scipy.sparse import csr_array
 from sklearn.base import clone
 from sklearn.datasets import (
     load_iris,
@@ -24,13 +25,17 @@ from sklearn.datasets import (
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 from sklearn.neural_network import MLPClassifier as PeerClassifier
+from sklearn.neural_network import MLPRegressor as PeerRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from portable_mlp import Callback, DivergenceError, MLPClassifier, MLPRegressor
+from portable_mlp.activations import ELU
 from portable_mlp.backends import to_host
 from portable_mlp.engines import ENGINES
+from portable_mlp.engines.base import RecordedEngine
 from portable_mlp.losses import BinaryCrossEntropy, Quantile, SoftmaxCrossEntropy, SquaredError
+from portable_mlp.optimizers import SGD
 from portable_mlp.schedules import Cosine, ReduceOnPlateau, Step
 from portable_mlp.sources import ArraySource
 
@@ -807,3 +812,65 @@ def test_a_callback_is_one():
     X, y = data("binary")
     with pytest.raises(ValueError, match="callbacks: expected instances of Callback"):
         MLPClassifier(callbacks=[Other()]).fit(X, y)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"alpha": 1e-4, "learning_rate_init": 0.01, "beta_1": 0.8, "beta_2": 0.9, "epsilon": 1e-7},
+        {"solver": "sgd", "momentum": 0.5, "learning_rate": "invscaling", "power_t": 0.5},
+        {"solver": SGD(momentum=np.float64(0.5)), "learning_rate": Step(3, np.float64(0.5))},
+        {"activation": ELU(np.float64(0.5)), "dropout": 0.25, "clip_norm": 0.5, "batch_size": 30},
+        {"early_stopping": True, "validation_fraction": 0.25, "label_smoothing": 0.125},
+    ],
+    ids=lambda extra: ", ".join(extra),
+)
+def test_numbers_of_numpys_are_numbers(extra, backend):
+    """As a search over `np.logspace` hands them in; they do not widen float32."""
+    if backend:
+        pytest.importorskip(backend)
+    X, y = data("multiclass")
+    params = {"hidden_layer_sizes": (6,), "max_iter": 20, "random_state": 0, "backend": backend}
+    numbers = {k: v for k, v in extra.items() if type(v) in (int, float)}
+    wanted = MLPClassifier(**params, **extra).fit(X.astype(np.float32), y)
+    scalars = {k: np.asarray(v)[()] for k, v in numbers.items()}
+    model = MLPClassifier(**params, **{**extra, **scalars}).fit(X.astype(np.float32), y)
+    assert model.coefs_[0].dtype == np.float32
+    assert np.array_equal(model.coefs_[0], wanted.coefs_[0])
+    assert type(model.t_) is int
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordedEngine, "EAGER", 1000)
+        eager = clone(model).fit(X.astype(np.float32), y)
+    np.testing.assert_allclose(eager.coefs_[0], wanted.coefs_[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_early_stopping_with_predictions_that_overflow():
+    """Of e to the power of the outputs, which are finite."""
+    r = np.random.RandomState(0)
+    X, counts = r.randn(30, 3), r.poisson(1.5, 30)
+    params = {
+        "loss": "poisson", "hidden_layer_sizes": (3,), "activation": "identity", "solver": "sgd",
+        "learning_rate_init": 0.1, "max_iter": 12, "early_stopping": True, "random_state": 1,
+    }  # fmt: skip
+    model, peer = MLPRegressor(**params).fit(X, counts), PeerRegressor(**params).fit(X, counts)
+    assert model.best_validation_score_ == pytest.approx(peer.best_validation_score_, rel=1e-9)
+    np.testing.assert_allclose(model.predict(X), peer.predict(X), rtol=1e-6)
+
+
+def test_the_score_of_sparse_labels():
+    X, y = data("binary")
+    several = np.c_[y, 1 - y]
+    model = MLPClassifier(max_iter=5, random_state=0).fit(X, several)
+    assert model.score(X, csr_array(several)) == model.score(X, several)
+
+
+def test_one_label_and_several_do_not_follow_each_other():
+    X, y = data("multiclass")
+    several = np.eye(3, dtype=int)[y]
+    for first, then in ((y, several), (several, y)):
+        model = MLPClassifier(max_iter=3, random_state=0).fit(X, first)
+        with pytest.raises(ValueError, match="the model was fitted to (one|several) labels? a row"):
+            model.partial_fit(X, then)
+        np.testing.assert_array_equal(model.predict(X).shape, first.shape)

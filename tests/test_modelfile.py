@@ -480,6 +480,8 @@ NASTY = [
 def mutate_bytes(content, rng):
     content = bytearray(content)
     for _ in range(rng.randint(1, 4)):
+        if not content:  # all is deleted
+            break
         at = rng.randint(len(content))
         span = slice(at, at + rng.randint(1, 40))
         kind = rng.randint(7)
