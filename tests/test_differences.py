@@ -167,6 +167,67 @@ def test_log_probabilities_are_finite(kind):
     np.testing.assert_allclose(mine.predict_log_proba(X), wanted, rtol=1e-9)
 
 
+def test_a_loss_that_overflows_is_a_divergence():
+    theirs, mine = (library.MLPRegressor(**PARAMS) for library in (peer, ours))
+    with np.errstate(all="ignore"):
+        theirs.fit(X, 1e160 * X[:, 0])
+    assert theirs.loss_ == np.inf
+    with pytest.raises(DivergenceError):
+        mine.fit(X, 1e160 * X[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer, schedule")
+def test_parameters_changed_between_parts_hold():
+    first, second = [], []
+    for library, found in ((peer, first), (ours, second)):
+        for rate in (0.001, 0.5):
+            model = library.MLPClassifier(**PARAMS).partial_fit(X, Y, classes=[0, 1])
+            model.set_params(learning_rate_init=rate)
+            found.append(model.partial_fit(X, Y).coefs_[0])
+    np.testing.assert_array_equal(*first)
+    assert np.abs(second[0] - second[1]).max() > 0.1
+
+
+def test_other_layers_are_not_those_to_go_on_with():
+    theirs, mine = (model.fit(X, Y) for model in classifiers(warm_start=True))
+    for model in (theirs, mine):
+        model.set_params(hidden_layer_sizes=(3,))
+    assert theirs.fit(X, Y).coefs_[0].shape == (8, 8)
+    with pytest.raises(ValueError, match="continuing needs the same layers"):
+        mine.fit(X, Y)
+
+
+def test_predictions_have_the_type_of_the_model():
+    theirs, mine = (model.fit(X.astype(np.float32), Y) for model in classifiers())
+    assert theirs.predict_proba(X).dtype == np.float64
+    assert mine.predict_proba(X).dtype == np.float32
+
+
+def test_lbfgs_leaves_no_curves_of_earlier_fits():
+    theirs, mine = (model.fit(X, Y).set_params(solver="lbfgs").fit(X, Y) for model in classifiers())
+    assert len(theirs.loss_curve_) == 5
+    assert not hasattr(mine, "loss_curve_")
+
+
+def test_counts_are_not_negative():
+    theirs, mine = (library.MLPRegressor("poisson", **PARAMS) for library in (peer, ours))
+    with np.errstate(all="ignore"):
+        assert np.isnan(theirs.fit(X, Y - 1.0).loss_)
+    with pytest.raises(ValueError, match="y must not be negative"):
+        mine.fit(X, Y - 1.0)
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_come_from_the_line_that_called():
+    for model, module in zip(classifiers(), ("sklearn", __name__), strict=True):
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.filterwarnings("ignore", module=module)
+            model.fit(X, Y)
+        assert not shown
+        with pytest.warns(ConvergenceWarning):
+            model.fit(X, Y)
+
+
 def test_parts_and_early_stopping_are_refused_beforehand():
     theirs, mine = classifiers(early_stopping=True)
     assert hasattr(theirs, "partial_fit")
