@@ -121,7 +121,8 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
     label_smoothing : float in [0, 1), default=0
         Share of each target that is spread evenly over the classes.
     loss : Loss or callable, optional
-        The cross-entropy if not given.  A callable takes logits (n, k), targets and
+        If not given, the cross-entropy with ``clipped=True``, whose values scikit-learn reports.
+        A callable takes logits (n, k), targets and
         the namespace, and returns the rows' losses (n,) and their derivatives by the
         logits (n, k); `portable_mlp.check_loss` verifies it.  Targets are class
         numbers (n,), or 0.0 and 1.0 where there are two classes, (n,), or several

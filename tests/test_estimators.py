@@ -24,7 +24,6 @@ from sklearn.datasets import (
 )
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
-from sklearn.neural_network import MLPClassifier as PeerClassifier
 from sklearn.neural_network import MLPRegressor as PeerRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -207,19 +206,6 @@ def test_quantile_regression_finds_the_quantile():
     assert model.coefs_[0][0, 0] == pytest.approx(1.0, abs=0.1)
 
 
-def test_partial_fit_is_an_epoch_and_remembers_the_moments():
-    X, y = data("multiclass")
-    ours, peer = (
-        cls(hidden_layer_sizes=(7,), random_state=0) for cls in (MLPClassifier, PeerClassifier)
-    )
-    for _ in range(5):
-        ours.partial_fit(X, y, classes=[0, 1, 2])
-        peer.partial_fit(X, y, classes=[0, 1, 2])
-    np.testing.assert_allclose(ours.coefs_[0], peer.coefs_[0], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(ours.loss_curve_, peer.loss_curve_, rtol=1e-9)
-    assert ours.t_ == peer.t_
-
-
 def test_partial_fit_spreads_a_schedule_over_max_iter_calls():
     X, y = data("binary")
     whole = MLPClassifier(max_iter=4, random_state=0, learning_rate=Cosine(), batch_size=20)
@@ -230,19 +216,6 @@ def test_partial_fit_spreads_a_schedule_over_max_iter_calls():
     rates = [epoch.learning_rate for epoch in parts._state.history]
     assert rates[:4] == [epoch.learning_rate for epoch in whole._state.history]
     assert rates[4:] == [0.0, 0.0]
-
-
-def test_warm_start_goes_on_as_the_peer_does():
-    X, y = data("binary")
-    ours, peer = (
-        cls(hidden_layer_sizes=(7,), random_state=0, warm_start=True, max_iter=5)
-        for cls in (MLPClassifier, PeerClassifier)
-    )
-    for _ in range(3):
-        ours.fit(X, y)
-        peer.fit(X, y)
-    np.testing.assert_allclose(ours.coefs_[0], peer.coefs_[0], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(ours.loss_curve_, peer.loss_curve_, rtol=1e-9)
 
 
 def test_schedules_work_with_adam():
