@@ -149,9 +149,7 @@ def test_every_feature_has_an_effect_and_is_the_same_everywhere(feature, target)
             np.testing.assert_allclose(model.validation_scores_, wanted.validation_scores_)
 
 
-@pytest.mark.parametrize(
-    "loss", ["poisson", "huber", Quantile(0.8), halved], ids=["poisson", "huber", "quantile", "own"]
-)
+@pytest.mark.parametrize("loss", ["huber", Quantile(0.8), halved], ids=["huber", "quantile", "own"])
 def test_losses_of_the_regressor_are_the_same_everywhere(loss, target):
     y = np.abs(Y + 0.1 * X[:, 0])
     wanted = MLPRegressor(loss, **PARAMS, dtype=target.dtype).fit(X, y)
@@ -162,10 +160,9 @@ def test_losses_of_the_regressor_are_the_same_everywhere(loss, target):
 
 
 @pytest.mark.parametrize("kind", ["warm start", "parts"])
-@pytest.mark.parametrize("solver", ["adam", "sgd"])
-def test_warm_starts_and_parts_are_the_peers_on_every_backend(kind, solver, target):
+def test_warm_starts_and_parts_are_the_peers_on_every_backend(kind, target):
     """They seed the order of rows anew; parts keep the moments, a warm start does not."""
-    params = {**PARAMS, "solver": solver, "warm_start": kind == "warm start", "max_iter": 3}
+    params = {**PARAMS, "warm_start": kind == "warm start", "max_iter": 3}
     x, weights = X.astype(target.dtype), np.linspace(0.5, 2.0, len(X))
     peer, model = PeerClassifier(**params), MLPClassifier(**params)
     with target.scope():
