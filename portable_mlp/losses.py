@@ -97,11 +97,12 @@ class CallableLoss(Loss):
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
         values, dz = self.function(z, y, xp)
-        if tuple(values.shape) != z.shape[:1] or dz.shape != z.shape:
+        wanted = tuple(z.shape[:1]), tuple(z.shape)
+        shapes = tuple(tuple(getattr(a, "shape", ())) for a in (values, dz))
+        if shapes != wanted:
             raise ValueError(
-                f"the loss must return the rows' losses, {tuple(z.shape[:1])}, and their"
-                f" derivatives, {tuple(z.shape)}, not arrays of shapes {tuple(values.shape)}"
-                f" and {tuple(dz.shape)}"
+                "the loss must return the rows' losses and their derivatives, arrays of shapes"
+                f" {wanted[0]} and {wanted[1]}, not {shapes[0]} and {shapes[1]}"
             )
         return values, dz
 
@@ -145,8 +146,8 @@ class BinaryCrossEntropy(Loss):
     label_smoothing : float in [0, 1), default=0
         t = (1 − s) y + s / 2, as for two classes of a softmax.
     clipped : bool, default=False
-        Whether ℓ, but not its derivative, is that of probabilities within [ε, 1 − ε], at most
-        −log ε: 36 in float64 and 16 in float32.  As in scikit-learn.
+        Whether ℓ, but not its derivative, is that of probabilities within [ε, 1 − ε]: at most
+        −log ε for each output, 36 in float64 and 16 in float32.  As in scikit-learn.
     """
 
     label_smoothing: float = 0.0

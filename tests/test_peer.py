@@ -8,6 +8,7 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pytest
 from conftest import SKLEARN
 from sklearn import neural_network
 
@@ -51,6 +52,26 @@ def test_the_peers_tests_would_see_a_wrong_gradient(tmp_path):
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "1 failed" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["MLPClassifier", "MLPRegressor"])
+def test_the_peers_tests_would_not_run_against_the_peer(name, tmp_path):
+    (tmp_path / "planted.py").write_text(
+        "import sklearn.neural_network._multilayer_perceptron as private\n"
+        f"import portable_mlp\nportable_mlp.{name} = private.{name}\n"
+        "def pytest_collection(session):\n"
+        f"    from portable_mlp.estimators import {name}\n    portable_mlp.{name} = {name}\n"
+    )
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "planted", "-p", "peer_plugin",
+        "-p", "no:cacheprovider", "--pyargs", "sklearn.neural_network.tests.test_mlp",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)])}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == pytest.ExitCode.INTERNAL_ERROR
+    assert f"'sklearn.neural_network._multilayer_perceptron.{name}'> = getattr" in done.stdout
 
 
 def test_here_the_peer_is_the_peer():

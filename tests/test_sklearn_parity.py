@@ -16,6 +16,7 @@ from sklearn.datasets import (
 )
 from sklearn.neural_network import MLPClassifier as PeerClassifier
 from sklearn.neural_network import MLPRegressor as PeerRegressor
+from sklearn.preprocessing import scale
 
 from portable_mlp import MLPClassifier, MLPRegressor
 from portable_mlp.backends import to_host
@@ -93,6 +94,9 @@ assert len(GRID) * len(SEEDS) <= 150
 
 def data(task, dtype):
     X, y = TASKS[task]
+    if dtype == "float32":
+        # A saturated unit's gradient is rounding alone, of which Adam makes a whole step
+        X = scale(X)
     y = y / 100.0 if task in ("regression", "multioutput") else y
     return X.astype(dtype), y
 
@@ -103,7 +107,8 @@ def fit(row, X, y, seed, *, peer=False):
         **{name: row[name] for name in
            ("solver", "activation", "early_stopping", "shuffle", "batch_size")},
         **MOMENTUM[row["momentum"]], **RATES[row["rate"]],
-        "learning_rate_init": 1e-3 if row["dtype"] == "float64" else 2e-4,
+        # With a smaller penalty, rounding in float32 parts the line searches
+        "alpha": 1.0 if (row["solver"], row["dtype"]) == ("lbfgs", "float32") else 1e-4,
     }  # fmt: skip
     classifies = row["task"] in ("binary", "multiclass", "multilabel")
     if row["task"] == "poisson":
@@ -154,12 +159,10 @@ def test_same_seed_same_model(name, i, seed, request, record_property):
         found = largest_difference(model, peer)
         single = row["dtype"] == "float32"
         tol = 1e-4 if single else 1e-7 if row["solver"] == "lbfgs" else 1e-9
-        # One unit in the last place of X moves the peer's own objective by up to 4 % by then
-        objective = 0.05 if single and row["solver"] == "lbfgs" else tol
         if not (single and row["solver"] == "lbfgs"):  # its line searches part: see the loss
             assert found <= tol
         assert model.n_iter_ == peer.n_iter_ or (single and row["solver"] == "lbfgs")
-        assert model.loss_ == pytest.approx(peer.loss_, rel=objective)
+        assert model.loss_ == pytest.approx(peer.loss_, rel=tol)
         assert model.out_activation_ == peer.out_activation_
         if row["solver"] != "lbfgs":
             np.testing.assert_allclose(model.loss_curve_, peer.loss_curve_, rtol=tol)
