@@ -8,7 +8,7 @@ of any other library that follows the standard work through the base class.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar
@@ -108,6 +108,10 @@ class Backend:
         """
         return function
 
+    def current(self) -> AbstractContextManager[Any]:
+        """Make the device current, for a library that computes on its current device alone."""
+        return nullcontext()
+
     @contextmanager
     def scope(self, dtype: str) -> Iterator[None]:
         """Library settings around a computation in this data type.
@@ -115,7 +119,7 @@ class Backend:
         Non-finite values are looked for where they matter; warnings about each
         operation that meets one would only repeat it.
         """
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"), self.current():
             yield
 
 
@@ -171,17 +175,22 @@ class CuPyBackend(Backend):
     def of(cls, x: Array) -> Backend:
         return cls(x.device)
 
+    def current(self) -> AbstractContextManager[Any]:
+        device: AbstractContextManager[Any] = self.device
+        return device
+
     def to_host(self, x: Array) -> NDArray[Any]:
-        host: NDArray[Any] = self._cupy.asnumpy(x)
+        with self.current():
+            host: NDArray[Any] = self._cupy.asnumpy(x)
         return host
 
-    def synchronize(self) -> None:
-        self._cupy.cuda.get_current_stream().synchronize()
+    def fetch(self, scalars: Sequence[Array]) -> NDArray[np.float64]:
+        with self.current():
+            return super().fetch(scalars)
 
-    @contextmanager
-    def scope(self, dtype: str) -> Iterator[None]:
-        with super().scope(dtype), self.device:
-            yield
+    def synchronize(self) -> None:
+        with self.current():
+            self._cupy.cuda.get_current_stream().synchronize()
 
 
 class TorchBackend(Backend):
@@ -193,6 +202,9 @@ class TorchBackend(Backend):
     def __init__(self, device: Any = None) -> None:
         super().__init__(import_module("array_api_compat.torch"), device)
         self._torch = import_module("torch")
+        if device is not None:
+            # With its index, as tensors tell it: "cuda" is not equal to "cuda:0"
+            self.device = self._torch.empty(0, device=device).device
 
     @classmethod
     def create(cls, device: str | None) -> Backend:
@@ -371,15 +383,24 @@ def move(x: Any, to: Backend, dtype: str | None = None) -> Array:
     return to.asarray(x if home == to or isinstance(home, NumPyBackend) else home.to_host(x), dtype)
 
 
+_WANT_OF_MEMORY = (
+    "RESOURCE_EXHAUSTED",  # JAX
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a want of memory, on the host or on a device.
 
-    CuPy's is a MemoryError; torch has a class of its own; JAX says so in its message.
+    Host and CuPy's pool raise a MemoryError, torch a class of its own; CUDA, cuBLAS and JAX say
+    so in their messages.
     """
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "RESOURCE_EXHAUSTED" in str(error)
+        or any(words in str(error) for words in _WANT_OF_MEMORY)
     )
 
 
@@ -392,7 +413,8 @@ def _import(library: str, remedy: str) -> Any:
         ) from error
 
 
-_INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100  # cudaError_t
+# cudaError_t
+_INITIALIZATION, _INSUFFICIENT_DRIVER, _NO_DEVICE = 3, 35, 100
 
 
 def _check_cuda() -> None:
@@ -419,6 +441,11 @@ def _check_cuda() -> None:
                 f"{lead} no NVIDIA driver, or one older than this CuPy's CUDA"
                 f" {runtime.runtimeGetVersion() // 1000} needs ({error}):"
                 " install or update the driver, or use device='cpu'"
+            ) from error
+        if error.status == _INITIALIZATION:
+            raise BackendError(
+                f"{lead} CUDA does not start ({error}). A process forked after CUDA was used"
+                " cannot use it: start processes by 'spawn' or 'forkserver'"
             ) from error
         if error.status != _NO_DEVICE:
             raise BackendError(f"{lead} CUDA does not start ({error})") from error

@@ -339,7 +339,8 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
             labels = home.indices(classes) if classes.dtype.kind in "iu" else home.asarray(classes)
             # Large integers may have no place there (JAX has 32 bits by default)
             if np.array_equal(home.to_host(labels), classes):
-                return home.xp.take(labels, codes, axis=0)
+                with home.current():
+                    return home.xp.take(labels, codes, axis=0)
         return classes[home.to_host(codes)]
 
     def predict_proba(self, X: Any) -> Array:

@@ -46,7 +46,8 @@ class Selection:
             return self._x[span if self._indices is None else self._indices[span]]
         if self._indices is None:
             return self._x[span, ...]
-        return self._home.xp.take(self._x, self._indices[span], axis=0)
+        with self._home.current():
+            return self._home.xp.take(self._x, self._indices[span], axis=0)
 
     def dense(self, start: int, end: int, backend: Backend, dtype: str) -> Array:
         """A range of them on a backend."""

@@ -47,11 +47,12 @@ def check_X(estimator: Any, X: Any, reset: bool) -> Array:
         raise ValueError(f"X: found array with shape {tuple(X.shape)}, nothing to learn from")
     if xp.isdtype(X.dtype, "complex floating"):
         raise ValueError("X: complex data not supported")
-    if not xp.isdtype(X.dtype, "real floating"):
-        known = xp.__array_namespace_info__().dtypes(device=home.device)
-        X = xp.astype(X, known.get("float64", xp.float32))
-    elif not bool(xp.all(xp.isfinite(X))):
-        raise ValueError(f"X contains NaN or infinity, which {name} does not accept")
+    with home.current():
+        if not xp.isdtype(X.dtype, "real floating"):
+            known = xp.__array_namespace_info__().dtypes(device=home.device)
+            X = xp.astype(X, known.get("float64", xp.float32))
+        elif not bool(xp.all(xp.isfinite(X))):
+            raise ValueError(f"X contains NaN or infinity, which {name} does not accept")
     if reset:
         estimator.n_features_in_ = int(X.shape[1])
         if hasattr(estimator, "feature_names_in_"):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -20,10 +21,9 @@ os.environ.setdefault("SCIPY_ARRAY_API", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from cuda_emulation import COMPILER, Emulation
+import fake_cuda
 
 from portable_mlp.backends import Backend, BackendError, NumPyBackend, get_backend
-from portable_mlp.engines import CaptureEngine
 from portable_mlp.engines.base import RecordedEngine
 from portable_mlp.engines.compiler import find
 
@@ -76,10 +76,7 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 class ByEngine(NumPyBackend):
-    """NumPy by a certain engine; CUDA's runs on the host, see `cuda_emulation`.
-
-    In its scope whatever computes with NumPy does so.
-    """
+    """NumPy by a certain engine: in its scope whatever computes with NumPy does so."""
 
     def __init__(self, engine: str, compiled: str = "never") -> None:
         super().__init__()
@@ -90,7 +87,6 @@ class ByEngine(NumPyBackend):
     def scope(self, dtype: str) -> Iterator[None]:
         with super().scope(dtype), pytest.MonkeyPatch.context() as patch:
             patch.setattr(NumPyBackend, "engine", self.engine)
-            patch.setattr(CaptureEngine, "runtime", Emulation)
             patch.setattr(RecordedEngine, "EAGER", 0)
             patch.setenv("PORTABLE_MLP_COMPILE", self.compiled)
             yield
@@ -117,7 +113,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "numpy": lambda: Target("numpy", get_backend()),
     "numpy-eager": lambda: Target("numpy-eager", ByEngine("eager")),
     "numpy-loops": lambda: Target("numpy-loops", ByEngine("replay", "now")),
-    "numpy-cuda": lambda: Target("numpy-cuda", ByEngine("capture")),
+    "cupy-emulated": lambda: Target("cupy-emulated", emulated_gpu()),
     "numpy-read-only": lambda: Target("numpy-read-only", get_backend(), read_only=True),
     "strict": lambda: Target("strict", _strict("CPU_DEVICE")),
     "strict-device1": lambda: Target("strict-device1", _strict("device1")),
@@ -131,6 +127,25 @@ TARGETS: dict[str, Callable[[], Target]] = {
 GPU = {"cupy", "torch-cuda", "jax-cuda"}
 
 
+@pytest.fixture
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A machine with two GPUs in the place of CuPy; steps are recorded from the first on.
+
+    Takes the mode of its memory as a parameter.
+    """
+    if fake_cuda.COMPILER is None:
+        pytest.skip("no g++ to compile CUDA's kernels for the host with")
+    monkeypatch.setattr(RecordedEngine, "EAGER", 0)
+    with fake_cuda.install(fake_cuda.Driver(getattr(request, "param", "poison"))) as machine:
+        yield machine
+
+
+def emulated_gpu(device: int = 1) -> Backend:
+    """A GPU of `cuda`: not the current one, which is 0."""
+    with import_module("cupy").cuda.Device(device):
+        return get_backend("gpu", "cupy")
+
+
 def get_gpu(name: str) -> Backend:
     try:
         return get_backend("gpu", name)
@@ -139,8 +154,8 @@ def get_gpu(name: str) -> Backend:
 
 
 def get_target(name: str, request: pytest.FixtureRequest) -> Target:
-    if name == "numpy-cuda" and COMPILER is None:
-        pytest.skip("no g++ to compile CUDA's kernels for the host with")
+    if name == "cupy-emulated":
+        request.getfixturevalue("cuda")
     if name == "numpy-loops" and not find():
         pytest.skip("no C compiler")
     try:

@@ -139,8 +139,9 @@ def largest_difference(model, peer) -> float:
     )
 
 
-BACKENDS = {"numpy": None, "numpy-eager": 25, "numpy-loops": 25, "numpy-cuda": 25, "strict": None,
-            "torch": None, "jax": 25, "cupy": None, "torch-cuda": None, "jax-cuda": 25}  # fmt: skip
+BACKENDS = {"numpy": None, "numpy-eager": 25, "numpy-loops": 25, "cupy-emulated": 25,
+            "strict": None, "torch": None, "jax": 25, "cupy": None, "torch-cuda": None,
+            "jax-cuda": 25}  # fmt: skip
 CASES = [
     (name, i, seed)
     for name, most in BACKENDS.items()

@@ -8,134 +8,49 @@ losses after the last.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from importlib import import_module
+from functools import lru_cache
+from math import isfinite
 from typing import Any, ClassVar
 
 import numpy as np
 
-from portable_mlp.backends import Backend
+from portable_mlp.backends import Backend, is_out_of_memory
 from portable_mlp.engines.base import EPOCHS_AT_ONCE, RecordedEngine, Task, Tree, Values, recorded
 from portable_mlp.engines.kernels import compile_program, gather_kernel
 from portable_mlp.engines.launches import Kernel, Kernels, View
 from portable_mlp.engines.program import leaves, specify
 from portable_mlp.engines.recording import Unrecordable
+from portable_mlp.engines.runtime import CaptureError, Cuda, Graph
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
 
-class CaptureError(RuntimeError):
-    """Work cannot be captured in a graph; the message says why."""
+@dataclass
+class _Program:
+    """A step that can be repeated.
 
-
-class Cuda:
-    """What the engine asks of CUDA, through CuPy and cuBLAS.
-
-    CuPy refuses to call cuBLAS while it captures; nvmath-python's bindings do not.
+    A graph holds addresses, and keeps no array alive: all that it points to lives as long as
+    the program, for ``work`` holds it.
 
     Attributes
     ----------
-    refuses : str
-        Why nothing can be captured; empty if it can.
+    work : callable
+        Launches kernel by kernel.
+    graph : Graph, optional
+        Of the same launches.
     """
 
-    _WORKSPACE = 32 << 20  # bytes, as cuBLAS recommends for Hopper
+    work: Callable[[], None]
+    graph: Graph | None = None
 
-    def __init__(self) -> None:
-        self._cupy = import_module("cupy")
-        self.refuses = ""
-        try:
-            self._cublas = import_module("nvmath.bindings.cublas")
-            self._handle = self._cublas.create()
-        except Exception as error:  # not installed, or its libraries do not load
-            self.refuses = f"nvmath-python gives no cuBLAS ({error})"
-            return
-        weakref.finalize(self, self._cublas.destroy, self._handle)
-        self._workspace = self._cupy.empty(self._WORKSPACE, np.uint8)
-        self._stream = -1
-
-    def array(self, memory: Array, view: View) -> Array:
-        """An array in another's memory."""
-        size = view.dtype.itemsize
-        return self._cupy.ndarray(
-            view.shape,
-            view.dtype,
-            memptr=memory.data + view.place.offset,
-            strides=tuple(stride * size for stride in view.strides),
-        )
-
-    def compile(self, source: str) -> Callable[[Kernel, Sequence[Array]], None]:
-        """Return what launches a kernel of the source."""
-        # CuPy's get_function makes a new one each time, which is loaded at its first launch
-        function_of = cache(self._cupy.RawModule(code=source).get_function)
-
-        def launch(kernel: Kernel, arguments: Sequence[Array]) -> None:
-            function = function_of(kernel.name)
-            function((kernel.blocks,), (kernel.threads,), tuple(arguments))
-
-        return launch
-
-    def multiply(self, left: Array, right: Array, out: Array) -> None:
-        """A product of matrices; ``out`` lies row by row."""
-        if self.refuses:
-            self._cupy.matmul(left, right, out=out)
-            return
-        stream = self._cupy.cuda.get_current_stream().ptr
-        if stream != self._stream:
-            self._cublas.set_stream(self._handle, stream)
-            # A new stream takes the workspace away
-            self._cublas.set_workspace(self._handle, self._workspace.data.ptr, self._WORKSPACE)
-            self._stream = stream
-        gemm = self._cublas.sgemm if out.dtype == np.float32 else self._cublas.dgemm
-        one, zero = np.ones(1, out.dtype), np.zeros(1, out.dtype)
-        # cuBLAS thinks in columns, where these are the transposes: outᵀ = rightᵀ leftᵀ
-        (n, k), m = left.shape, right.shape[1]
-        (right_op, right_step), (left_op, left_step) = layout(right), layout(left)
-        gemm(
-            self._handle, right_op, left_op, m, n, k, one.ctypes.data, right.data.ptr, right_step,
-            left.data.ptr, left_step, zero.ctypes.data, out.data.ptr, m,
-        )  # fmt: skip
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Return what repeats the work, on the stream that is then current.
-
-        Raises
-        ------
-        CaptureError
-        """
-        if self.refuses:
-            raise CaptureError(self.refuses)
-        stream = self._cupy.cuda.Stream(non_blocking=True)
-        try:
-            with stream:
-                stream.begin_capture()
-                try:
-                    work()
-                finally:
-                    graph = stream.end_capture()
-        except Exception as error:  # CuPy's and nvmath's errors have no common base
-            raise CaptureError(str(error)) from error
-        launch: Callable[[], None] = graph.launch
-        return launch
-
-
-def layout(a: Array) -> tuple[int, int]:
-    """For cuBLAS, of a matrix read as columns: whether to transpose it, and its step.
-
-    Parameters
-    ----------
-    a : array (n, m)
-        With contiguous rows or contiguous columns.
-    """
-    n, m = a.shape
-    down, along = (stride // a.dtype.itemsize for stride in a.strides)
-    if along == 1 or m == 1:
-        return 0, down if n > 1 else m
-    return 1, along if m > 1 else n
+    def __call__(self) -> None:
+        if self.graph is None:
+            self.work()
+        else:
+            self.graph.launch()
 
 
 @dataclass
@@ -166,19 +81,18 @@ class _Memory:
     rows: Array
     losses: Array
     at: Array
-    programs: dict[int, Callable[[], None]] = field(default_factory=dict)
+    programs: dict[int, _Program] = field(default_factory=dict)
 
 
 class CaptureEngine(RecordedEngine):
     """Repeats a captured step.
 
     The first replay on batches of a size is compared with the step itself.  What cannot be
-    captured is launched kernel by kernel, what differs or cannot be recorded runs as the
-    step itself, with a warning that says why.
+    captured is launched kernel by kernel; what differs, cannot be recorded, or needs more
+    memory than there is, runs as the step itself.  A warning says which, and why.
     """
 
     name = "capture"
-    runtime: ClassVar[Callable[[], Any]] = Cuda
 
     _SHAPES = 4  # of data, to hold programs for: a reader's batches, and its last
     # Relative to the step's change, in the Euclidean norm
@@ -186,12 +100,23 @@ class CaptureEngine(RecordedEngine):
 
     def __init__(self, backend: Backend, recipe: Recipe) -> None:
         super().__init__(backend, recipe)
-        self.cuda: Any = None
+        self._cuda: Cuda | None = None
         self._arrays: Arrays | None = None
         self._memories: dict[Any, _Memory] = {}
         self._now: Any = None
 
     def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
+        try:
+            self._repeat(arrays, task, values)
+        except Exception as error:
+            # The step itself needs the memory
+            self._memories.clear()
+            self._cuda = self._arrays = self._now = None
+            if is_out_of_memory(error):
+                raise Unrecordable(f"there is not enough memory for a graph: {error}") from error
+            raise
+
+    def _repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
         self._prepare(arrays, task)
         done = task.first
         self._now.at[...] = done
@@ -215,8 +140,8 @@ class CaptureEngine(RecordedEngine):
         room = np.zeros((max(len(table), EPOCHS_AT_ONCE), table.shape[1]))
         rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
         whole = order is None and n <= task.batch_size
-        if self.cuda is None:
-            self.cuda = type(self).runtime()
+        if self._cuda is None:
+            self._cuda = Cuda()
         if arrays is not self._arrays:
             self._memories.clear()
             self._arrays = arrays
@@ -258,24 +183,35 @@ class CaptureEngine(RecordedEngine):
     def _step(self, arrays: Arrays, task: Task, number: int, rows: slice, hyper: Hyper) -> None:
         size = rows.stop - rows.start
         program = self._now.programs.get(size)
-        if program is not None:
-            program()
+        if program is None:
+            batch = task.data if self._now.whole else self._take(task.data, self._now.rows[rows])
+            work = self._bind(arrays, batch, task.batch_size, size, hyper)
+            self._now.programs[size] = self._checked(arrays, batch, hyper, number, work)
             return
-        chosen = self._now.rows[rows]
+        try:
+            program()
+        except Exception as error:
+            # A graph that is not launched has changed nothing; kernels need no memory
+            if program.graph is None or not is_out_of_memory(error):
+                raise
+            program.graph = None
+            _warn_of_kernels(error)
+            program()
+
+    def _take(self, data: Batch, chosen: Array) -> Batch:
         take = self.backend.xp.take
-        batch = Batch(*(None if a is None else take(a, chosen, axis=0) for a in task.data))
-        work = self._bind(arrays, batch, task.batch_size, size, hyper)
-        self._now.programs[size] = self._checked(arrays, batch, hyper, number, work)
+        return Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
 
     def _bind(
         self, arrays: Arrays, batch: Batch, batch_size: int, size: int, hyper: Hyper
     ) -> Callable[[], None]:
         """Allocate, and return the function that launches a step."""
-        backend, cuda = self.backend, self.cuda
+        backend, cuda = self.backend, self._cuda
+        assert cuda is not None
         kernels = _kernels(self.recipe, Tree(specify((arrays, batch, hyper))))
         now = self._now
-        rows = [_row_by_row(a, backend.xp) for a in batch if a is not None]
-        buffers = now.data if now.whole else rows
+        rows = [a for a in batch if a is not None]
+        buffers = now.data if now.whole else [_row_by_row(a, backend.xp) for a in rows]
         work = backend.xp.zeros(
             kernels.n_bytes, dtype=backend.dtype("uint8"), device=backend.device
         )
@@ -313,7 +249,7 @@ class CaptureEngine(RecordedEngine):
 
     def _checked(
         self, arrays: Arrays, batch: Batch, hyper: Hyper, number: int, work: Callable[[], None]
-    ) -> Callable[[], None]:
+    ) -> _Program:
         """Capture the work, do it once, and compare that with the step; undo it if they differ."""
         backend = self.backend
         own = [*leaves(arrays)]
@@ -323,7 +259,7 @@ class CaptureEngine(RecordedEngine):
             [next(again) for _ in arrays.leaves],
             [tuple(next(again) for _ in m) for m in arrays.moments],
         )
-        wanted, values = step(self.recipe, copies, batch, hyper)
+        wanted, wanted_values = step(self.recipe, copies, batch, hyper)
 
         def undo() -> None:
             for a, old in zip(own, before, strict=True):
@@ -331,47 +267,64 @@ class CaptureEngine(RecordedEngine):
             self._now.at[...] = number
 
         def attempt(action: Callable[[], None]) -> None:
-            try:
-                action()
-            except Exception as failure:  # the compiler's, CUDA's, cuBLAS's: no common base
-                undo()
-                raise Unrecordable(f"its kernels fail: {failure}") from failure
+            action()
+            backend.synchronize()  # what fails on the device is seen only then
 
-        attempt(work)  # loads the kernels, which cannot be while they are captured
-        undo()
-        program = self._captured(work)
-        attempt(program)
-        tolerance = self._TOLERANCE[str(own[0].dtype)]
-        host = [backend.to_host(a).astype(np.float64) for a in (*leaves(wanted), *own, *before)]
-        n = len(own)
-        alike = np.allclose(
-            self._results(number, number + 1)[0],
-            [float(v) for v in values],
-            rtol=tolerance,
-            atol=tolerance,
-            equal_nan=True,
-        )
-        for right, got, old in zip(host[:n], host[n : 2 * n], host[2 * n :], strict=True):
-            error, change = np.linalg.norm(got - right), np.linalg.norm(right - old)
-            rounding = np.finfo(str(own[0].dtype)).eps * np.linalg.norm(right)
-            finite = np.isfinite(right).all()
-            alike &= bool(not finite or error <= tolerance * change + 10 * rounding)
+        try:
+            attempt(work)  # loads the kernels, which cannot be while they are captured
+            undo()
+            program = self._captured(work)
+            attempt(program)
+            alike = self._alike(number, wanted_values, [*leaves(wanted)], own, before)
+        except Exception as failure:  # the compiler's, CUDA's, cuBLAS's: no common base
+            undo()
+            if is_out_of_memory(failure):
+                raise
+            raise Unrecordable(f"its kernels fail: {failure}") from failure
         if not alike:
             undo()
             raise Unrecordable("its kernels do not compute what the step computes")
         return program
 
-    def _captured(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What repeats the work by one call, or the work itself."""
+    def _alike(
+        self,
+        number: int,
+        wanted_values: tuple[Array, Array],
+        wanted: list[Array],
+        got: list[Array],
+        before: list[Array],
+    ) -> bool:
+        """Compare the arrays and values after a step with those wanted, on the device."""
+        norm = self.backend.xp.linalg.vector_norm
+        dtype = str(got[0].dtype)
+        tolerance, eps = self._TOLERANCE[dtype], float(np.finfo(dtype).eps)
+        values = [float(v) for v in wanted_values]
+        found = self._results(number, number + 1)[0]
+        if not np.allclose(found, values, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return False
+        for w, g, b in zip(wanted, got, before, strict=True):
+            norms = self.backend.fetch([norm(g - w), norm(w - b), norm(w)])
+            error, change, size = norms.tolist()
+            # Where the step overflows, the kernels may do so differently
+            if isfinite(size) and not error <= tolerance * change + 10 * eps * size:
+                return False
+        return True
+
+    def _captured(self, work: Callable[[], None]) -> _Program:
+        """Return the work as a graph, or as it is."""
+        assert self._cuda is not None
         try:
-            replay: Callable[[], None] = self.cuda.capture(work)
+            return _Program(work, self._cuda.capture(work))
         except CaptureError as reason:
-            warn(
-                f"the step is launched kernel by kernel, without a CUDA graph: {reason}",
-                RuntimeWarning,
-            )
-            return work
-        return replay
+            _warn_of_kernels(reason)
+            return _Program(work)
+
+
+def _warn_of_kernels(reason: Exception) -> None:
+    warn(
+        f"the step is launched kernel by kernel, without a CUDA graph: {reason}",
+        RuntimeWarning,
+    )
 
 
 def _row_by_row(a: Array, xp: Any) -> Array:

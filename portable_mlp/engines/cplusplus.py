@@ -42,8 +42,8 @@ COMBINE = {"sum": ("0", "({0} + {1})"), "prod": ("1", "({0} * {1})"),
             "max": ("-INF", _GREATER), "min": ("INF", _LESS)}  # fmt: skip
 
 PREAMBLE = """\
-#define INF (1e308 * 1e308)
-#define NOT_A_NUMBER (INF - INF)
+#define INF __longlong_as_double(0x7ff0000000000000LL)
+#define NOT_A_NUMBER __longlong_as_double(0x7ff8000000000000LL)
 """
 
 POINTWISE = """
@@ -55,8 +55,9 @@ extern "C" __global__ void {name}({parameters}) {{
 }}
 """
 
+# With more than 64 registers a block of so many threads could not be launched
 TOTAL = """
-extern "C" __global__ void {name}({parameters}) {{
+extern "C" __global__ __launch_bounds__(1024) void {name}({parameters}) {{
 {numbers}    __shared__ {type} parts[1024];
     {type} a = {start};
     int first = blockIdx.x * blockDim.x + threadIdx.x, all = gridDim.x * blockDim.x;

@@ -34,7 +34,8 @@ from portable_mlp.engines.program import (
 )
 from portable_mlp.engines.recording import Unrecordable
 
-_LONG = 64  # elements; a sum over more is shared by many threads, or not kept in registers
+_LONG = 64  # elements; a sum over more is shared by many threads
+_ROW = 16  # elements of a row that a thread keeps in registers; of 32 in float64 some spill
 _MOST = 2**30  # elements: kernels count them, and a stride beyond, in an int
 _SHARE = 8192  # elements that one block adds up
 
@@ -79,7 +80,7 @@ class Fusion:
             if x.op in REDUCTIONS and len(x.attrs[0]) == 1 and x.operands[0].ndim == 2
         ]
         shapes = {(shape[1 - axis], shape[axis]) for shape, axis in summed}
-        self.few = {(n, k) for n, k in shapes if 1 < k <= _LONG and n not in (1, k)}
+        self.few = {(n, k) for n, k in shapes if 1 < k <= _ROW and n not in (1, k)}
         self.long = {n for n, _ in self.few}
         self.homes = parts_at_home(calculated)
         self.launches: list[Launch] = []
