@@ -10,6 +10,7 @@ scikit-learn's, or the memory that a fit takes:
     python scripts/benchmark.py --tricks
     python scripts/benchmark.py --fit
     python scripts/benchmark.py --memory
+    python scripts/benchmark.py --memory --device gpu
 
 Prints Markdown.  Every contestant trains the same networks on the same rows in the
 same order, without an L2 penalty, with its library's default number of threads.  Each lives
@@ -20,6 +21,7 @@ time.  Rounds are interleaved: what disturbs the machine for a while disturbs al
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -29,12 +31,14 @@ import sys
 import time
 import tracemalloc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import date
+from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import ceil
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -47,11 +51,13 @@ from contestants import (
     FITTERS,
     GPU_STEPPERS,
     ON_A_GPU,
+    PEAKS,
     STEPPERS,
     TRICKS,
     WORKLOADS,
     Contestants,
     Workload,
+    free_memory,
     growth,
     normal_rows,
 )
@@ -87,6 +93,8 @@ class ContestantError(Exception):
 
 def serve(suite: str, name: str, pipe: Connection) -> None:
     """Do, in a child process, what a `Worker` asks, until it closes the pipe."""
+    # JAX, once imported, would take three quarters of a GPU that all share
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     make, _ = SUITES[suite].contestants[name]
     contestant: Any = None
     while True:
@@ -94,28 +102,60 @@ def serve(suite: str, name: str, pipe: Connection) -> None:
             request = pipe.recv()
         except EOFError:
             return
-        try:
-            if isinstance(request, int):
-                contestant.reset()
-                time.sleep(0.05)  # idle threads of the one before may still spin
-                began = time.perf_counter()
-                contestant.train(request)
-                pipe.send((time.perf_counter() - began, contestant.curve))
+        reply: Any = None
+        failure = ""
+        # For each request anew: a warning is given once, and would be missed at later workloads
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default", RuntimeWarning)
+            try:
+                if isinstance(request, int):
+                    contestant.reset()
+                    time.sleep(0.05)  # idle threads of the one before may still spin
+                    began = time.perf_counter()
+                    contestant.train(request)
+                    reply = time.perf_counter() - began, contestant.curve
+                elif callable(request):
+                    reply = request()
+                else:
+                    contestant = None  # its arrays are freed before there are others,
+                    gc.collect()  # even if they are in a cycle
+                    contestant = make(*request)
+            except Exception as error:
+                kind = type(error).__name__
+                failure = f"{'unavailable' if kind == 'BackendError' else kind}: {error}"
+        said = []
+        for each in caught:
+            if issubclass(each.category, RuntimeWarning):
+                said.append(one_line(each.message))
             else:
-                contestant = None  # its arrays are freed before there are others
-                contestant = make(*request)
-                pipe.send((0.0, ()))
-        except Exception as error:
-            kind = type(error).__name__
-            pipe.send(f"{'unavailable' if kind == 'BackendError' else kind}: {error}")
+                warnings.showwarning(each.message, each.category, each.filename, each.lineno)
+        pipe.send((reply, one_line(failure), said))
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 class Worker:
-    """A contestant in a process of its own, which lives until it is closed."""
+    """A contestant in a process of its own, which lives until it is closed.
+
+    Attributes
+    ----------
+    curve : sequence of float
+        Losses of the last run's epochs.
+    head : float
+        Seconds that the workload's first epochs took longer than later ones.
+    said : list of str
+        What it warned of since the workload was set up.
+    """
 
     def __init__(self, suite: str, name: str) -> None:
+        module = SUITES[suite].contestants[name][1]
+        if not find_spec(module):
+            raise ContestantError(f"missing: {module} is not installed")
         self.curve: Sequence[float] = ()
         self.head = 0.0
+        self.said: list[str] = []
         context = get_context("spawn")  # a fork would share what BLAS has started
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(suite, name, theirs), daemon=True)
@@ -124,6 +164,7 @@ class Worker:
 
     def enter(self, workload: Workload, dtype: str, seconds: float) -> int:
         """Set up a workload; returns how many epochs take about this many seconds."""
+        self.said = []
         self._ask((workload, dtype))
         first = self.time(workload.head)
         epochs = 1
@@ -134,27 +175,41 @@ class Worker:
 
     def time(self, epochs: int) -> float:
         """Seconds that this many epochs take, from fresh parameters."""
-        return self._ask(epochs)
+        elapsed, self.curve = self._ask(epochs)
+        return float(elapsed)
+
+    def memory(
+        self, workload: Workload, dtype: str, peak: Callable[[], int | None]
+    ) -> tuple[int | None, int | None]:
+        """Bytes of a GPU that training takes, None where unknown.
+
+        Those that ``peak`` returns, and those that the device has fewer of.
+        """
+        before = self._ask(free_memory)
+        self._ask((workload, dtype))
+        self.time(workload.head)
+        most, after = self._ask(peak), self._ask(free_memory)
+        return most, None if before is None else before - after
 
     def close(self) -> None:
         self._pipe.close()
         self._process.join()
 
-    def _ask(self, request: Any) -> float:
+    def _ask(self, request: Any) -> Any:
         try:
             self._pipe.send(request)
-            reply = self._pipe.recv()
+            reply, failure, said = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise ContestantError("its process died") from error
-        if isinstance(reply, str):
-            raise ContestantError(reply)
-        elapsed, self.curve = reply
-        return float(elapsed)
+        self.said += [text for text in said if text not in self.said]
+        if failure:
+            raise ContestantError(failure)
+        return reply
 
 
 @dataclass
 class Results:
-    """By contestant and workload: a time in each round, losses, and what went wrong.
+    """By contestant and workload: a time in each round, losses, what went wrong, and warnings.
 
     ``heads`` are the seconds that the first epochs took longer than later ones.
     """
@@ -163,19 +218,20 @@ class Results:
     heads: dict[str, dict[int, float]]
     curves: dict[str, dict[int, Sequence[float]]]
     failures: dict[str, dict[int, str]]
+    warnings: dict[str, dict[int, list[str]]]
 
 
 def measure(args: argparse.Namespace, dtype: str) -> Results:
     """Time all contestants on all workloads, a workload after the other."""
     names, suite = args.only, SUITES[args.suite]
-    results = Results(*({name: {} for name in names} for _ in range(4)))
+    results = Results(*({name: {} for name in names} for _ in range(5)))
     failures = results.failures
     workers: dict[str, Worker] = {}
     for name in names:
-        if find_spec(module := suite.contestants[name][1]):
+        try:
             workers[name] = Worker(args.suite, name)
-        else:
-            failures[name] = dict.fromkeys(args.workloads, f"missing: {module} is not installed")
+        except ContestantError as error:
+            failures[name] = dict.fromkeys(args.workloads, str(error))
     for number in args.workloads:
         workload, epochs = suite.workloads[number], {}
         for i in range(args.rounds + 1):  # the first only prepares
@@ -189,13 +245,14 @@ def measure(args: argparse.Namespace, dtype: str) -> Results:
                         epochs[name] = workers[name].enter(workload, dtype, args.seconds)
                         results.samples[name][number] = []
                         results.heads[name][number] = workers[name].head
+                        results.warnings[name][number] = workers[name].said
                     else:
                         steps = epochs[name] * workload.steps
                         elapsed = workers[name].time(epochs[name])
                         results.samples[name][number].append(suite.per_second * elapsed / steps)
                         results.curves[name][number] = workers[name].curve
                 except ContestantError as error:
-                    failures[name][number] = " ".join(str(error).split())
+                    failures[name][number] = str(error)
                     results.samples[name].pop(number, None)
     for worker in workers.values():
         worker.close()
@@ -205,14 +262,15 @@ def measure(args: argparse.Namespace, dtype: str) -> Results:
 # ---------------------------------------------------------------- the report
 
 
+def text(cell: Any) -> str:
+    """Of a cell; a float with three digits, or all before the point, and None as a dash."""
+    if isinstance(cell, float):
+        return f"{cell:.{2 if cell < 10 else 1 if cell < 100 else 0}f}"
+    return "–" if cell is None else str(cell)
+
+
 def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown, columns but the first aligned to the right; None is a dash."""
-
-    def text(cell: Any) -> str:
-        if isinstance(cell, float):  # three digits, or all before the point
-            return f"{cell:.{2 if cell < 10 else 1 if cell < 100 else 0}f}"
-        return "–" if cell is None else str(cell)
-
+    """Markdown, columns but the first aligned to the right."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(map(text, row))} |" for row in (header, rule, *rows))
 
@@ -222,29 +280,47 @@ def report(args: argparse.Namespace, dtype: str, results: Results) -> Iterator[s
     numbers, suite = args.workloads, SUITES[args.suite]
     samples, failures = results.samples, results.failures
     medians = {name: {n: median(s) for n, s in own.items()} for name, own in samples.items()}
+
+    marks: dict[tuple[str, str], int] = {}  # of the footnotes
+    for name, warned in results.warnings.items():
+        for warning in chain.from_iterable(warned.values()):
+            marks.setdefault((name, warning), len(marks) + 1)
+
+    def marked(number: float | None, names: Sequence[str], among: Iterable[int]) -> str:
+        """A cell, with the marks of what these contestants warned of at these workloads."""
+        if number is None:
+            return text(None)
+        own = {marks[name, w] for name in names for n in among for w in results.warnings[name][n]}
+        return " ".join([text(number), *(f"[{mark}]" for mark in sorted(own))])
+
+    def row(name: str, own: Mapping[int, float], *others: str) -> list[str]:
+        return [name, *(marked(own.get(n), [name, *others], [n]) for n in numbers)]
+
     yield (
         f"In {dtype}, {suite.unit}: medians of {args.rounds} interleaved"
         f" rounds of about {args.seconds:g} s."
     )
     yield "\n".join(f"{number}. {suite.workloads[number]}" for number in numbers)
-    yield table(
-        [suite.unit, *numbers], [[name, *map(m.get, numbers)] for name, m in medians.items()]
-    )
+    yield table([suite.unit, *numbers], [row(name, own) for name, own in medians.items()])
+    if marks:
+        yield "\n".join(f"- [{mark}] {name}: {w}" for (name, w), mark in marks.items())
     if suite.unit == "µs a step":
         yield (
             "Milliseconds that the first epochs, at least two and 20 steps, took longer than later"
-            " ones: late imports, and what JAX, and the C compiler of portable_mlp numpy, compile."
+            " ones: late imports, and what JAX, torch.compile, and the C compiler of portable_mlp"
+            " numpy, compile."
         )
         heads = {name: {n: 1e3 * s for n, s in own.items()} for name, own in results.heads.items()}
-        yield table(["ms", *numbers], [[name, *map(h.get, numbers)] for name, h in heads.items()])
+        yield table(["ms", *numbers], [row(name, own) for name, own in heads.items()])
 
     reference = next(iter(suite.contestants))
     own = medians.pop(reference, {})
-    rows: list[list[Any]] = []
+    rows = []
     for name, peer in medians.items():
         ratios = {n: own[n] / peer[n] for n in numbers if n in own and n in peer}
         if ratios:
-            rows.append([name, *map(ratios.get, numbers), geometric_mean(ratios.values())])
+            mean = marked(geometric_mean(ratios.values()), [reference, name], ratios)
+            rows.append([*row(name, ratios, reference), mean])
     if rows:
         yield f"Time of {reference} ÷ time of the peer; below 1, {reference} is faster."
         yield table([f"{reference} ÷", *numbers, "geometric mean"], rows)
@@ -335,6 +411,35 @@ def memory() -> Iterator[str]:
     yield table(["predict_proba of", "X", "peak"], rows)
 
 
+def gpu_memory(names: Sequence[str]) -> Iterator[str]:
+    """Paragraphs of Markdown: what training takes of a GPU, for those of `PEAKS`."""
+    rows, notes = [], []
+    for name in (name for name in names if name in PEAKS):
+        cells: list[float | None] = []
+        for number in (4, 5):
+            found: Sequence[int | None] = (None, None)
+            said: list[str] = []
+            try:
+                worker = Worker("gpu", name)
+                with closing(worker):
+                    said = worker.said
+                    found = worker.memory(ON_A_GPU[number], "float32", PEAKS[name])
+            except ContestantError as error:
+                said = [*said, str(error)]
+            cells += [None if n is None else n / 1e6 for n in found]
+            notes += [f"- {name}, workload {number}: {each}" for each in said]
+        rows.append([name, *cells])
+    yield (
+        "Memory of the GPU that training in float32 takes, data included, in MB: at the peak, as"
+        " the library counts (CuPy all that its pool took, torch and JAX what arrays held); and"
+        " by how much less is free afterwards, CUDA's context aside."
+    )
+    yield "\n".join(f"{number}. {ON_A_GPU[number]}" for number in (4, 5))
+    yield table(["MB", *(f"{n}, {what}" for n in (4, 5) for what in ("peak", "less free"))], rows)
+    if notes:
+        yield "\n".join(notes)
+
+
 def peak_of(function: Any, *arguments: Any) -> int:
     """Most bytes that Python and NumPy held at once during a call, beyond those before."""
     tracemalloc.start()
@@ -344,7 +449,7 @@ def peak_of(function: Any, *arguments: Any) -> int:
     return peak
 
 
-def machine() -> dict[str, str]:
+def machine(device: str) -> dict[str, str]:
     """What the numbers hold for."""
     cpu = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
@@ -359,11 +464,20 @@ def machine() -> dict[str, str]:
         "cores": str(len(affinity(0)) if affinity else os.cpu_count()),
         "Python": platform.python_version(),
     }
+    asked = {"name": "GPU"}
+    if device == "gpu":
+        asked |= {"driver_version": "driver", "clocks.max.sm": "highest compute clock"}
     if smi := shutil.which("nvidia-smi"):
-        query = [smi, "--query-gpu=name", "--format=csv,noheader"]
+        query = [smi, f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
         gpus = subprocess.run(query, capture_output=True, text=True, check=False)
         if gpus.returncode == 0:
-            facts["GPU"] = ", ".join(gpus.stdout.split("\n")).strip(", ")
+            columns = zip(*(line.split(", ") for line in gpus.stdout.splitlines()), strict=False)
+            facts |= zip(asked.values(), map(", ".join, columns), strict=False)
+    if device == "gpu":
+        with suppress(Exception):  # no CuPy, no driver, no cuBLAS: no common base
+            cuda = import_module("cupy").cuda
+            facts["CUDA runtime"] = str(cuda.runtime.runtimeGetVersion())
+            facts["cuBLAS"] = str(cuda.cublas.getVersion(cuda.get_cublas_handle()))
     distributions = packages_distributions()
     for module in dict.fromkeys([*(m for _, m in STEPPERS.values()), "cupy"]):
         if find_spec(module):
@@ -390,7 +504,10 @@ def parse_args() -> argparse.Namespace:
         help="whose contestants (default: %(default)s)",
     )  # fmt: skip
     add("--growth", type=Path, metavar="FILE.png", help="also draw how the time of a step grows")
-    add("--memory", action="store_true", help="print the memory that a fit takes, and nothing else")
+    add(
+        "--memory", action="store_true",
+        help="print the memory that a fit, or training on a GPU, takes, and nothing else",
+    )  # fmt: skip
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=1.0, help="of each timed run, about")
     add("--json", type=Path, metavar="FILE", help="write every sample here too")
@@ -422,11 +539,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.memory:
-        print("\n\n".join(memory()))
+        print("\n\n".join(gpu_memory(args.only) if args.device == "gpu" else memory()))
         return
     results = {dtype: measure(args, dtype) for dtype in args.dtype}
     document = {
-        "machine": machine(),
+        "machine": machine(args.device),
         "settings": {key: getattr(args, key) for key in ("suite", "rounds", "seconds")},
         "workloads": {
             number: str(SUITES[args.suite].workloads[number]) for number in args.workloads
@@ -437,6 +554,7 @@ def main() -> None:
                 "samples": found.samples,
                 "heads": found.heads,
                 "failures": found.failures,
+                "warnings": found.warnings,
             }
             for dtype, found in results.items()
         },
@@ -445,7 +563,7 @@ def main() -> None:
         print("\n\n".join(report(args, dtype, found)), end="\n\n")
     if args.growth:
         print(f"How the time grows: {draw_growth(args)}", end="\n\n")
-    print("; ".join(f"{key} {value}" for key, value in machine().items()))
+    print("; ".join(f"{key} {value}" for key, value in document["machine"].items()))
     if args.json:
         args.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
 

@@ -9,6 +9,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -267,31 +268,41 @@ class ScikitLearn(Contestant):
 
 
 class TorchEager(Contestant):
-    """The usual training loop, with autograd, not compiled."""
+    """The usual training loop, with autograd, not compiled.
 
-    def __init__(self, workload: Workload, dtype: str, device: str = "cpu") -> None:
+    Parameters
+    ----------
+    **adam
+        Settings of `torch.optim.Adam`; SGD has none.
+    """
+
+    def __init__(self, workload: Workload, dtype: str, device: str = "cpu", **adam: bool) -> None:
         import torch
 
         super().__init__(workload, dtype)
-        self.torch, self.device = torch, device
+        self.torch, self.device, self.adam = torch, device, adam
         self.X = torch.from_numpy(self.X).to(device)
         self.y = torch.from_numpy(self.y).long().to(device)
+        layers: list[Any] = []
+        for n_in, n_out in pairwise(workload.sizes):
+            layers += [torch.nn.Linear(n_in, n_out), torch.nn.ReLU()]
+        self.model = torch.nn.Sequential(*layers[:-1]).to(device, getattr(torch, dtype))
 
     def reset(self) -> None:
-        nn, optim = self.torch.nn, self.torch.optim
-        layers: list[Any] = []
-        for n_in, n_out in pairwise(self.workload.sizes):
-            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
-        self.model = nn.Sequential(*layers[:-1]).to(self.device, getattr(self.torch, self.dtype))
+        for layer in self.model[::2]:  # in place: what is compiled stays valid
+            layer.reset_parameters()
+        optim = self.torch.optim
         rule = optim.SGD if self.workload.solver == "sgd" else partial(optim.Adam, **self.adam)
         self.optimizer = rule(self.model.parameters(), lr=self.workload.rate)
 
-    adam: dict[str, Any] = {}  # noqa: RUF012 (settings)
+    def objective(self, x: Any, y: Any) -> Any:
+        """Mean cross-entropy."""
+        return self.torch.nn.functional.cross_entropy(self.model(x), y)
 
     def step(self, x: Any, y: Any) -> Any:
         """One update; returns the loss before it."""
         self.optimizer.zero_grad()
-        loss = self.torch.nn.functional.cross_entropy(self.model(x), y)
+        loss = self.objective(x, y)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
@@ -304,10 +315,18 @@ class TorchEager(Contestant):
             total.item()
 
 
-class TorchGraph(TorchEager):
-    """The same step, captured in a CUDA graph."""
+class TorchCompiled(TorchEager):
+    """The same loop, with the objective and its gradient compiled, and Adam fused."""
 
-    adam = {"capturable": True}  # noqa: RUF012 (settings)
+    def __init__(self, workload: Workload, dtype: str, device: str, mode: str) -> None:
+        super().__init__(workload, dtype, device, fused=True)
+        self.torch.compiler.reset()  # what was compiled before counts against a limit
+        # Whole or not at all: beyond the limit it would run eagerly and say nothing
+        self.objective = self.torch.compile(self.objective, mode=mode, fullgraph=True)
+
+
+class TorchGraph(TorchEager):
+    """The same step, captured in a CUDA graph; Adam has to be ``capturable``."""
 
     def reset(self) -> None:
         super().reset()
@@ -484,18 +503,48 @@ class Products(Contestant):
                 (dz, w.T, normal(n, k)),
             ]
 
+    def epoch(self, multiply: Callable[[Any, Any, Any], Any]) -> None:
+        """Compute all products of an epoch, each into its third argument."""
+        for rows in self.workload.slices():
+            x = self.X[rows]
+            n = len(x)
+            multiply(x, self.w, self.z[:n])
+            for left, right, out in self.deeper:
+                multiply(left, right, out)
+            multiply(x.T, self.dz[:n], self.dw)
+
     def train(self, epochs: int) -> None:
-        matmul = self.xp.matmul
         for _ in range(epochs):
-            for rows in self.workload.slices():
-                x = self.X[rows]
-                n = len(x)
-                matmul(x, self.w, out=self.z[:n])
-                for left, right, out in self.deeper:
-                    matmul(left, right, out=out)
-                matmul(x.T, self.dz[:n], out=self.dw)
-        if self.xp.__name__ == "cupy":
-            self.xp.cuda.get_current_stream().synchronize()
+            self.epoch(self.xp.matmul)
+
+
+class CapturedProducts(Products):
+    """The same on a GPU, an epoch captured in a CUDA graph.
+
+    Launched one by one, small products take the time that Python does.
+    """
+
+    def __init__(self, workload: Workload, dtype: str) -> None:
+        from portable_mlp.engines.runtime import CaptureError, Cuda
+
+        super().__init__(workload, dtype, "cupy")
+        self.cuda = Cuda()  # kept: the graph points at its workspace
+        work = partial(self.epoch, self.cuda.multiply)
+        work()  # loads the kernels, which cannot be while they are captured
+        try:
+            self.run = self.cuda.capture(work).launch
+        except CaptureError as reason:
+            warnings.warn(
+                f"the products are launched one by one, without a CUDA graph: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self.run = work
+
+    def train(self, epochs: int) -> None:
+        for _ in range(epochs):
+            self.run()
+        self.xp.cuda.get_current_stream().synchronize()
 
 
 class WholeFit(Contestant):
@@ -506,12 +555,14 @@ class WholeFit(Contestant):
         self.estimator = import_module(module).MLPClassifier
 
     def train(self, epochs: int) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+
         fit: Fit = self.workload
         params = {"max_iter": fit.epochs, "tol": 0.0, "n_iter_no_change": fit.epochs}
         for _ in range(epochs):
             model = self.estimator(fit.hidden, **params, random_state=0)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it did not converge
+                warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(self.X, self.y)
         self.curve = model.loss_curve_
 
@@ -539,10 +590,19 @@ GPU_STEPPERS: Contestants = {
         )
         for backend in ("cupy", "torch", "jax")
     },
-    "torch eager": (partial(TorchEager, device="cuda"), "torch"),
-    "torch CUDA graphs": (partial(TorchGraph, device="cuda"), "torch"),
+    **{
+        f"torch {name}": (partial(kind, device="cuda", **settings), "torch")
+        for name, kind, settings in (
+            ("eager", TorchEager, {}),
+            ("fused Adam", TorchEager, {"fused": True}),
+            ("compiled", TorchCompiled, {"mode": "default"}),
+            ("compiled reduce-overhead", TorchCompiled, {"mode": "reduce-overhead"}),
+            ("CUDA graphs", TorchGraph, {"capturable": True}),
+            ("CUDA graphs fused Adam", TorchGraph, {"capturable": True, "fused": True}),
+        )
+    },
     "JAX scan": (partial(JaxScan, device="gpu"), "jax"),
-    "GEMMs alone": (partial(Products, library="cupy"), "cupy"),
+    "GEMMs alone": (CapturedProducts, "cupy"),
 }
 TRICKS: Contestants = {
     "portable_mlp numpy": STEPPERS["portable_mlp numpy"],
@@ -561,4 +621,40 @@ TRICKS: Contestants = {
 FITTERS: Contestants = {
     "portable_mlp numpy": (partial(WholeFit, module="portable_mlp"), "portable_mlp"),
     "scikit-learn": (partial(WholeFit, module="sklearn.neural_network"), "sklearn"),
+}
+
+# ---------------------------------------------------------------- memory of a GPU
+
+
+def free_memory() -> int | None:
+    """Bytes of the GPU that nobody holds; None if no library here can tell."""
+    for module, name in (("cupy.cuda.runtime", "memGetInfo"), ("torch.cuda", "mem_get_info")):
+        with suppress(Exception):  # not installed, or without a GPU: no common base
+            return int(getattr(import_module(module), name)()[0])
+    return None
+
+
+def cupy_peak() -> int:
+    """All that CuPy's pool has taken, which it keeps."""
+    return int(import_module("cupy").get_default_memory_pool().total_bytes())
+
+
+def torch_peak() -> int:
+    """Most bytes of torch's arrays at once."""
+    return int(import_module("torch").cuda.max_memory_allocated())
+
+
+def jax_peak() -> int | None:
+    """Most bytes of JAX's arrays at once, if its allocator counts them."""
+    statistics = import_module("jax").devices("gpu")[0].memory_stats() or {}
+    peak: int | None = statistics.get("peak_bytes_in_use")
+    return peak
+
+
+# Of the contestants whose memory on a GPU is told
+PEAKS: dict[str, Callable[[], int | None]] = {
+    "portable_mlp cupy": cupy_peak,
+    "portable_mlp torch": torch_peak,
+    "torch eager": torch_peak,
+    "JAX scan": jax_peak,
 }
