@@ -428,7 +428,8 @@ def _check_cuda() -> None:
         cupy = import_module("cupy")
     except ModuleNotFoundError as error:
         raise BackendError(
-            f"{lead} CuPy is not installed: pip install 'portable_mlp[gpu]'"
+            f"{lead} CuPy is not installed: pip install 'portable_mlp[gpu]' (CUDA 13; with a driver"
+            " before 580 'portable_mlp[gpu12]')"
         ) from error
     except ImportError as error:
         raise BackendError(libraries.format(error)) from error
@@ -440,7 +441,8 @@ def _check_cuda() -> None:
             raise BackendError(
                 f"{lead} no NVIDIA driver, or one older than this CuPy's CUDA"
                 f" {runtime.runtimeGetVersion() // 1000} needs ({error}):"
-                " install or update the driver, or use device='cpu'"
+                " install or update the driver, take the CuPy of an older CUDA"
+                " ('portable_mlp[gpu12]'), or use device='cpu'"
             ) from error
         if error.status == _INITIALIZATION:
             raise BackendError(

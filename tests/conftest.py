@@ -156,6 +156,9 @@ def get_gpu(name: str) -> Backend:
 def get_target(name: str, request: pytest.FixtureRequest) -> Target:
     if name == "cupy-emulated":
         request.getfixturevalue("cuda")
+    elif name in GPU:
+        # Most tests are too short to be recorded otherwise, and would never reach a graph
+        request.getfixturevalue("monkeypatch").setattr(RecordedEngine, "EAGER", 0)
     if name == "numpy-loops" and not find():
         pytest.skip("no C compiler")
     try:

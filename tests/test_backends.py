@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import subprocess
 import sys
 import threading
@@ -214,8 +215,9 @@ BROKEN = {
     "not-installed": (None, r"CuPy is not installed: pip install 'portable_mlp\[gpu\]'"),
     "no-driver": (
         fake_cupy(FakeError(35)),
-        r"no NVIDIA driver.*CUDA 12 needs.*install or update the driver, or use device='cpu'",
+        r"no NVIDIA driver.*CUDA 12 needs.*install or update the driver.*gpu12.*device='cpu'",
     ),
+    "forked": (fake_cupy(FakeError(3)), "does not start.*forked after CUDA was used.*'spawn'"),
     "no-device": (fake_cupy(FakeError(100)), "no CUDA device: use device='cpu'"),
     "count-0": (fake_cupy(0), "no CUDA device: use device='cpu'"),
     "other-status": (fake_cupy(FakeError(999)), r"CUDA does not start \(cudaError 999\)"),
@@ -305,6 +307,37 @@ def test_real_cupy_without_a_driver():
     with pytest.raises(BackendError, match="no NVIDIA driver.*install or update the driver"):
         get_backend("gpu")
     assert get_backend("auto") == NumPyBackend()
+
+
+def test_two_cupys_are_named(tmp_path):
+    """CuPy warns of it when it is imported, which it may survive."""
+    cupy = pytest.importorskip("cupy")
+    for name in ("cupy-cuda12x", "cupy-cuda13x"):
+        folder = tmp_path / f"{name.replace('-', '_')}-{cupy.__version__}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: {name}\nVersion: {cupy.__version__}\n")
+    code = "from portable_mlp import get_backend; get_backend('auto')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    warned = " ".join(done.stderr.split())
+    assert "multiple CuPy packages are installed" in warned
+    assert "cupy-cuda12x, cupy-cuda13x" in warned
+
+
+def test_torch_tells_the_index_of_its_device(monkeypatch):
+    """Of "cuda" alone: else arrays that are there already would be taken for elsewhere."""
+    torch = library("torch")
+
+    def empty(size, device):
+        return SimpleNamespace(device=torch.device("cuda", 1))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there = SimpleNamespace(device=torch.device("cuda:1"))
+    assert get_backend("gpu", "torch") == TorchBackend.of(there)
+    assert str(get_backend("gpu", "torch").device) == "cuda:1"
 
 
 @pytest.mark.parametrize(

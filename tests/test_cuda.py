@@ -6,6 +6,7 @@ CUDA's that was broken fails a test when its machine is taken away.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import inspect
 import os
@@ -512,6 +513,15 @@ def test_without_cublas_of_its_own_kernels_are_launched_one_by_one(cuda, monkeyp
     assert not cuda.counts["captures"]
     assert cuda.counts["kernels"]
     assert gap(got, on_numpy()) < 1e-12
+
+
+def test_another_cublas_in_the_process_is_not_taken(cuda):
+    """As torch's, of another version: the one that CuPy has loaded computes."""
+    names = list(runtime._SIGNATURES)
+    decoy = "".join(f'extern "C" int {name}() {{ return 13; }}\n' for name in names)
+    ctypes.CDLL(str(fake_cuda.kernels.build(decoy)), mode=ctypes.RTLD_GLOBAL)
+    assert gap(on_gpu(), on_numpy()) < 1e-12
+    assert cuda.counts["captures"]
 
 
 def test_a_cublas_that_lacks_a_function(cuda, monkeypatch):

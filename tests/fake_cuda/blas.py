@@ -86,7 +86,8 @@ class Blas:
         path = build(_SOURCE)
         ctypes.CDLL(str(path)).serve(*self._callbacks)
         module = ModuleType("cupy_backends.cuda.libs.cublas")
-        module.__file__ = str(path)
+        # CuPy's is a library without these functions, which loads cuBLAS
+        module.__file__ = str(build("", path))
         module.CUBLASError = CUBLASError
         module.check_status = check_status
         module.create = self.create

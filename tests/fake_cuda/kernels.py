@@ -86,14 +86,14 @@ def with_callers(source: str) -> str:
 
 
 @cache
-def build(source: str) -> Path:
-    """Compile a shared library."""
-    name = hashlib.sha256(source.encode()).hexdigest()[:16]
+def build(source: str, *needed: Path) -> Path:
+    """Compile a shared library, which loads those that it needs."""
+    name = hashlib.sha256(repr((source, needed)).encode()).hexdigest()[:16]
     path = _FOLDER / f"{name}.cpp"
     path.write_text(source)
     done = subprocess.run(
         [COMPILER, "-std=c++20", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-pthread",
-         "-o", path.with_suffix(".so"), path],
+         "-o", path.with_suffix(".so"), path, "-Wl,--no-as-needed", *needed],
         check=False, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
