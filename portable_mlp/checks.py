@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from portable_mlp.layers import Layer
 from portable_mlp.losses import CallableLoss, Loss, SquaredError
+from portable_mlp.network import Network
+from portable_mlp.schedules import Clock
 
 _H = 1e-4  # small enough to stay off kinks; truncation, ~h⁴, is below rounding, ~ε/h
 _DIRECTIONS = 3
@@ -42,7 +44,7 @@ def check_layer(
     tol : float, default=1e-6
         Largest allowed error, relative to the size of the derivatives.
     seed : int, default=0
-        Of the directions, and of the layer's noise if it is random.
+        Of the directions, and of the layer's noise if it draws some.
 
     Returns
     -------
@@ -59,7 +61,9 @@ def check_layer(
     drawn = [p.init(rng, p.shape, p.fan_in, p.fan_out) for p in layer.params]
     names = ["the input", *(f"parameter {p.name!r}" for p in layer.params)]
     points = [_frozen(a) for a in (x, *(drawn if params is None else params))]
-    noise = {"key": rng.randint(2**31)} if layer.random else {}
+    keys = [rng.randint(2**31)] * ("key" in layer.numbers)
+    (values,) = Network((layer,)).per_step(Clock(0, 1, 0, 0), keys) or ((),)
+    noise = dict(zip(layer.numbers, values, strict=True))
     where = f"{type(layer).__name__}"
 
     def output(values: list[Floats]) -> Floats:

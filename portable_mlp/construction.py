@@ -22,7 +22,7 @@ from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
 from portable_mlp.network import Network, mlp
 from portable_mlp.optimizers import SGD, AdamW, Optimizer, RMSprop, SklearnAdam, SklearnSGD
-from portable_mlp.schedules import Adaptive, InverseScaling, Schedule
+from portable_mlp.schedules import Adaptive, InverseScaling, Schedule, Scheduled
 from portable_mlp.training import Trainer
 from portable_mlp.typing import Array
 from portable_mlp.warn import warn
@@ -53,9 +53,10 @@ class Construction(BaseEstimator):
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), Options(Real, {inf})],
         "max_fun": [Interval(Integral, 1, None, closed="left")],
         "dtype": [StrOptions({"float32", "float64"}), None],
-        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "dropout": [Interval(Real, 0, 1, closed="left"), Scheduled],
         "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
-        "weight_decay": [Interval(Real, 0, None, closed="left"), None],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), Scheduled, None],
+        "treatments": [dict, None],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "callbacks": ["array-like", None],
     }
@@ -79,10 +80,11 @@ class Construction(BaseEstimator):
             if not isinstance(callback, Callback):
                 raise ValueError(f"callbacks: expected instances of Callback, got {callback!r}")
         if self.solver == "lbfgs":
-            given = {"dropout": self.dropout > 0, "clip_norm": self.clip_norm is not None}
+            given = {"dropout": bool(self.dropout), "clip_norm": self.clip_norm is not None}
             given["a schedule"] = isinstance(self.learning_rate, Schedule)
             given["weight_decay"] = self.weight_decay is not None
             given["scoring"] = self.scoring is not None
+            given["treatments"] = self.treatments is not None
             given["a checkpoint"] = bool(pausing(self.callbacks or ()))
             for name in (name for name, is_given in given.items() if is_given):
                 raise ValueError(f"solver='lbfgs' cannot take {name}: it has no steps of its own")
@@ -171,6 +173,7 @@ class Construction(BaseEstimator):
             shuffle=self.shuffle,
             tol=self.tol,
             patience=self.n_iter_no_change,
+            treatments=self.treatments,
             # scikit-learn reports the squared error's mean over the outputs
             loss_scale=1.0 / n_outputs if isinstance(self._loss, SquaredError) else 1.0,
         )

@@ -22,6 +22,7 @@ from portable_mlp.backends import NumPyBackend, to_host
 from portable_mlp.callbacks import Callback
 from portable_mlp.fitting import MultilayerPerceptron, without_partial_fit
 from portable_mlp.functions import log_softmax, sigmoid, softplus
+from portable_mlp.groups import Treatment
 from portable_mlp.layers import Layer
 from portable_mlp.losses import (
     LOSSES,
@@ -36,7 +37,7 @@ from portable_mlp.optimizers import Optimizer
 from portable_mlp.peer import (
     only_if,
 )
-from portable_mlp.schedules import Schedule
+from portable_mlp.schedules import Schedule, Scheduled
 from portable_mlp.typing import Array
 
 LossFunction = Callable[[Array, Array, Any], tuple[Array, Array]]
@@ -105,11 +106,11 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         With neither, computation follows X.
     dtype : {"float32", "float64"}, optional
         Of the computation; that of X if not given (float64 for all but float32).
-    dropout : float in [0, 1), default=0
+    dropout : float in [0, 1), or schedules.Scheduled, default=0
         Rate behind each hidden activation.
     clip_norm : float > 0, optional
         Largest global norm of a step's gradients.
-    weight_decay : float >= 0, optional
+    weight_decay : float >= 0, or schedules.Scheduled, optional
         Decoupled from the gradient (Loshchilov and Hutter, 2019): each step takes
         away learning rate × weight_decay of the parameters.  For every solver but
         "lbfgs"; if not given, 0.01 for "adamw" and 0 for the others.
@@ -118,6 +119,10 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         scikit-learn; that of ``score`` if not given.
     callbacks : sequence of portable_mlp.Callback, optional
         Told of every epoch; they can stop the fit.
+    treatments : dict, optional
+        From groups of parameters ("weight", "bias", labels of one's own layers) to
+        `portable_mlp.groups.Treatment`: factors on learning rate, weight decay and
+        penalty, and an own schedule.  For every solver but "lbfgs".
     label_smoothing : float in [0, 1), default=0
         Share of each target that is spread evenly over the classes.
     loss : Loss or callable, optional
@@ -200,11 +205,12 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         device: str | None = None,
         backend: str | None = None,
         dtype: str | None = None,
-        dropout: float = 0.0,
+        dropout: float | Scheduled = 0.0,
         clip_norm: float | None = None,
-        weight_decay: float | None = None,
+        weight_decay: float | Scheduled | None = None,
         scoring: str | Callable[..., float] | None = None,
         callbacks: Sequence[Callback] | None = None,
+        treatments: dict[str, Treatment] | None = None,
         label_smoothing: float = 0.0,
         loss: Loss | LossFunction | None = None,
         class_weight: dict[Any, float] | str | None = None,
@@ -415,7 +421,7 @@ default="squared_error"
 learning_rate_init, power_t, max_iter, shuffle, random_state, tol, verbose, warm_start, \
 momentum, nesterovs_momentum, early_stopping, validation_fraction, beta_1, beta_2, epsilon, \
 n_iter_no_change, max_fun, device, backend, dtype, dropout, clip_norm, weight_decay, scoring, \
-callbacks
+callbacks, treatments
         As in `MLPClassifier`.
 
     Attributes
@@ -469,11 +475,12 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         device: str | None = None,
         backend: str | None = None,
         dtype: str | None = None,
-        dropout: float = 0.0,
+        dropout: float | Scheduled = 0.0,
         clip_norm: float | None = None,
-        weight_decay: float | None = None,
+        weight_decay: float | Scheduled | None = None,
         scoring: str | Callable[..., float] | None = None,
         callbacks: Sequence[Callback] | None = None,
+        treatments: dict[str, Treatment] | None = None,
     ) -> None:
         self._store(locals())
 

@@ -25,6 +25,7 @@ from array_api_compat import device, size
 
 from portable_mlp.functions import sum_rows
 from portable_mlp.initializers import GlorotUniform, Initializer
+from portable_mlp.schedules import Clock, Scheduled, at
 from portable_mlp.typing import Array, Namespace, Params
 
 
@@ -42,8 +43,8 @@ class Param:
     fan_in, fan_out : int
         Numbers of inputs and outputs of the unit the parameter belongs to.
     group : str, default="weight"
-        Parameters of one group share their treatment by the penalty and the
-        optimizer: biases are neither penalised nor, on request, decayed.
+        A free label: the parameters of a group share their treatment by the penalty and
+        the optimizer, see `portable_mlp.groups`.
     """
 
     name: str
@@ -64,16 +65,26 @@ class Layer(ABC):
     ----------
     params : tuple of Param
         The layer's parameters; none by default.
-    random : bool
-        Whether ``forward`` takes a ``key``: an int that seeds the layer's noise
-        during training, None otherwise.
+    numbers : tuple of str
+        Names of the numbers that ``forward`` takes in each step of training, and not in
+        prediction: its keyword arguments, whose defaults are what prediction takes.
+        "key" is an int that is drawn anew in each step, to seed the layer's noise;
+        what the others are, `per_step` says.
     """
 
-    random: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     @property
     def params(self) -> tuple[Param, ...]:
         return ()
+
+    def per_step(self, clock: Clock) -> tuple[float, ...]:
+        """Numbers of a step, in the order of ``numbers`` without "key".
+
+        Each is the attribute of its name, which may be `schedules.Scheduled`.  They are
+        computed on the host in float64, and may change without a new compilation.
+        """
+        return tuple(at(getattr(self, name), clock) for name in self.numbers if name != "key")
 
     @abstractmethod
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Any]:
@@ -143,27 +154,50 @@ class Dropout(Layer):
 
     Parameters
     ----------
-    rate : float in [0, 1)
+    rate : float in [0, 1), or Scheduled
         Probability that an element is zeroed.
+
+    Raises
+    ------
+    ValueError
+        If the rate is not in [0, 1): at once, or where a schedule takes it out of it.
     """
 
-    rate: float
-    random: ClassVar[bool] = True
+    rate: float | Scheduled
+    numbers: ClassVar[tuple[str, ...]] = ("key", "threshold", "scale")
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.rate < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.rate!r}")
+        _check_rate(self.rate.value if isinstance(self.rate, Scheduled) else self.rate)
 
-    def forward(self, p: Params, x: Array, xp: Namespace, key: Any = None) -> tuple[Array, Any]:
+    def per_step(self, clock: Clock) -> tuple[float, ...]:
+        """Below which random bits an element is zeroed, and the factor on the others."""
+        rate = _check_rate(at(self.rate, clock))
+        return min(round(rate * 2**31), 2**31 - 1), 1.0 / (1.0 - rate)
+
+    def forward(
+        self,
+        p: Params,
+        x: Array,
+        xp: Namespace,
+        key: Any = None,
+        threshold: Any = None,
+        scale: Any = None,
+    ) -> tuple[Array, Any]:
         if key is None:
             return x, None
-        keep = random_bits(x, key, xp) >= round(self.rate * 2**31)
+        keep = random_bits(x, key, xp) >= threshold
         mask = xp.astype(keep, x.dtype)
-        mask *= 1.0 / (1.0 - self.rate)
+        mask *= scale
         return x * mask, mask
 
     def backward(self, p: Params, mask: Any, dy: Array, xp: Namespace) -> Array:
         return dy if mask is None else dy * mask
+
+
+def _check_rate(rate: float) -> float:
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {rate!r}")
+    return rate
 
 
 def random_bits(x: Array, key: Any, xp: Namespace) -> Array:

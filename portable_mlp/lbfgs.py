@@ -72,8 +72,8 @@ def fit_lbfgs(
         ]
 
     def value_and_grad(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alpha, ())
-        known = backend.fetch([value, penalty] if recipe.penalised else [value])
+        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alphas, ())
+        known = backend.fetch([value, penalty] if recipe.has_penalty else [value])
         loss = trainer.reported(*known)
         flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]
         return float(loss), np.concatenate(flat)

@@ -87,6 +87,10 @@ class _Entry(NamedTuple):
     size: int
 
 
+class _BeforeBeginningError(OSError):
+    """As of files, where a reader looks for what is not there; not the system's."""
+
+
 class Section:
     """A stretch of a file, as a file to read from."""
 
@@ -108,7 +112,7 @@ class Section:
         """Go there; ``whence`` as for files."""
         at = (0, self._at, self._size)[whence] + offset
         if at < 0:
-            raise OSError("a place before the beginning")
+            raise _BeforeBeginningError("a place before the beginning")
         self._at = at
         return at
 
@@ -179,9 +183,11 @@ def opened(path: str | Path) -> Iterator[Contents]:
     try:
         with open(path, "rb") as file:
             yield _read(file)
-    except (OSError, ModelFileError):
+    except ModelFileError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, _BeforeBeginningError):
+            raise
         # Bytes that somebody else made may break any rule of any reader that sees them
         said = str(error) if isinstance(error, ValueError) else repr(error)
         said = said.partition("\n")[0]

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from portable_mlp.activations import get_activation
 from portable_mlp.initializers import GlorotUniform, Initializer
 from portable_mlp.layers import Dropout, Layer, Linear, Param
+from portable_mlp.schedules import Clock, Scheduled
 from portable_mlp.typing import Array, Namespace, Params
+
+Numbers = tuple[tuple[Any, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Network:
     ------
     ValueError
         If a layer's input is not as wide as the output before it.
+    TypeError
+        If a layer still says ``random = True``, as layers once did.
     """
 
     layers: tuple[Layer, ...]
@@ -36,6 +41,8 @@ class Network:
     def __post_init__(self) -> None:
         width: int | None = None
         for i, layer in enumerate(self.layers):
+            if getattr(layer, "random", False):
+                raise TypeError(f"layer {i}, {layer}: a random layer says numbers = ('key',)")
             n_in = getattr(layer, "n_in", None) or width
             if width not in (None, n_in):
                 raise ValueError(
@@ -55,8 +62,24 @@ class Network:
 
     @cached_property
     def n_random(self) -> int:
-        """Number of layers that draw noise: the number of keys ``forward`` takes."""
-        return sum(layer.random for layer in self.layers)
+        """Number of layers that draw noise: the number of keys of a step."""
+        return sum("key" in layer.numbers for layer in self.layers)
+
+    def per_step(self, clock: Clock, keys: Sequence[int]) -> Numbers:
+        """The numbers of a step: of each layer that takes some, in order.
+
+        Parameters
+        ----------
+        clock : Clock
+        keys : sequence of n_random int
+        """
+        drawn = iter(keys)
+        found = []
+        for layer in self.layers:
+            if layer.numbers:
+                own = iter(layer.per_step(clock))
+                found.append(tuple(next(drawn if name == "key" else own) for name in layer.numbers))
+        return tuple(found)
 
     @cached_property
     def _slices(self) -> tuple[slice, ...]:
@@ -68,7 +91,7 @@ class Network:
         return [params[own] for own in self._slices]
 
     def forward(
-        self, params: Params, x: Array, xp: Namespace, keys: Sequence[Any] | None = None
+        self, params: Params, x: Array, xp: Namespace, numbers: Numbers | None = None
     ) -> tuple[Array, list[Any]]:
         """Logits, and what each layer needs for its derivative.
 
@@ -77,19 +100,21 @@ class Network:
         params : list of arrays, as ``params`` describes them
         x : array (n, n_in)
         xp : namespace of the arrays
-        keys : sequence of n_random int, optional
-            Seeds of the random layers; without them these do as in prediction.
+        numbers : tuple of tuple, optional
+            From `per_step`; without them layers do as in prediction.
 
         Returns
         -------
         z : array (n, n_out)
         residuals : list, one entry a layer
         """
-        seeds = iter(keys or (None,) * self.n_random)
+        given = iter(numbers or ())
         residuals = []
         for layer, own in zip(self.layers, self._slices, strict=True):
-            noise = {"key": next(seeds)} if layer.random else {}
-            x, residual = layer.forward(params[own], x, xp, **noise)
+            named = (
+                zip(layer.numbers, next(given, ()), strict=bool(numbers)) if layer.numbers else ()
+            )
+            x, residual = layer.forward(params[own], x, xp, **dict(named))
             residuals.append(residual)
         return x, residuals
 
@@ -121,7 +146,7 @@ def mlp(
     sizes: Sequence[int],
     activation: str | Layer | Sequence[str | Layer] = "relu",
     *,
-    dropout: float = 0.0,
+    dropout: float | Scheduled = 0.0,
     weight_init: Initializer = GlorotUniform(),
     bias_init: Initializer = GlorotUniform(),
 ) -> Network:
@@ -135,7 +160,7 @@ def mlp(
     activation : str, Layer, or a sequence of one for each hidden layer
         After each hidden linear layer; the names are those of
         `portable_mlp.activations.ACTIVATIONS`.
-    dropout : float in [0, 1), default=0
+    dropout : float in [0, 1), or Scheduled, default=0
         Rate behind each hidden activation.
     weight_init, bias_init : callable
         See `portable_mlp.initializers`.

@@ -19,6 +19,7 @@ from math import inf, sqrt
 from numbers import Real
 from typing import Any, ClassVar
 
+from portable_mlp.schedules import Scheduled
 from portable_mlp.typing import Array, Namespace, Params
 
 Moments = tuple[Array, ...]
@@ -31,20 +32,21 @@ class Optimizer(ABC):
 
     Parameters
     ----------
-    weight_decay : float >= 0, default=0
+    weight_decay : float >= 0, or Scheduled, default=0
         Decoupled decay (Loshchilov and Hutter, 2019): before the rule,
         p ← (1 − rate · weight_decay) p.
     decay_biases : bool, default=True
-        Whether biases decay too.
+        Whether the group "bias" decays too.
     """
 
-    weight_decay: float = 0.0
+    weight_decay: float | Scheduled = 0.0
     decay_biases: bool = True
     n_moments: ClassVar[int] = 0
     """Number of arrays of a parameter's shape that the rule remembers, first zero."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            value = value.value if isinstance(value, Scheduled) else value
             number = isinstance(value, Real) and not isinstance(value, bool)
             if number and not 0.0 <= value < inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
@@ -64,11 +66,13 @@ class Optimizer(ABC):
         return (rate,)
 
     def rule(self) -> Optimizer:
-        """What the step calls: equal for optimizers that differ in ``coefficients`` only.
+        """What the step calls: equal for optimizers that differ in numbers of the step only.
 
-        A subclass of one's own is its own rule, unless it says otherwise here.
+        These are the decay, and what ``coefficients`` returns.  A subclass of one's own is its
+        own rule, unless it says otherwise here.
         """
-        return self
+        own = type(self).__module__ == __name__
+        return replace(self, weight_decay=0.0, decay_biases=True) if own else self
 
     @abstractmethod
     def update(
@@ -91,10 +95,6 @@ class Optimizer(ABC):
         moments : tuple of array
         """
 
-    def decays(self, group: str) -> bool:
-        """Whether parameters of a group shrink by ``weight_decay``."""
-        return self.weight_decay > 0.0 and (group != "bias" or self.decay_biases)
-
     def apply(
         self,
         params: Params,
@@ -102,9 +102,9 @@ class Optimizer(ABC):
         moments: list[Moments],
         c: Coefficients,
         xp: Namespace,
-        groups: tuple[str, ...] | None = None,
+        decay: Any = None,
     ) -> tuple[list[Array], list[Moments]]:
-        """One step of all parameters.
+        """One step of parameters that are treated alike.
 
         Parameters
         ----------
@@ -113,18 +113,17 @@ class Optimizer(ABC):
         c : tuple of float
             From ``coefficients``; its first is the learning rate, by convention.
         xp : namespace
-        groups : tuple of str, optional
-            The parameters' groups; needed only to tell biases from weights.
+        decay : float, optional
+            Weight decay; none if not given.
 
         Returns
         -------
         params, moments
         """
-        groups = groups or ("weight",) * len(params)
         new_params, new_moments = [], []
-        for p, g, m, group in zip(params, grads, moments, groups, strict=True):
-            if self.decays(group):
-                p *= 1.0 - c[0] * self.weight_decay
+        for p, g, m in zip(params, grads, moments, strict=True):
+            if decay is not None:
+                p *= 1.0 - c[0] * decay
             new_p, new_m = self.update(p, g, m, c, xp)
             new_params.append(new_p)
             new_moments.append(new_m)
@@ -165,8 +164,9 @@ class SGD(Optimizer):
         return rate, self.momentum
 
     def rule(self) -> Optimizer:
+        rule = super().rule()
         shared = type(self) is SGD and self.momentum
-        return replace(self, momentum=1.0) if shared else self
+        return replace(rule, momentum=1.0) if shared else rule  # type: ignore[call-arg]
 
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
@@ -204,7 +204,9 @@ class SklearnSGD(Optimizer):
         return rate, self.momentum
 
     def rule(self) -> Optimizer:
-        return replace(self, momentum=1.0) if type(self) is SklearnSGD else self
+        rule = super().rule()
+        shared = type(self) is SklearnSGD
+        return replace(rule, momentum=1.0) if shared else rule  # type: ignore[call-arg]
 
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
@@ -268,7 +270,7 @@ class Adam(Optimizer):
 class AdamW(Adam):
     """`Adam` with decoupled weight decay, as in torch.optim.AdamW."""
 
-    weight_decay: float = 0.01
+    weight_decay: float | Scheduled = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)

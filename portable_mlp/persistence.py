@@ -15,7 +15,7 @@ from io import BytesIO
 from math import prod
 from numbers import Real
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, cast, get_args, get_type_hints
 from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
@@ -24,15 +24,25 @@ from numpy.typing import NDArray
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from portable_mlp import __version__, activations, estimators, losses, optimizers, schedules
+from portable_mlp import (
+    __version__,
+    activations,
+    estimators,
+    groups,
+    layers,
+    losses,
+    optimizers,
+    schedules,
+)
 from portable_mlp.backends import check_names, to_host
 from portable_mlp.callbacks import Epoch
+from portable_mlp.groups import Treatment, Treatments
 from portable_mlp.layers import Layer
 from portable_mlp.losses import Loss
 from portable_mlp.modelfile import Contents, ModelFileError, check_json, opened, write
 from portable_mlp.optimizers import Optimizer
 from portable_mlp.packing import Layout
-from portable_mlp.schedules import Schedule
+from portable_mlp.schedules import Schedule, Scheduled
 from portable_mlp.steps import Arrays
 from portable_mlp.training import Begun, State
 from portable_mlp.warn import warn
@@ -42,9 +52,10 @@ __all__ = ["ModelFileError", "load", "read_metadata", "save", "save_checkpoint"]
 _ESTIMATORS = {cls.__name__: cls for cls in (estimators.MLPClassifier, estimators.MLPRegressor)}
 _CLASSES = {
     name: value
-    for module in (activations, losses, optimizers, schedules)
+    for module in (activations, groups, layers, losses, optimizers, schedules)
     for name, value in vars(module).items()
-    if isinstance(value, type) and issubclass(value, Layer | Loss | Optimizer | Schedule)
+    if isinstance(value, type)
+    and issubclass(value, Layer | Loss | Optimizer | Schedule | Scheduled | Treatment)
 }
 _NUMBERS: dict[str, Any] = {
     "n_iter_": int, "t_": int, "loss_": Real, "best_loss_": Real | None,
@@ -276,7 +287,8 @@ def _build_state(model: Any, contents: Contents) -> State:
     meta = contents.meta["state"]
     optimizer, schedule = model._make_optimizer(), model._make_schedule()
     params = model._fitted_network().params
-    layout = Layout.plan(params, optimizer.decays if meta["packed"] else None)
+    kinds = Treatments.of(params, optimizer, model.treatments).kinds
+    layout = Layout.plan(params, kinds.get if meta["packed"] else None)
     leaves = contents.arrays("state.leaves")
     moments = contents.arrays("state.moments")
     n = optimizer.n_moments
@@ -352,11 +364,13 @@ def _decode(value: Any) -> Any:
         return value
     if "dict" in value:
         return {_decode(k): _decode(v) for k, v in value["dict"]}
-    given = dict(value)
-    cls = _CLASSES[given.pop("class")]
-    kinds: dict[str, Any] = {"float": Real, "int": int, "bool": bool}
+    cls = _CLASSES[value["class"]]
+    given = {name: _decode(v) for name, v in value.items() if name != "class"}
+    hints = get_type_hints(cls)
     for field in fields(cast(Any, cls)):
-        if not isinstance(given.get(field.name), kinds[str(field.type)]):
+        hint = hints[field.name]
+        kinds = tuple(Real if kind is float else kind for kind in get_args(hint) or (hint,))
+        if not isinstance(given.get(field.name), kinds):
             raise ValueError(f"{cls.__name__} of {field.name}={given.get(field.name)!r}")
     return cls(**given)
 

@@ -59,6 +59,46 @@ class Schedule:
         return None
 
 
+def reacts(schedule: Schedule) -> bool:
+    """Whether a schedule reacts to the loss: it remembers something, or goes on when stalled."""
+    kind = type(schedule)
+    return kind.observe is not Schedule.observe or kind.stalled is not Schedule.stalled
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A number that follows a schedule within a fit.
+
+    Takes the place of a number where training looks at it anew in each step: the rate of
+    `layers.Dropout`, the ``weight_decay`` of an optimizer.
+
+    Parameters
+    ----------
+    value : float
+    schedule : Schedule
+        Its factor on the value; it must not react to the loss.
+
+    Raises
+    ------
+    ValueError
+        If the schedule reacts to the loss.
+    """
+
+    value: float
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        if reacts(self.schedule):
+            raise ValueError(f"a number's schedule must not react to the loss: {self.schedule!r}")
+
+
+def at(number: float | Scheduled, clock: Clock) -> float:
+    """What a number is before a step."""
+    if isinstance(number, Scheduled):
+        return number.schedule.rate(number.value, clock, None)
+    return number
+
+
 @dataclass(frozen=True)
 class InverseScaling(Schedule):
     """1 / (rows + 1)^power, once an epoch: scikit-learn's "invscaling"."""

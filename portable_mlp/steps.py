@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 from portable_mlp.functions import total_weight
 from portable_mlp.losses import Loss
-from portable_mlp.network import Network
+from portable_mlp.network import Network, Numbers
 from portable_mlp.optimizers import Coefficients, Moments, Optimizer, clip_by_global_norm
 from portable_mlp.packing import Layout
 from portable_mlp.typing import Array, Namespace, Params
@@ -35,11 +37,24 @@ class Arrays(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """Numbers that may change from step to step without a new compilation."""
+    """Numbers that may change from step to step without a new compilation.
 
-    alpha: float
-    coefficients: Coefficients
-    keys: tuple[int, ...]
+    Attributes
+    ----------
+    alphas : tuple of float
+        The L2 penalty α of each group of penalised parameters: as `Treatments.penalties`.
+    coefficients : tuple of Coefficients
+        From the optimizer, for each treatment of `Treatments.updates`; the learning rate first.
+    decays : tuple of float
+        The weight decay of each.
+    layers : tuple of tuple
+        What layers take, from `Network.per_step`.
+    """
+
+    alphas: tuple[float, ...]
+    coefficients: tuple[Coefficients, ...]
+    decays: tuple[float, ...]
+    layers: Numbers
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,14 @@ class Recipe:
     loss : Loss
     optimizer : Optimizer
     layout : Layout
+    kinds : tuple of int
+        For each leaf, which coefficients and which decay it takes.
+    decays : tuple of bool
+        Of those, which decay: without it, the decay is taken for 0.
+    penalised : tuple of int or None
+        For each parameter, which α it takes; None if it is not penalised.
     clip_norm : float, optional
         Largest global norm of the gradients, see `optimizers.clip_by_global_norm`.
-    penalised : bool, default=True
-        Whether the penalty is computed; without it α is taken for 0.
     """
 
     xp: Namespace
@@ -64,36 +83,54 @@ class Recipe:
     loss: Loss
     optimizer: Optimizer
     layout: Layout
+    kinds: tuple[int, ...]
+    decays: tuple[bool, ...]
+    penalised: tuple[int | None, ...]
     clip_norm: float | None = None
-    penalised: bool = True
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether any parameter is penalised."""
+        return any(kind is not None for kind in self.penalised)
 
 
 def objective(
-    recipe: Recipe, leaves: Params, batch: Batch, alpha: float, keys: Sequence[int]
+    recipe: Recipe, leaves: Params, batch: Batch, alphas: Sequence[float], numbers: Numbers
 ) -> tuple[Array, Array, list[Array]]:
     """The mean loss, the L2 penalty, and the gradient of their sum with respect to the leaves.
 
-    The penalty is α / (2 n) Σ w² over the weights, not the biases, with n the number
+    The penalty is Σ α / (2 n) Σ w² over the groups of penalised parameters, with n the number
     of rows or the sum of their weights, as in scikit-learn.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    leaves : list of arrays
+    batch : Batch
+    alphas : sequence of float
+        As `Hyper.alphas`.
+    numbers : tuple of tuple
+        As `Hyper.layers`.
     """
     xp, network = recipe.xp, recipe.network
     params = recipe.layout.unpack(leaves, xp)
-    z, residuals = network.forward(params, batch.x, xp, keys)
+    z, residuals = network.forward(params, batch.x, xp, numbers)
     value, dz = recipe.loss(z, batch.y, xp, batch.weights)
     grads = network.backward(params, residuals, dz, xp)
-    penalty: Any = 0.0
-    if recipe.penalised:
-        n: Any = batch.x.shape[0]
-        if batch.weights is not None:
-            n = total_weight(batch.weights, xp)
-        scale = alpha / n
+    penalties = []
+    n: Any = batch.x.shape[0]
+    if recipe.has_penalty and batch.weights is not None:
+        n = total_weight(batch.weights, xp)
+    for kind in dict.fromkeys(k for k in recipe.penalised if k is not None):
+        scale = alphas[kind] / n
         squares: Any = 0.0
-        for i, param in enumerate(network.params):
-            if param.group != "bias":
+        for i, own in enumerate(recipe.penalised):
+            if own == kind:
                 flat = xp.reshape(params[i], (-1,))
                 squares = squares + xp.vecdot(flat, flat)
                 grads[i] += scale * params[i]
-        penalty = 0.5 * scale * squares
+        penalties.append(0.5 * scale * squares)
+    penalty = reduce(add, penalties) if penalties else 0.0
     return value, penalty, recipe.layout.pack(grads, xp)
 
 
@@ -105,10 +142,20 @@ def step(
     The arrays handed in are donated: only what comes back may be used.
     """
     xp = recipe.xp
-    leaves, moments = arrays
-    value, penalty, grads = objective(recipe, leaves, batch, hyper.alpha, hyper.keys)
+    value, penalty, grads = objective(recipe, arrays.leaves, batch, hyper.alphas, hyper.layers)
     if recipe.clip_norm is not None:
         grads = clip_by_global_norm(grads, recipe.clip_norm, xp)
-    groups = recipe.layout.groups
-    updated = recipe.optimizer.apply(leaves, grads, moments, hyper.coefficients, xp, groups)
-    return Arrays(*updated), (value, penalty)
+    leaves, moments = list(arrays.leaves), list(arrays.moments)
+    for kind, decays in enumerate(recipe.decays):
+        own = [i for i, other in enumerate(recipe.kinds) if other == kind]
+        updated = recipe.optimizer.apply(
+            [leaves[i] for i in own],
+            [grads[i] for i in own],
+            [moments[i] for i in own],
+            hyper.coefficients[kind],
+            xp,
+            hyper.decays[kind] if decays else None,
+        )
+        for i, leaf, moment in zip(own, *updated, strict=True):
+            leaves[i], moments[i] = leaf, moment
+    return Arrays(leaves, moments), (value, penalty)

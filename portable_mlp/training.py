@@ -7,7 +7,7 @@ host does what needs no array: the order of the rows, the learning rate, when to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from math import ceil, inf, isfinite, nan
@@ -18,12 +18,13 @@ import numpy as np
 from portable_mlp.backends import Backend, backend_of
 from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.engines import ENGINES, EPOCHS_AT_ONCE, Task
+from portable_mlp.groups import Treatment, Treatments
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
 from portable_mlp.optimizers import Moments, Optimizer
 from portable_mlp.packing import Layout
 from portable_mlp.pauses import Pauses, deferred_interrupt
-from portable_mlp.schedules import Clock, Schedule
+from portable_mlp.schedules import Clock, Schedule, at
 from portable_mlp.sources import Source
 from portable_mlp.steps import Arrays, Hyper, Recipe
 from portable_mlp.typing import Array, Params
@@ -162,6 +163,9 @@ class Trainer:
         Least improvement of the loss (or validation score) that counts as one.
     patience : float, default=10
         Epochs in a row without one after which training stops.
+    treatments : dict, optional
+        From labels of parameters to `groups.Treatment`, where they are not treated as by
+        default.
     loss_scale : float, default=1
         Factor on the *reported* loss, without the penalty: for an interface whose
         convention divides by the number of outputs.
@@ -180,6 +184,7 @@ class Trainer:
     shuffle: bool = True
     tol: float = 1e-4
     patience: float = 10
+    treatments: Mapping[str, Treatment] | None = None
     loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -187,19 +192,57 @@ class Trainer:
             object.__setattr__(self, name, _plain(value))
 
     @cached_property
+    def groups(self) -> Treatments:
+        """How each group of the network's parameters is treated."""
+        return Treatments.of(self.network.params, self.optimizer, self.treatments)
+
+    @cached_property
     def recipe(self) -> Recipe:
-        layout = Layout.plan(
-            self.network.params, self.optimizer.decays if self.backend.packs else None
-        )
+        params, groups = self.network.params, self.groups
+        layout = Layout.plan(params, groups.kinds.get if self.backend.packs else None)
         return Recipe(
             self.backend.xp,
             self.network,
             self.loss,
             self.optimizer.rule(),
             layout,
+            tuple(groups.kinds[group] for group in layout.groups),
+            tuple(bool(self.optimizer.weight_decay and t.decay) for t in groups.updates),
+            tuple(groups.penalised[p.group] if self.alpha > 0.0 else None for p in params),
             self.clip_norm,
-            self.alpha > 0.0,
         )
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """The L2 penalty of each group of penalised parameters."""
+        return tuple(self.alpha * factor for factor in self.groups.penalties)
+
+    def hyper(self, clock: Clock, memory: Any, keys: Sequence[int] = ()) -> tuple[Hyper, float]:
+        """The numbers of the next step, and the learning rate.
+
+        Parameters
+        ----------
+        clock : Clock
+        memory : object
+            The schedule's.
+        keys : sequence of int
+            One for each layer that draws noise.
+        """
+        rate = self.schedule.rate(self.learning_rate, clock, memory)
+        decay = at(self.optimizer.weight_decay, clock)
+        coefficients = []
+        for treatment in self.groups.updates:
+            own = rate
+            if treatment.schedule is not None:
+                own = treatment.schedule.rate(self.learning_rate, clock, None)
+            own *= treatment.rate
+            coefficients.append(self.optimizer.coefficients(clock.step + 1, own))
+        return Hyper(
+            self.alphas,
+            tuple(coefficients),
+            tuple(decay * treatment.decay for treatment in self.groups.updates),
+            self.network.per_step(clock, keys),
+        ), rate
 
     def start(self, params: Params) -> State:
         """The state before the first step; the parameters, from anywhere, are copied."""
@@ -441,9 +484,8 @@ class _Run:
         rows = state.rows + ahead * self.source.n_rows
         for i in range(n_steps):
             clock = Clock(done + i, self.planned_epochs * n_steps, epochs, rows)
-            rate = trainer.schedule.rate(trainer.learning_rate, clock, state.schedule)
-            coefficients = trainer.optimizer.coefficients(done + i + 1, rate)
-            hypers.append(Hyper(trainer.alpha, coefficients, keys[i]))
+            hyper, rate = trainer.hyper(clock, state.schedule, keys[i])
+            hypers.append(hyper)
         return hypers, rate
 
     def draw(self) -> list[tuple[int, ...]]:

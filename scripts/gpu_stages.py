@@ -719,7 +719,8 @@ def one_step(stage: Stage) -> None:
     from portable_mlp.engines import ENGINES, Task
     from portable_mlp.losses import SoftmaxCrossEntropy
     from portable_mlp.optimizers import SGD
-    from portable_mlp.steps import Batch, Hyper, objective
+    from portable_mlp.schedules import Clock
+    from portable_mlp.steps import Batch, objective
     from portable_mlp.training import Trainer
 
     X, y = rows(50)
@@ -737,12 +738,12 @@ def one_step(stage: Stage) -> None:
         points = []
         for _ in range(3):
             points.append([backend.to_host(p) for p in trainer.params(arrays.leaves)])
-            hypers = [Hyper(0.0, SGD().coefficients(1, 1.0), ())]
+            hypers = [trainer.hyper(Clock(0, 3, 0, 0), None)[0]]
             arrays, _ = engine.run(arrays, Task(batch, None, 50, hypers, lambda: False))
     taken = [a - b for a, b in zip(points[1], points[2], strict=True)]
     plain = trainers["cpu"]
     leaves = plain.recipe.layout.pack(points[1], np)
-    *_, grads = objective(plain.recipe, leaves, Batch(X, y.astype(np.int32)), 0.0, ())
+    *_, grads = objective(plain.recipe, leaves, Batch(X, y.astype(np.int32)), (), ())
     found = gap(taken, plain.params(grads))
     stage.check("the gradient of a replayed step is NumPy's", found <= 1e-12, f"{found:.1e}")
     try:

@@ -20,6 +20,7 @@ from test_engines import (
     LooksAtValues,
     case,
     fit,
+    hyper_of,
     interpret,
     programs,
     run,
@@ -34,7 +35,7 @@ from portable_mlp.engines.runtime import Cuda
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import Adam, SklearnAdam
 from portable_mlp.sources import ArraySource, Source
-from portable_mlp.steps import Batch, Hyper, step
+from portable_mlp.steps import Batch, step
 from portable_mlp.training import Trainer
 
 
@@ -311,46 +312,46 @@ def built_step(sizes=(4, 16, 2), n=100, alpha=0.0, dtype="float32", **settings_)
         SoftmaxCrossEntropy(), SklearnAdam(), "relu", sizes=sizes, n=n, dtype=dtype,
         alpha=alpha, **settings_,
     )  # fmt: skip
-    hyper = Hyper(alpha, trainer.optimizer.coefficients(1, 0.01), ())
+    hyper = hyper_of(trainer, 1, range(trainer.network.n_random))
     program, n_donated = base.recorded(trainer.recipe, base.Tree(specify((arrays, batch, hyper))))
     return kernels.compile_program(program, n_donated)
 
 
 ACTIVATION = """
-extern "C" __global__ void k1(const double* table, int* step, float* m15, float* m0, float* out17) {
+extern "C" __global__ void k1(const double* table, int* step, float* m16, float* m0, float* out18) {
     int first = blockIdx.x * blockDim.x + threadIdx.x, all = gridDim.x * blockDim.x;
     for (int i = first; i < 1600; i += all) {
-        float v16 = (m15[i] + m0[i % 16 + 96]);
-        float v17 = (v16 > (float)(0.0) || v16 != v16 ? v16 : (float)(0.0));
-        out17[i] = v17;
+        float v17 = (m16[i] + m0[i % 16 + 96]);
+        float v18 = (v17 > (float)(0.0) || v17 != v17 ? v17 : (float)(0.0));
+        out18[i] = v18;
     }
 }
 """
 
 DERIVATIVE = """
     for (int i = first; i < 1600; i += all) {
-        bool v46 = (m17[i] > (float)(0.0));
-        float v47 = (float)v46;
-        float v48 = (v47 * m45[i]);
-        out48[i] = v48;
+        bool v47 = (m18[i] > (float)(0.0));
+        float v48 = (float)v47;
+        float v49 = (v48 * m46[i]);
+        out49[i] = v49;
     }
 """
 
 UPDATE = """
     for (int i = first; i < 114; i += all) {
-        float v55 = (m1[i] * (float)(0.9));
-        float v56 = (v55 + m54[i]);
-        float v57 = (m2[i] * (float)(0.999));
-        float v58 = (m54[i] * m54[i]);
-        float v59 = (v57 + v58);
-        float v60 = sqrt(v59);
-        float v61 = (v60 + (float)(h[3]));
-        float v62 = (v56 / v61);
-        float v63 = (v62 * (float)(h[2]));
-        float v64 = (m0[i] - v63);
-        out56[i] = v56;
-        out59[i] = v59;
-        out64[i] = v64;
+        float v56 = (m1[i] * (float)(0.9));
+        float v57 = (v56 + m55[i]);
+        float v58 = (m2[i] * (float)(0.999));
+        float v59 = (m55[i] * m55[i]);
+        float v60 = (v58 + v59);
+        float v61 = sqrt(v60);
+        float v62 = (v61 + (float)(h[3]));
+        float v63 = (v57 / v62);
+        float v64 = (v63 * (float)(h[2]));
+        float v65 = (m0[i] - v64);
+        out57[i] = v57;
+        out60[i] = v60;
+        out65[i] = v65;
     }
 """
 
@@ -498,7 +499,7 @@ def test_epochs_at_once_are_replays_of_one_graph(machine):
         engine = kind(trainer.backend, trainer.recipe)
         now, found, done = trainer.start(trainer.params(arrays.leaves)).arrays, [], 0
         for n in (1, 3, base.EPOCHS_AT_ONCE, 2):
-            hypers = [Hyper(0.1, Adam().coefficients(done + i + 1, 0.01), ()) for i in range(n)]
+            hypers = [hyper_of(trainer, done + i + 1) for i in range(n)]
             with backend.scope("float64"):
                 now, values = engine.run(now, Task(batch, None, 12, hypers, lambda: False))
             found += values
@@ -518,7 +519,7 @@ def test_it_goes_on_in_the_middle_of_an_epoch(machine):
         engine = CaptureEngine(trainer.backend, trainer.recipe)
         now = trainer.start(trainer.params(arrays.leaves)).arrays
         for epoch in range(2):
-            hypers = [Hyper(0.1, Adam().coefficients(3 * epoch + i, 0.01), ()) for i in (1, 2, 3)]
+            hypers = [hyper_of(trainer, 3 * epoch + i) for i in (1, 2, 3)]
             order = np.random.RandomState(epoch).permutation(12)
             for first, end in pieces:
                 stops = iter([False] * (end - first - 1) + [True])
@@ -574,7 +575,7 @@ def test_memory_is_that_of_a_step():
     trainer = Trainer(mlp(sizes), SoftmaxCrossEntropy(), Adam(), NUMPY, "float64", 0.01)
     arrays = trainer.start(trainer.network.init(np.random.RandomState(0))).arrays
     batch = Batch(np.zeros((n, width)), np.zeros(n, np.int32))
-    hyper = Hyper(0.0, Adam().coefficients(1, 0.01), ())
+    hyper = hyper_of(trainer, 1)
     built = kernels.compile_program(
         *base.recorded(trainer.recipe, base.Tree(specify((arrays, batch, hyper))))
     )

@@ -26,11 +26,11 @@ import fake_cuda
 import numpy as np
 import pytest
 from conftest import emulated_gpu
-from test_engines import case, fit
+from test_engines import case, fit, hyper_of
 
 from portable_mlp import DivergenceError, MLPClassifier, backends
 from portable_mlp.backends import BackendError, CuPyBackend, is_out_of_memory, to_host
-from portable_mlp.engines import CaptureEngine, runtime
+from portable_mlp.engines import CaptureEngine, Task, runtime
 from portable_mlp.engines.capture import _Program
 from portable_mlp.engines.launches import Kernel
 from portable_mlp.engines.runtime import CaptureError, Cuda, layout
@@ -163,7 +163,8 @@ def test_a_graph_owns_what_it_points_to(cuda, dtype):
     cupy, junk = import_module("cupy"), []
 
     def disturb():
-        gc.collect()
+        if not junk:
+            gc.collect()
         junk.clear()
         junk.extend(cupy.full(n, 1e30) for n in (1, 3, 10, 33, 100, 333, 1000, 3333, 10_000) * 3)
 
@@ -179,16 +180,11 @@ def test_models_trained_by_turns(cuda):
     made = [case(loss, Adam(), backend=emulated_gpu(), batch_size=5, n=32, sizes=(5, 50, 3))
             for loss in (SoftmaxCrossEntropy(), SquaredError())]  # fmt: skip
     states = [trainer.start(trainer.params(arrays.leaves)) for trainer, arrays, _ in made]
-    from portable_mlp.engines import Task
-    from portable_mlp.steps import Hyper
-
     engines = [CaptureEngine(trainer.backend, trainer.recipe) for trainer, *_ in made]
     arrays = [state.arrays for state in states]
     for epoch in range(4):
         for i, (trainer, _, batch) in enumerate(made):
-            hypers = [
-                Hyper(0.0, Adam().coefficients(7 * epoch + j + 1, 0.01), ()) for j in range(7)
-            ]
+            hypers = [hyper_of(trainer, 7 * epoch + j + 1) for j in range(7)]
             with trainer.backend.scope("float64"):
                 task = Task(batch, np.arange(32), 5, hypers, lambda: False)
                 arrays[i], _ = engines[i].run(arrays[i], task)

@@ -28,8 +28,9 @@ from portable_mlp.engines.program import leaves, specify
 from portable_mlp.engines.recording import Recorder, Unrecordable, record
 from portable_mlp.losses import LOSSES, BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import SGD, Adam, AdamW, RMSprop, SklearnAdam, SklearnSGD
+from portable_mlp.schedules import Clock
 from portable_mlp.sources import ArraySource
-from portable_mlp.steps import Batch, Hyper, step
+from portable_mlp.steps import Batch, step
 from portable_mlp.training import Trainer
 
 NUMPY = NumPyBackend()
@@ -74,6 +75,11 @@ def case(
     return trainer, state.arrays, batch
 
 
+def hyper_of(trainer, step, keys=()):
+    """The numbers of a step, from 1 on."""
+    return trainer.hyper(Clock(step - 1, 100, 0, 0), trainer.schedule.init(), keys)[0]
+
+
 def run(kind, trainer, arrays, batch, n_steps=4, batch_size=5):
     """Steps by one engine, from a copy: parameters and moments, and the values."""
     engine = kind(trainer.backend, trainer.recipe)
@@ -84,10 +90,9 @@ def run(kind, trainer, arrays, batch, n_steps=4, batch_size=5):
             order = np.random.RandomState(epoch).permutation(batch.x.shape[0])
             n = -(-len(order) // batch_size)
             hypers = [
-                Hyper(trainer.alpha, trainer.optimizer.coefficients(epoch * n + i + 1, 0.01),
-                      tuple(range(7 * i, 7 * i + trainer.network.n_random)))
+                hyper_of(trainer, epoch * n + i + 1, range(7 * i, 7 * i + trainer.network.n_random))
                 for i in range(n)
-            ]  # fmt: skip
+            ]
             task = Task(batch, order, batch_size, hypers, lambda: False)
             arrays, found = engine.run(arrays, task)
             values += found
@@ -390,7 +395,7 @@ def test_two_fits_at_once_share_a_program_but_no_buffer():
     trainer, arrays, batch = case(SquaredError(), Adam())
     first, second = (copy.deepcopy(arrays) for _ in range(2))
     one, two = (ReplayEngine(NUMPY, trainer.recipe) for _ in range(2))
-    hypers = [Hyper(0.0, trainer.optimizer.coefficients(1, 0.01), ())]
+    hypers = [hyper_of(trainer, 1)]
     for _ in range(3):
         one.run(first, Task(batch, None, 12, hypers, lambda: False))
         two.run(second, Task(batch, None, 12, hypers, lambda: False))
@@ -402,7 +407,7 @@ def test_a_short_batch_may_come_first():
     # As where a fit over a sparse matrix goes on at its last batch
     trainer, arrays, batch = case(SquaredError(), Adam())
     short = Batch(*(a if a is None else a[:3] for a in batch))
-    hypers = [Hyper(0.0, trainer.optimizer.coefficients(1, 0.01), ())]
+    hypers = [hyper_of(trainer, 1)]
     results = []
     for kind in (ReplayEngine, Engine):
         engine, own = kind(NUMPY, trainer.recipe), copy.deepcopy(arrays)
@@ -418,7 +423,7 @@ def test_a_short_batch_may_come_first():
 def source_of(dialect, **settings_):
     trainer, arrays, batch = case(SoftmaxCrossEntropy(), Adam(), "relu", **settings_)
     recorder = Recorder()
-    arguments = specify((arrays, batch, Hyper(0.1, trainer.optimizer.coefficients(1, 0.01), ())))
+    arguments = specify((arrays, batch, hyper_of(trainer, 1)))
     program, _ = record(
         lambda *args: step(replace(trainer.recipe, xp=recorder), *args), recorder, arguments
     )

@@ -11,6 +11,7 @@ import pytest
 
 from portable_mlp import GradientError, check_layer, check_loss, mlp
 from portable_mlp.activations import ACTIVATIONS
+from portable_mlp.backends import NumPyBackend
 from portable_mlp.layers import Dropout, Layer, Linear, Param
 from portable_mlp.losses import (
     LOSSES,
@@ -22,8 +23,8 @@ from portable_mlp.losses import (
     SquaredError,
 )
 from portable_mlp.optimizers import SGD
-from portable_mlp.packing import Layout
-from portable_mlp.steps import Batch, Recipe, objective
+from portable_mlp.steps import Batch, objective
+from portable_mlp.training import Trainer
 
 N, D = 17, 5
 
@@ -142,12 +143,12 @@ def test_network_meets_autograd_and_differences(activation, loss_name, weighted,
     params = [0.7 * p for p in network.init(rng)]
     x, y = rng.standard_normal((N, D)), targets(loss, rng, k)
     w = rng.uniform(0, 2, N) if weighted else None
-    layout = Layout.plan(network.params, None)
-    recipe = Recipe(xp, network, loss, SGD(), layout)
+    trainer = Trainer(network, loss, SGD(), NumPyBackend(), "float64", 1.0, alpha=alpha)
+    recipe, layout = trainer.recipe, trainer.recipe.layout
 
     def packed(params: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
         value, penalty, grads = objective(
-            recipe, layout.pack(params, xp), Batch(x, y, w), alpha, ()
+            recipe, layout.pack(params, xp), Batch(x, y, w), trainer.alphas, ()
         )
         return float(value + penalty), layout.unpack(grads, xp)
 

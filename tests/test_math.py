@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gradients import ALL_LOSSES, LAYERS, targets
 
-from portable_mlp import functions, mlp
+from portable_mlp import Network, functions, mlp
 from portable_mlp.activations import ELU
-from portable_mlp.backends import NumPyBackend
+from portable_mlp.backends import Backend, NumPyBackend
 from portable_mlp.layers import Dropout, random_bits
 from portable_mlp.losses import (
     BinaryCrossEntropy,
@@ -20,11 +20,13 @@ from portable_mlp.losses import (
     SquaredError,
 )
 from portable_mlp.optimizers import OPTIMIZERS, SGD, SklearnAdam, SklearnSGD
-from portable_mlp.packing import Layout
-from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
+from portable_mlp.schedules import Clock
+from portable_mlp.steps import Arrays, Batch, step
+from portable_mlp.training import Trainer
 
 N, D = 17, 5
 XP = NumPyBackend().xp
+CLOCK = Clock(0, 1, 0, 0)
 
 
 def close(got, wanted, tol):
@@ -38,7 +40,8 @@ def test_layer_matches_numpy(name, target, rng):
     layer = LAYERS[name]
     params = [p.init(rng, p.shape, p.fan_in, p.fan_out) for p in layer.params]
     x = rng.standard_normal((N, D))
-    noise = {"key": 12345} if layer.random else {}
+    (numbers,) = Network((layer,)).per_step(CLOCK, [12345] * ("key" in layer.numbers)) or ((),)
+    noise = dict(zip(layer.numbers, numbers, strict=True))
 
     def both(xp):
         def run(params, x, dy):
@@ -83,17 +86,20 @@ def test_step_matches_numpy(optimizer, target, rng):
     params = network.init(rng)
     x, y = rng.standard_normal((N, D)), rng.randint(3, size=N)
     w = rng.uniform(0, 2, N)
-    hyper = Hyper(0.1, optimizer.coefficients(1, 0.01), (77,))
 
     def one(xp):
-        layout = Layout.plan(network.params, None)
-        recipe = Recipe(xp, network, SoftmaxCrossEntropy(), optimizer, layout, clip_norm=0.1)
+        loss, backend = SoftmaxCrossEntropy(), Backend(xp)
+        backend.packs = False
+        trainer = Trainer(
+            network, loss, optimizer, backend, target.dtype, 0.01, alpha=0.1, clip_norm=0.1
+        )
+        hyper, _ = trainer.hyper(CLOCK, None, (77,))
 
         def run(params, x, y, w):
             # Copied inside: a step may overwrite its state, never its batch
-            leaves = [xp.asarray(p, copy=True) for p in layout.pack(params, xp)]
+            leaves = [xp.asarray(p, copy=True) for p in params]
             arrays = Arrays(leaves, optimizer.init(leaves, xp))
-            arrays, losses = step(recipe, arrays, Batch(x, y, w), hyper)
+            arrays, losses = step(trainer.recipe, arrays, Batch(x, y, w), hyper)
             return list(losses), list(arrays.leaves), list(arrays.moments)
 
         return run
@@ -192,7 +198,8 @@ def reference_bits(n: int, key: int) -> np.ndarray:
 @settings(max_examples=20)
 @given(st.integers(0, 2**31 - 1), st.sampled_from([0.1, 0.5, 0.9]))
 def test_dropout_keeps_the_mean(key, rate):
-    y, _ = Dropout(rate).forward((), np.ones((200, 100)), XP, key=key)
+    network = Network((Dropout(rate),))
+    y, _ = network.forward((), np.ones((200, 100)), XP, network.per_step(CLOCK, [key]))
     # Six standard deviations of a mean of 20 000 draws
     assert abs(y.mean() - 1.0) < 6 * np.sqrt(rate / (1 - rate) / 20_000)
 
@@ -211,7 +218,7 @@ def test_prediction_has_no_noise(rng):
     params, x = network.init(rng), rng.standard_normal((N, D))
     z, _ = network.forward(params, x, XP)
     assert np.array_equal(z, network(params, x, XP))
-    assert not np.array_equal(z, network.forward(params, x, XP, keys=(3,))[0])
+    assert not np.array_equal(z, network.forward(params, x, XP, network.per_step(CLOCK, [3]))[0])
 
 
 # ---------------------------------------------------------------- structure

@@ -17,6 +17,7 @@ from sklearn.neural_network._stochastic_optimizers import AdamOptimizer, SGDOpti
 
 from portable_mlp import mlp, optimizers
 from portable_mlp.backends import BACKENDS, Backend, NumPyBackend, get_backend
+from portable_mlp.groups import Treatments
 from portable_mlp.initializers import Zeros
 from portable_mlp.layers import Param
 from portable_mlp.losses import SquaredError
@@ -109,13 +110,29 @@ def rates(base: float) -> list[float]:
     return [base * (1.0, 0.3, 0.7, 0.05)[step // 10 % 4] for step in range(STEPS)]
 
 
+def stepped(optimizer, params, grads, moments, c, xp, groups):
+    """A step of parameters in groups, treated as by default."""
+    labels = tuple(Param("p", (), None, 0, 0, group) for group in groups)
+    treatments = Treatments.of(labels, optimizer)
+    new_params, new_moments = list(params), list(moments)
+    for kind, treatment in enumerate(treatments.updates):
+        own = [i for i, group in enumerate(groups) if treatments.kinds[group] == kind]
+        decay = optimizer.weight_decay * treatment.decay
+        found = optimizer.apply(
+            *([a[i] for i in own] for a in (params, grads, moments)), c, xp, decay or None
+        )
+        for i, p, m in zip(own, *found, strict=True):
+            new_params[i], new_moments[i] = p, m
+    return new_params, new_moments
+
+
 def ours(optimizer, base, xp=XP):
     """Parameters after each step."""
     params, path = start(), []
     moments = optimizer.init(params, xp)
     for step, rate in enumerate(rates(base), start=1):
         c = optimizer.coefficients(step, rate)
-        params, moments = optimizer.apply(params, gradient(params), moments, c, xp, GROUPS)
+        params, moments = stepped(optimizer, params, gradient(params), moments, c, xp, GROUPS)
         path.append([p.copy() for p in params])
     return path
 
@@ -201,7 +218,7 @@ def test_decay_of_sgd_by_hand(momentum):
     params, grads = [np.asarray(w), np.asarray(b)], [np.asarray(gw), np.asarray(gb)]
     moments = optimizer.init(params, XP)
     c = optimizer.coefficients(1, 0.1)
-    (w, b), _ = optimizer.apply(params, grads, moments, c, XP, ("weight", "bias"))
+    (w, b), _ = stepped(optimizer, params, grads, moments, c, XP, ("weight", "bias"))
     # w (1 − 0.1 · 0.5) − 0.1 g; a first step has no momentum yet
     np.testing.assert_allclose(w, [1.9 - 0.3, -3.8 - 0.1], rtol=1e-15)
     np.testing.assert_allclose(b, [1.2], rtol=1e-15)
@@ -291,7 +308,7 @@ class Halved(SGD):
 
 @dataclass(frozen=True, kw_only=True)
 class HalvedWhole(SGD):
-    def apply(self, params, grads, moments, c, xp, groups=None):
+    def apply(self, params, grads, moments, c, xp, decay=None):
         return [p - c[0] * self.momentum * g for p, g in zip(params, grads, strict=True)], moments
 
 
@@ -341,7 +358,7 @@ def test_float32_stays(name, library):
         for step in (1, 2):
             c = optimizer.coefficients(step, 0.01)
             assert all(type(value) is float for value in c)
-            params, moments = optimizer.apply(params, grads, moments, c, backend.xp, GROUPS)
+            params, moments = stepped(optimizer, params, grads, moments, c, backend.xp, GROUPS)
         clipped = clip_by_global_norm(grads, 0.5, backend.xp)
     assert all(len(m) == optimizer.n_moments for m in moments)
     assert all(a.dtype == backend.dtype("float32") for a in chain(params, clipped, *moments))
@@ -356,16 +373,17 @@ def layout(shapes, groups, treatment):
 def test_packing_changes_no_update(name):
     """Elementwise rules: the same bits, whether 4 arrays or one vector, or two."""
     optimizer, results = ALL[name], []
-    for treatment in (None, optimizer.decays):
+    labels = tuple(Param("p", (), None, 0, 0, group) for group in GROUPS)
+    for treatment in (None, Treatments.of(labels, optimizer).kinds.get):
         plan = layout(SHAPES, GROUPS, treatment)
-        apart = optimizer.decays("weight") != optimizer.decays("bias")
+        apart = bool(optimizer.weight_decay) and not optimizer.decay_biases
         assert len(plan.leaves) == (4 if treatment is None else 1 + apart)
         leaves = plan.pack(start(), XP)
         moments = optimizer.init(leaves, XP)
         for step in range(1, 6):
             grads = plan.pack(gradient(plan.unpack(leaves, XP)), XP)
             c = optimizer.coefficients(step, 0.02)
-            leaves, moments = optimizer.apply(leaves, grads, moments, c, XP, plan.groups)
+            leaves, moments = stepped(optimizer, leaves, grads, moments, c, XP, plan.groups)
         results.append(plan.unpack(leaves, XP))
     for one, other, first in zip(*results, start(), strict=True):
         np.testing.assert_array_equal(one, other)

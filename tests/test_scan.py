@@ -6,13 +6,12 @@ from itertools import product
 
 import numpy as np
 import pytest
-from test_engines import case
+from test_engines import case, hyper_of
 
 from portable_mlp import MLPClassifier, MLPRegressor, get_backend
 from portable_mlp.engines import Engine, Task, scan
 from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import Adam
-from portable_mlp.steps import Hyper
 
 pytest.importorskip("jax")
 pytestmark = [
@@ -67,10 +66,10 @@ def test_the_length_of_a_piece_changes_nothing(
     """Between two pieces it is asked whether to stop."""
     monkeypatch.setattr(scan.ScanEngine, "SECONDS", seconds)
     order = None if batch_size == 12 else np.random.RandomState(1).permutation(12)
-    hypers = [Hyper(0.1, Adam().coefficients(i + 1, 0.01), ()) for i in range(n_steps)]
     outcomes = []
     for backend, kind in ((get_backend("cpu", "jax"), scan.ScanEngine), (get_backend(), Engine)):
         trainer, arrays, batch = case(SquaredError(), Adam(), backend=backend, alpha=0.1)
+        hypers = [hyper_of(trainer, i + 1) for i in range(n_steps)]
         engine, asked = kind(backend, trainer.recipe), []
         task = Task(batch, order, batch_size, hypers, lambda asked=asked: asked.append(1))
         with backend.scope("float64"):
@@ -92,7 +91,7 @@ def test_it_stops_between_two_pieces(monkeypatch):
     backend = get_backend("cpu", "jax")
     trainer, arrays, batch = case(SquaredError(), Adam(), backend=backend)
     engine = scan.ScanEngine(backend, trainer.recipe)
-    hypers = [Hyper(0.0, Adam().coefficients(i + 1, 0.01), ()) for i in range(6)]
+    hypers = [hyper_of(trainer, i + 1) for i in range(6)]
     stops = iter([False, True])
     with backend.scope("float64"):
         _, values = engine.run(arrays, Task(batch, None, 2, hypers, stops.__next__, first=1))

@@ -18,9 +18,9 @@ from portable_mlp.engines.dialects import NumPyDialect
 from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import SGD, AdamW, SklearnAdam
-from portable_mlp.schedules import Adaptive, InverseScaling, OneCycle, ReduceOnPlateau
+from portable_mlp.schedules import Adaptive, Clock, InverseScaling, OneCycle, ReduceOnPlateau
 from portable_mlp.sources import ArraySource
-from portable_mlp.steps import Batch, Hyper
+from portable_mlp.steps import Batch
 from portable_mlp.training import Trainer
 
 BACKEND = NumPyBackend()
@@ -68,10 +68,10 @@ def test_batches_cover_all_rows_once_in_order(engine, monkeypatch):
         n = len(given)
         for permutation in (None, order if rows is None else np.argsort(order[:25])):
             wanted = given if permutation is None else given[permutation]
-            t = replace(trainer(), loss=Ends())
+            t = replace(trainer(), loss=Ends(), learning_rate=0.0)
             run = ENGINES[engine](BACKEND, t.recipe)
             ((data, chosen),) = ArraySource(Batch(x, y), rows).parts(16, permutation)
-            hypers = [Hyper(0.0, t.optimizer.coefficients(1, 0.0), ())] * 4
+            hypers = [t.hyper(Clock(0, 4, 0, 0), t.schedule.init())[0]] * 4
             task = Task(data, chosen, 16, hypers, lambda: False)
             _, values = run.run(start(t).arrays, task)
             means = [wanted[i : i + 16].mean() for i in range(0, n, 16)]

@@ -65,6 +65,11 @@ class Task(NamedTuple):
             yield slice(start, min(start + self.batch_size, n))
 
 
+def flat(hyper: Hyper) -> tuple[float, ...]:
+    """Return the numbers of a step, in the order in which a program takes them."""
+    return tuple(leaves(hyper))
+
+
 class Engine:
     """Calls the step batch by batch; serves every backend.
 
@@ -117,7 +122,7 @@ class Engine:
 
     def _fetch(self, losses: list[Any], penalties: list[Any]) -> Values:
         found = self.backend.fetch(losses).tolist()
-        if not self.recipe.penalised:
+        if not self.recipe.has_penalty:
             return [(loss, 0.0) for loss in found]
         return list(zip(found, self.backend.fetch(penalties).tolist(), strict=True))
 

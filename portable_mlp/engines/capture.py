@@ -17,7 +17,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from portable_mlp.backends import Backend, is_out_of_memory
-from portable_mlp.engines.base import EPOCHS_AT_ONCE, RecordedEngine, Task, Tree, Values, recorded
+from portable_mlp.engines.base import (
+    EPOCHS_AT_ONCE,
+    RecordedEngine,
+    Task,
+    Tree,
+    Values,
+    flat,
+    recorded,
+)
 from portable_mlp.engines.kernels import compile_program, gather_kernel
 from portable_mlp.engines.launches import Kernel, Kernels, View
 from portable_mlp.engines.program import leaves, specify
@@ -135,7 +143,7 @@ class CaptureEngine(RecordedEngine):
         """Put what an epoch's steps read where they read it."""
         to, given = self.backend.asarray, [a for a in task.data if a is not None]
         n, order, hypers = task.n_rows, task.order, task.hypers
-        table = np.array([(h.alpha, *h.coefficients, *h.keys) for h in hypers], np.float64)
+        table = np.array([flat(h) for h in hypers], np.float64)
         # Graphs point into it: it has room for whatever may come
         room = np.zeros((max(len(table), EPOCHS_AT_ONCE), table.shape[1]))
         rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)

@@ -12,7 +12,7 @@ from typing import Any
 
 from portable_mlp.backends import Backend
 from portable_mlp.engines import compiler
-from portable_mlp.engines.base import RecordedEngine, Task, Tree, Values, recorded
+from portable_mlp.engines.base import RecordedEngine, Task, Tree, Values, flat, recorded
 from portable_mlp.engines.calls import Replay, lower
 from portable_mlp.engines.dialects import DIALECTS
 from portable_mlp.engines.program import leaves, specify
@@ -73,7 +73,7 @@ class ReplayEngine(RecordedEngine):
             else:
                 chosen = indices[rows]
                 batch = [gather(a, chosen, b) for a, b in zip(given, buffers, strict=True)]
-            found.append(program(*batch, hyper.alpha, *hyper.coefficients, *hyper.keys))
+            found.append(program(*batch, *flat(hyper)))
             if task.stop():
                 break
             if self._to_come and perf_counter() - begun > self.LOOK:

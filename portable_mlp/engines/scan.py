@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.base import EPOCHS_AT_ONCE, Engine, Task, Values
-from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
+from portable_mlp.engines.base import EPOCHS_AT_ONCE, Engine, Task, Values, flat
+from portable_mlp.engines.program import leaves, rebuild, specify
+from portable_mlp.steps import Arrays, Batch, Recipe, step
 from portable_mlp.typing import Array
 
 
@@ -40,21 +41,26 @@ class ScanEngine(Engine):
             whole, short = divmod(n, batch_size)  # the short batch is a program of its own
             pieces = [(whole, batch_size)] + [(whole + 1, short)] * (short > 0)
             lines = len(hypers)
-        table = np.zeros((lines, 1 + len(hypers[0].coefficients)), arrays.leaves[0].dtype)
-        keys = np.zeros((lines, len(hypers[0].keys)), np.int32)
-        table[: len(hypers)] = [(h.alpha, *h.coefficients) for h in hypers]
-        keys[: len(hypers)] = [h.keys for h in hypers]
+        numbers = [flat(hyper) for hyper in hypers]
+        form = specify(hypers[0])
+        whole_ones = [spec.dtype is int for spec in leaves(form)]
+        # Whole numbers apart: float32 has not all of them
+        tables = []
+        for kind, wanted in ((arrays.leaves[0].dtype, False), (np.int32, True)):
+            chosen = [i for i, is_whole in enumerate(whole_ones) if is_whole == wanted]
+            tables.append(np.zeros((lines, len(chosen)), kind))
+            tables[-1][: len(hypers)] = [[row[i] for i in chosen] for row in numbers]
         values: Values = []
         done = task.first
         for end, size in pieces:
             if (size, batch_size) not in self._loops:  # to hash a recipe takes time
-                self._loops[size, batch_size] = _loop(self.recipe, size, batch_size)
+                self._loops[size, batch_size] = _loop(self.recipe, form, size, batch_size)
             loop = self._loops[size, batch_size]
             while done < end and not (done > task.first and task.stop()):
                 upto = min(end, done + max(1, int(self._pace * self.SECONDS)))
                 began = time.perf_counter()
                 span = np.asarray((done, upto), np.int32)
-                arrays, piece = loop(arrays, task.data, indices, table, keys, span)
+                arrays, piece = loop(arrays, task.data, indices, *tables, span)
                 values += map(tuple, np.asarray(piece)[done:upto].tolist())
                 self._pace = (upto - done) / (time.perf_counter() - began)
                 done = upto
@@ -62,8 +68,11 @@ class ScanEngine(Engine):
 
 
 @lru_cache(maxsize=64)
-def _loop(recipe: Recipe, size: int, batch_size: int) -> Any:
-    """Compiled steps on batches of ``size`` rows, each ``batch_size`` after the other."""
+def _loop(recipe: Recipe, form: Any, size: int, batch_size: int) -> Any:
+    """Compiled steps on batches of ``size`` rows, each ``batch_size`` after the other.
+
+    ``form`` is what `specify` says of the numbers of a step.
+    """
     jax = import_module("jax")
     xp = recipe.xp
 
@@ -72,7 +81,7 @@ def _loop(recipe: Recipe, size: int, batch_size: int) -> Any:
         data: Batch,
         indices: Array | None,
         table: Array,
-        keys: Array,
+        whole: Array,
         span: Array,
     ) -> tuple[Arrays, Array]:
         def batch(i: Any) -> Batch:
@@ -89,8 +98,8 @@ def _loop(recipe: Recipe, size: int, batch_size: int) -> Any:
 
         def body(i: Array, carried: tuple[Arrays, Array]) -> tuple[Arrays, Array]:
             arrays, values = carried
-            alpha, *coefficients = table[i, :]
-            hyper = Hyper(alpha, tuple(coefficients), tuple(keys[i, :]))
+            given = {int: iter(whole[i, :]), float: iter(table[i, :])}
+            hyper = rebuild(form, (next(given[spec.dtype]) for spec in leaves(form)))
             arrays, pair = step(recipe, arrays, batch(i), hyper)
             found = xp.stack([xp.asarray(v, dtype=table.dtype) for v in pair])
             return arrays, values.at[i, :].set(found)

@@ -1,0 +1,123 @@
+"""Groups of parameters: how the update and the penalty treat each.
+
+A layer labels its parameters (`Param.group`); what a label means is said here, by a map from
+labels to treatments.  A label that nobody treats is treated as weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+from portable_mlp.layers import Param
+from portable_mlp.schedules import Schedule, reacts
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How the parameters of a group are treated, relative to the others.
+
+    Parameters
+    ----------
+    rate : float >= 0, default=1
+        Factor on the learning rate; 0 leaves the parameters as they are.
+    decay : float >= 0, default=1
+        Factor on the optimizer's ``weight_decay``.
+    penalty : float >= 0, default=1
+        Factor on the L2 penalty α.
+    schedule : Schedule, optional
+        Of the group's learning rate, in place of the common one; it must not react to the loss.
+
+    Raises
+    ------
+    ValueError
+        If a factor is negative or not finite, or the schedule reacts to the loss.
+    """
+
+    rate: float = 1.0
+    decay: float = 1.0
+    penalty: float = 1.0
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "decay", "penalty"):
+            if not 0.0 <= getattr(self, name) < inf:
+                raise ValueError(
+                    f"{name} must be at least 0 and finite, got {getattr(self, name)!r}"
+                )
+        if self.schedule is not None and reacts(self.schedule):
+            raise ValueError(f"a group's schedule must not react to the loss: {self.schedule!r}")
+
+
+DEFAULT = Treatment()
+TREATMENTS = {"bias": Treatment(penalty=0.0)}
+"""By label, where it is not `DEFAULT`."""
+
+
+@dataclass(frozen=True)
+class Treatments:
+    """The treatments of a network's parameters.
+
+    Attributes
+    ----------
+    updates : tuple of Treatment
+        Those that differ in the update, by rate, decay or schedule, each once.
+    kinds : dict
+        By label: its place in ``updates``.
+    penalties : tuple of float
+        Factors on α, each once; without 0.
+    penalised : dict
+        By label: its place in ``penalties``; None if it is not penalised.
+    """
+
+    updates: tuple[Treatment, ...]
+    kinds: dict[str, int]
+    penalties: tuple[float, ...]
+    penalised: dict[str, int | None]
+
+    @classmethod
+    def of(
+        cls, params: tuple[Param, ...], optimizer: Any, given: Mapping[str, Treatment] | None = None
+    ) -> Treatments:
+        """Look up the treatment of each parameter's label.
+
+        Parameters
+        ----------
+        params : tuple of Param
+        optimizer : Optimizer
+            Whether there is a decay, and whether biases take part in it.
+        given : dict, optional
+            By label, in place of `TREATMENTS`.
+
+        Raises
+        ------
+        ValueError
+            If a label is given that no parameter has.
+        """
+        known = TREATMENTS | dict(given or {})
+        if not optimizer.decay_biases:
+            known["bias"] = replace(known["bias"], decay=0.0)
+        labels = dict.fromkeys(param.group for param in params)
+        if unknown := set(given or {}) - set(labels):
+            raise ValueError(
+                f"treatments: no parameter is in the groups {sorted(unknown)};"
+                f" known: {', '.join(labels)}"
+            )
+        updates: list[Treatment] = []
+        penalties: list[float] = []
+        kinds: dict[str, int] = {}
+        penalised: dict[str, int | None] = {}
+        for label in labels:
+            treatment = known.get(label, DEFAULT)
+            update = replace(treatment, penalty=1.0)
+            if not optimizer.weight_decay:
+                update = replace(update, decay=1.0)
+            if update not in updates:
+                updates.append(update)
+            if treatment.penalty and treatment.penalty not in penalties:
+                penalties.append(treatment.penalty)
+            kinds[label] = updates.index(update)
+            penalised[label] = penalties.index(treatment.penalty) if treatment.penalty else None
+        return cls(tuple(updates), kinds, tuple(penalties), penalised)
