@@ -16,6 +16,8 @@ import pytest
 # Before SciPy is imported: without it scikit-learn's checks with arrays of other
 # libraries skip
 os.environ.setdefault("SCIPY_ARRAY_API", "1")
+# Every program that is recorded is verified
+os.environ.setdefault("PORTABLE_MLP_VERIFY", "1")
 # Before any thread pool is made: pools of as many workers as there are cores, one for each of
 # the processes of pytest-xdist, spend their time waiting for each other
 if "PYTEST_XDIST_WORKER" in os.environ:

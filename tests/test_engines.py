@@ -26,6 +26,7 @@ from portable_mlp.engines.dialects import NumPyDialect, TorchDialect
 from portable_mlp.engines.memory import Plan
 from portable_mlp.engines.program import leaves, specify
 from portable_mlp.engines.recording import Recorder, Unrecordable, record
+from portable_mlp.engines.verifier import ProgramError, verify
 from portable_mlp.losses import LOSSES, BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import SGD, Adam, AdamW, RMSprop, SklearnAdam, SklearnSGD
 from portable_mlp.schedules import Clock
@@ -465,3 +466,113 @@ def test_recorder_refuses_what_it_cannot_hold(function):
     recorder = Recorder()
     with pytest.raises(Unrecordable):
         record(lambda x: function(x, recorder), recorder, specify((np.ones(3),)))
+
+
+# ---------------------------------------------------------------- the rules of programs
+
+
+def test_a_transpose_of_more_than_two_axes_runs_eagerly():
+    """The standard has T of matrices alone; NumPy reverses the order of all axes."""
+    for array in (np.ones((2, 3, 4)), np.ones(3)):
+        arguments = specify((array,))
+        with pytest.raises(Unrecordable, match=f"transpose T of an array of {array.ndim} dim"):
+            record(lambda x: x.T, Recorder(), arguments)
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 1), (0, 1), (0, 1, 3), (-4, 1, 2)])
+def test_axes_that_are_none_are_an_error(axes):
+    recorder = Recorder()
+    with pytest.raises(ValueError, match="are not the axes"):
+        record(lambda x: recorder.permute_dims(x, axes), recorder, specify((np.ones((2, 3, 4)),)))
+
+
+def any_program(x, w, n, xp):
+    """Something of every kind of operation, on three axes."""
+    y = xp.permute_dims(x, (2, 0, 1))
+    y = xp.reshape(y * n + 1, (4, 6)) @ w
+    y = xp.concat([y[1:3, :], y[:, None, 0] + xp.zeros_like(y)], axis=0)
+    y = xp.where(y > 0.0, y, -n * y) - xp.max(y, axis=1, keepdims=True)
+    y = xp.broadcast_to(xp.exp(y)[None, ...], (3, *y.shape))
+    total = xp.sum(xp.astype(y, xp.float32), axis=(0, 2)) + xp.arange(6, dtype=xp.float32)
+    return [x + 1.0], [total, xp.matmul(x, xp.full((2, 4, 5), 2.0, dtype=x.dtype))]
+
+
+def made_program():
+    recorder = Recorder()
+    arguments = specify((np.ones((2, 3, 4)), np.ones((6, 5)), 0.5))
+    return record(lambda *a: any_program(*a, recorder), recorder, arguments)[0]
+
+
+def test_a_program_keeps_the_rules():
+    program = made_program()
+    assert len({node.op for node in program.nodes}) > 14
+    verify(program, n_donated=1)
+
+
+def with_node(program, change):
+    """The program with other nodes, and their readers with them."""
+    made = {}
+
+    def remade(x):
+        return made.get(id(x), x)
+
+    for x in (*program.inputs, *program.nodes):
+        new = replace(x, operands=tuple(remade(o) for o in x.operands))
+        made[id(x)] = change(new) or new
+    return replace(
+        program,
+        inputs=tuple(map(remade, program.inputs)),
+        nodes=tuple(map(remade, program.nodes)),
+        outputs=tuple(map(remade, program.outputs)),
+    )
+
+
+@pytest.mark.parametrize(
+    "op", sorted({node.op for node in made_program().nodes if not node.is_number})
+)
+@pytest.mark.parametrize("slip", ["shape", "dtype"])
+def test_a_wrong_node_would_be_seen(op, slip):
+    """The planted twins: of each operation, a wrong shape and a wrong data type."""
+
+    def change(node):
+        if node.op == op and not node.is_number:
+            if slip == "shape":
+                return replace(node, shape=(*node.shape[:-1], 7) if node.shape else (7,))
+            return replace(node, dtype=np.dtype(np.float16 if node.dtype.kind == "f" else "i1"))
+        return None
+
+    if slip == "dtype" and op in ("astype", "full", "arange"):
+        pytest.skip("its data type is its own")
+    with pytest.raises(ProgramError):
+        verify(with_node(made_program(), change))
+
+
+def test_other_slips_would_be_seen():
+    program = made_program()
+    with pytest.raises(ProgramError, match="stands before its operand"):
+        verify(replace(program, nodes=program.nodes[::-1]))
+    with pytest.raises(ProgramError, match="an output is not in the program"):
+        verify(replace(program, nodes=program.nodes[:-1]))
+    with pytest.raises(ProgramError, match="is to replace"):
+        verify(replace(program, outputs=program.outputs[::-1]), n_donated=1)
+    with pytest.raises(ProgramError, match="are donated, for 3 outputs"):
+        verify(program, n_donated=4)
+
+    def taken_for_contiguous(node):
+        return replace(node, contiguous=True) if node.op == "permute" else None
+
+    with pytest.raises(ProgramError, match="is taken for contiguous"):
+        verify(with_node(program, taken_for_contiguous))
+
+
+def test_a_program_that_breaks_a_rule_is_no_reason_to_run_eagerly(monkeypatch):
+    """A fault of ours is an error where programs are verified."""
+
+    def wrong(self, op, operands, attrs, shape, dtype, contiguous=True, node=Recorder.node):
+        dtype = np.dtype(np.float32) if op == "tanh" else dtype
+        return node(self, op, operands, attrs, shape, dtype, contiguous)
+
+    monkeypatch.setattr(Recorder, "node", wrong)
+    replay_module._prepare.cache_clear()
+    with pytest.raises(ProgramError, match="tanh"):
+        run(ReplayEngine, *case(SquaredError(), Adam()))

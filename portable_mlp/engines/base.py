@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from portable_mlp.backends import Backend
 from portable_mlp.engines.program import Program, leaves
 from portable_mlp.engines.recording import Recorder, Unrecordable, record
+from portable_mlp.engines.verifier import ProgramError, verify, verifying
 from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
 from portable_mlp.warn import warn
 
@@ -191,8 +192,11 @@ def recorded(recipe: Recipe, arguments: Tree) -> tuple[Program, int]:
         program, _ = record(
             lambda *args: step(replace(recipe, xp=recorder), *args), recorder, arguments.tree
         )
-    except Unrecordable:
+    except (Unrecordable, ProgramError):
         raise
     except Exception as error:  # one's own loss or layer may ask for what stand-ins have not
         raise Unrecordable(f"{type(error).__name__}: {error}") from error
-    return program, len(list(leaves(arguments.tree[0])))
+    n_donated = len(list(leaves(arguments.tree[0])))
+    if verifying():
+        verify(program, n_donated)
+    return program, n_donated

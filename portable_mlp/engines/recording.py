@@ -28,6 +28,7 @@ from portable_mlp.engines.program import (
     leaves,
     rebuild,
 )
+from portable_mlp.engines.verifier import verify, verifying
 
 
 class Unrecordable(Exception):
@@ -86,6 +87,8 @@ class Traced(Shaped):
 
     @property
     def T(self) -> Traced:
+        if self.ndim != 2:  # the standard defines it of matrices alone
+            raise Unrecordable(f"it takes the transpose T of an array of {self.ndim} dimensions")
         return self.recorder.permute_dims(self, (1, 0))
 
     @property
@@ -308,7 +311,10 @@ class Recorder:
         return x if x.shape == shape else self.node("reshape", (x,), (), shape, x.dtype)
 
     def permute_dims(self, x: Traced, axes: Any) -> Traced:
-        axes = tuple(a % x.ndim for a in axes)
+        given = tuple(axes)
+        axes = tuple(a + x.ndim * (a < 0) for a in given)
+        if sorted(axes) != list(range(x.ndim)):
+            raise ValueError(f"permute_dims: {given} are not the axes of an array {x.shape}")
         if axes == tuple(range(x.ndim)):
             return x
         if x.op == "permute":
@@ -423,4 +429,7 @@ def record(function: Callable[..., Any], recorder: Recorder, arguments: Any) -> 
             made[id(x)] = Node(x.op, operands, x.attrs, x.shape, x.dtype, x.contiguous)
     outputs = tuple(node(x) for x in leaves(result))
     nodes = tuple(x for x in made.values() if x.op != "input")
-    return Program(tuple(map(node, inputs)), outputs, nodes), result
+    program = Program(tuple(map(node, inputs)), outputs, nodes)
+    if verifying():
+        verify(program)
+    return program, result
