@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -847,3 +849,26 @@ def test_one_label_and_several_do_not_follow_each_other():
         with pytest.raises(ValueError, match="the model was fitted to (one|several) labels? a row"):
             model.partial_fit(X, then)
         np.testing.assert_array_equal(model.predict(X).shape, first.shape)
+
+
+@pytest.mark.parametrize("settings", [{}, {"early_stopping": True}], ids=["plain", "early"])
+def test_a_memory_map_is_read_a_batch_at_a_time(settings, tmp_path):
+    """A file of rows is never in memory as a whole, and the model is that of the array."""
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((60_000, 50), dtype=np.float32)
+    y = rng.integers(3, size=len(X))
+    np.save(tmp_path / "X.npy", X)
+    there = np.load(tmp_path / "X.npy", mmap_mode="r")
+    params = {"max_iter": 2, "batch_size": 500, "random_state": 0, **settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = MLPClassifier((16,), **params).fit(X, y)
+        tracemalloc.start()
+        model = MLPClassifier((16,), **params).fit(there, y)
+        predicted = model.predict(there)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < X.nbytes / 2
+    np.testing.assert_array_equal(predicted, wanted.predict(X))
+    for a, b in zip(model.coefs_, wanted.coefs_, strict=True):
+        np.testing.assert_array_equal(a, b)
