@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from array_api_compat import device
 
@@ -52,7 +52,7 @@ class Loss(ABC):
         return z
 
     def __call__(
-        self, z: Array, y: Array, xp: Namespace, weights: Array | None = None
+        self, z: Array, y: Array, xp: Namespace, weights: Array | None = None, total: Any = None
     ) -> tuple[Array, Array]:
         """Weighted mean loss and its gradient with respect to the logits.
 
@@ -66,6 +66,9 @@ class Loss(ABC):
         xp : namespace
         weights : array (n,), optional
             Non-negative; equal if not given.
+        total : float or array (), optional
+            What to divide by instead of Σ w: of rows that are a part of a batch, that of the
+            whole batch, so that the parts' results add up.
 
         Returns
         -------
@@ -74,9 +77,9 @@ class Loss(ABC):
         """
         values, dz = self.per_row(z, y, xp)
         if weights is None:
-            share = 1.0 / z.shape[0]
+            share = 1.0 / (z.shape[0] if total is None else total)
             return xp.sum(values) * share, dz * share
-        share = weights / total_weight(weights, xp)
+        share = weights / (total_weight(weights, xp) if total is None else total)
         return xp.sum(share * values), dz * share[:, None]
 
 

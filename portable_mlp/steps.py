@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from operator import add
 from typing import Any, NamedTuple
 
@@ -112,15 +113,56 @@ def objective(
     numbers : tuple of tuple
         As `Hyper.layers`.
     """
+    value, grads = sums(recipe, leaves, batch, numbers)
+    penalty, grads = penalise(recipe, leaves, grads, alphas, weight_of(recipe, batch))
+    return value, penalty, grads
+
+
+# ---------------------------------------------------------------- the two halves of a step
+
+
+def sums(
+    recipe: Recipe, leaves: Params, batch: Batch, numbers: Numbers, total: Any = None
+) -> tuple[Array, list[Array]]:
+    """What rows add to a step: their share of the mean loss, and of its gradient.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    leaves : list of arrays
+    batch : Batch
+    numbers : tuple of tuple
+        As `Hyper.layers`.
+    total : float or array (), optional
+        The sum of all rows' weights, if these are a part of the batch: see `Loss.__call__`.
+
+    Returns
+    -------
+    value : array ()
+    grads : list of arrays
+        In the order of the parameters.
+    """
     xp, network = recipe.xp, recipe.network
     params = recipe.layout.unpack(leaves, xp)
     z, residuals = network.forward(params, batch.x, xp, numbers)
-    value, dz = recipe.loss(z, batch.y, xp, batch.weights)
-    grads = network.backward(params, residuals, dz, xp)
+    value, dz = recipe.loss(z, batch.y, xp, batch.weights, total)
+    return value, network.backward(params, residuals, dz, xp)
+
+
+def weight_of(recipe: Recipe, batch: Batch) -> Any:
+    """The number of rows, or the sum of their weights."""
+    if batch.weights is None:
+        return batch.x.shape[0]
+    return total_weight(batch.weights, recipe.xp) if recipe.has_penalty else None
+
+
+def penalise(
+    recipe: Recipe, leaves: Params, grads: list[Array], alphas: Sequence[float], n: Any
+) -> tuple[Any, list[Array]]:
+    """Add the penalty's gradient; returns the penalty, and the gradients as leaves."""
+    xp = recipe.xp
+    params, grads = recipe.layout.unpack(leaves, xp), list(grads)
     penalties = []
-    n: Any = batch.x.shape[0]
-    if recipe.has_penalty and batch.weights is not None:
-        n = total_weight(batch.weights, xp)
     for kind in dict.fromkeys(k for k in recipe.penalised if k is not None):
         scale = alphas[kind] / n
         squares: Any = 0.0
@@ -131,18 +173,32 @@ def objective(
                 grads[i] += scale * params[i]
         penalties.append(0.5 * scale * squares)
     penalty = reduce(add, penalties) if penalties else 0.0
-    return value, penalty, recipe.layout.pack(grads, xp)
+    return penalty, recipe.layout.pack(grads, xp)
 
 
-def step(
-    recipe: Recipe, arrays: Arrays, batch: Batch, hyper: Hyper
-) -> tuple[Arrays, tuple[Array, Array]]:
-    """One update; returns the new arrays, and the loss and penalty before it.
+def update(
+    recipe: Recipe, arrays: Arrays, grads: list[Array], n: Any, hyper: Hyper
+) -> tuple[Arrays, Any]:
+    """What the sums of all rows do to the parameters; returns the arrays, and the penalty.
 
-    The arrays handed in are donated: only what comes back may be used.
+    Parameters
+    ----------
+    recipe : Recipe
+    arrays : Arrays
+        Donated.
+    grads : list of arrays
+        Of the mean loss, in the order of the parameters.
+    n : float or array ()
+        The sum of all rows' weights.
+    hyper : Hyper
     """
+    penalty, grads = penalise(recipe, arrays.leaves, grads, hyper.alphas, n)
+    return descend(recipe, arrays, grads, hyper), penalty
+
+
+def descend(recipe: Recipe, arrays: Arrays, grads: list[Array], hyper: Hyper) -> Arrays:
+    """Clip the leaves' gradients, and apply the rule."""
     xp = recipe.xp
-    value, penalty, grads = objective(recipe, arrays.leaves, batch, hyper.alphas, hyper.layers)
     if recipe.clip_norm is not None:
         grads = clip_by_global_norm(grads, recipe.clip_norm, xp)
     leaves, moments = list(arrays.leaves), list(arrays.moments)
@@ -158,4 +214,56 @@ def step(
         )
         for i, leaf, moment in zip(own, *updated, strict=True):
             leaves[i], moments[i] = leaf, moment
-    return Arrays(leaves, moments), (value, penalty)
+    return Arrays(leaves, moments)
+
+
+def step(
+    recipe: Recipe, arrays: Arrays, batch: Batch, hyper: Hyper
+) -> tuple[Arrays, tuple[Array, Array]]:
+    """One update; returns the new arrays, and the loss and penalty before it.
+
+    The arrays handed in are donated: only what comes back may be used.
+    """
+    value, grads = sums(recipe, arrays.leaves, batch, hyper.layers)
+    arrays, penalty = update(recipe, arrays, grads, weight_of(recipe, batch), hyper)
+    return arrays, (value, penalty)
+
+
+def first_half(recipe: Recipe, leaves: Params, batch: Batch, numbers: Numbers) -> Array:
+    """`sums` as one vector: the leaves' gradients, the loss and, of weighted rows, Σ w."""
+    xp = recipe.xp
+    value, grads = sums(recipe, leaves, batch, numbers)
+    # Not joined of leaves, which are joined themselves: each gradient is written once
+    parts = [*(grads[i] for leaf in recipe.layout.leaves for i in leaf), value]
+    if batch.weights is not None:
+        parts.append(total_weight(batch.weights, xp))
+    return xp.concat([xp.reshape(part, (-1,)) for part in parts])
+
+
+def second_half(
+    recipe: Recipe, arrays: Arrays, vector: Array, hyper: Hyper, n: float | None = None
+) -> tuple[Arrays, tuple[Array, Array]]:
+    """`update` from the vector of `first_half`, in which all rows' sums are added up.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    arrays : Arrays
+        Donated.
+    vector : array
+    hyper : Hyper
+    n : float, optional
+        The number of rows; of weighted ones, the vector's last element counts.
+    """
+    xp, alphas = recipe.xp, hyper.alphas
+    grads, start = [], 0
+    for leaf in arrays.leaves:
+        size = prod(leaf.shape)
+        grads.append(xp.reshape(vector[start : start + size], leaf.shape))
+        start += size
+    penalty: Any = 0.0
+    if recipe.has_penalty:
+        total = vector[start + 1] if n is None else n
+        by_param = recipe.layout.unpack(grads, xp)
+        penalty, grads = penalise(recipe, arrays.leaves, by_param, alphas, total)
+    return descend(recipe, arrays, grads, hyper), (vector[start], penalty)

@@ -166,6 +166,9 @@ class Trainer:
     treatments : dict, optional
         From labels of parameters to `groups.Treatment`, where they are not treated as by
         default.
+    reduce : callable, optional
+        What is done in place to the vector of sums between the two halves of each step: see
+        `portable_mlp.engines.Engine`.
     loss_scale : float, default=1
         Factor on the *reported* loss, without the penalty: for an interface whose
         convention divides by the number of outputs.
@@ -185,6 +188,7 @@ class Trainer:
     tol: float = 1e-4
     patience: float = 10
     treatments: Mapping[str, Treatment] | None = None
+    reduce: Callable[[Array], None] | None = None
     loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -415,7 +419,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         trainer, source = self.trainer, self.source
-        self.engine = ENGINES[trainer.backend.engine](trainer.backend, trainer.recipe)
+        kind = ENGINES[trainer.backend.engine]
+        self.engine = kind(trainer.backend, trainer.recipe, trainer.reduce)
         self.order = np.arange(source.n_rows)
         self.n_steps = ceil(source.n_rows / trainer.batch_size)
         self.whole = source.whole(trainer.batch_size)

@@ -313,8 +313,8 @@ def built_step(sizes=(4, 16, 2), n=100, alpha=0.0, dtype="float32", **settings_)
         alpha=alpha, **settings_,
     )  # fmt: skip
     hyper = hyper_of(trainer, 1, range(trainer.network.n_random))
-    program, n_donated = base.recorded(trainer.recipe, base.Tree(specify((arrays, batch, hyper))))
-    return kernels.compile_program(program, n_donated)
+    program, roles = base.recorded(trainer.recipe, base.Tree(specify((arrays, batch, hyper))))
+    return kernels.compile_program(program, roles.donated)
 
 
 ACTIVATION = """
@@ -576,9 +576,8 @@ def test_memory_is_that_of_a_step():
     arrays = trainer.start(trainer.network.init(np.random.RandomState(0))).arrays
     batch = Batch(np.zeros((n, width)), np.zeros(n, np.int32))
     hyper = hyper_of(trainer, 1)
-    built = kernels.compile_program(
-        *base.recorded(trainer.recipe, base.Tree(specify((arrays, batch, hyper))))
-    )
+    program, roles = base.recorded(trainer.recipe, base.Tree(specify((arrays, batch, hyper))))
+    built = kernels.compile_program(program, roles.donated)
     activations = n * width * depth * 8
     parameters = sum(a.nbytes for a in leaves(arrays.leaves))
     assert activations < built.n_bytes <= activations + 3 * n * width * 8 + parameters + 16384

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,10 +15,20 @@ from portable_mlp.backends import Backend
 from portable_mlp.engines.program import Program, leaves
 from portable_mlp.engines.recording import Recorder, Unrecordable, record
 from portable_mlp.engines.verifier import ProgramError, verify, verifying
-from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
+from portable_mlp.steps import (
+    Arrays,
+    Batch,
+    Hyper,
+    Recipe,
+    first_half,
+    second_half,
+    step,
+)
+from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
 Values = list[tuple[float, float]]
+Reduce = Callable[[Array], None]
 
 # The most epochs in one task
 EPOCHS_AT_ONCE = 16
@@ -78,13 +89,18 @@ class Engine:
     ----------
     backend : Backend
     recipe : Recipe
+    reduce : callable, optional
+        What is done to the vector of sums between the two halves of each step: it changes the
+        vector in place, for example by adding those of other processes.  Without it, a step is
+        one.
     """
 
     name: ClassVar[str] = "eager"
 
-    def __init__(self, backend: Backend, recipe: Recipe) -> None:
+    def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
         self.backend = backend
         self.recipe = recipe
+        self.reduce = reduce
 
     def run(self, arrays: Arrays, task: Task) -> tuple[Arrays, Values]:
         """Do the steps of a task, or fewer.
@@ -103,12 +119,22 @@ class Engine:
         """
         losses, penalties = [], []
         for batch, hyper in zip(self._batches(task), task.hypers[task.first :], strict=False):
-            arrays, (loss, penalty) = step(self.recipe, arrays, batch, hyper)
+            arrays, (loss, penalty) = self._step(arrays, batch, hyper)
             losses.append(loss)
             penalties.append(penalty)
             if task.stop():
                 break
         return arrays, self._fetch(losses, penalties)
+
+    def _step(
+        self, arrays: Arrays, batch: Batch, hyper: Hyper
+    ) -> tuple[Arrays, tuple[Array, Array]]:
+        if self.reduce is None:
+            return step(self.recipe, arrays, batch, hyper)
+        vector = first_half(self.recipe, arrays.leaves, batch, hyper.layers)
+        self.reduce(vector)
+        n = batch.x.shape[0] if batch.weights is None else None
+        return second_half(self.recipe, arrays, vector, hyper, n)
 
     def _batches(self, task: Task) -> Iterator[Batch]:
         data = task.data
@@ -137,8 +163,8 @@ class RecordedEngine(Engine):
 
     EAGER = 16
 
-    def __init__(self, backend: Backend, recipe: Recipe) -> None:
-        super().__init__(backend, recipe)
+    def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
+        super().__init__(backend, recipe, reduce)
         self._begun = 0  # steps
         self._recordable = True
 
@@ -185,18 +211,55 @@ class Tree:
         return hash(self.leaves)
 
 
-def recorded(recipe: Recipe, arguments: Tree) -> tuple[Program, int]:
-    """What a step does with such arguments, and how many of them it overwrites."""
+class Roles(NamedTuple):
+    """How many of a program's first inputs that are arrays have which role.
+
+    Attributes
+    ----------
+    donated : int
+        Overwritten by the outputs of the same place.
+    resident : int
+        Behind them: always the same memory, as the donated ones, but only read.  All others
+        are passed: their memory may be another one at each call.
+    """
+
+    donated: int
+    resident: int = 0
+
+
+WHOLE, FIRST, SECOND = "whole", "first", "second"
+
+
+def recorded(recipe: Recipe, arguments: Tree, part: str = WHOLE) -> tuple[Program, Roles]:
+    """What a step does with such arguments, and the roles of these.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    arguments : Tree
+        Of a whole step (arrays, batch, hyper); of its first half (vector, leaves, batch,
+        numbers); of its second half (arrays, vector, hyper, n).
+    part : {"whole", "first", "second"}
+    """
     recorder = Recorder()
+    recipe = replace(recipe, xp=recorder)
+    count = [len(list(leaves(branch))) for branch in arguments.tree]
+
+    def first(vector: Array, *rest: Any) -> Array:
+        return first_half(recipe, *rest)  # replaces what the vector was
+
+    parts: dict[str, tuple[Callable[..., Any], Roles]] = {
+        WHOLE: (partial(step, recipe), Roles(count[0])),
+        FIRST: (first, Roles(*count[:2])),
+        SECOND: (partial(second_half, recipe), Roles(*count[:2])),
+    }
+    function, roles = parts[part]
     try:
-        program, _ = record(
-            lambda *args: step(replace(recipe, xp=recorder), *args), recorder, arguments.tree
-        )
+        program, _ = record(function, recorder, arguments.tree)
     except (Unrecordable, ProgramError):
         raise
     except Exception as error:  # one's own loss or layer may ask for what stand-ins have not
         raise Unrecordable(f"{type(error).__name__}: {error}") from error
-    n_donated = len(list(leaves(arguments.tree[0])))
     if verifying():
-        verify(program, n_donated)
-    return program, n_donated
+        verify(program, *roles)
+    return program, roles

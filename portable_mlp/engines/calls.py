@@ -53,14 +53,15 @@ class Replay:
     loops: str = ""
 
     def bind(
-        self, donated: list[Array], dialect: NumPyDialect, library: ctypes.PyDLL | None = None
+        self, given: list[Array], dialect: NumPyDialect, library: ctypes.PyDLL | None = None
     ) -> Callable[..., tuple[Any, ...]]:
         """Allocate, and return the function of the remaining arguments.
 
         Parameters
         ----------
-        donated : list of arrays, C-contiguous
-            Overwritten at each call by the program's first results.
+        given : list of arrays, C-contiguous
+            The donated ones, overwritten at each call by the program's first results, and
+            behind them the resident ones, which are read.
         dialect : NumPyDialect
         library : ctypes.PyDLL, optional
             The compiled ``loops``, if there are any.
@@ -71,7 +72,7 @@ class Replay:
         exec(self.code, scope)
         # If it stayed in its own scope, memory would live on until cycles are looked for
         bind = scope.pop("bind")
-        run: Callable[..., tuple[Any, ...]] = bind(*donated)
+        run: Callable[..., tuple[Any, ...]] = bind(*given)
         return run
 
 
@@ -86,7 +87,12 @@ def _loops(library: ctypes.PyDLL, number: int, *arrays: Array) -> Callable[[], N
 
 
 def lower(
-    program: Program, n_donated: int, dialect: type[NumPyDialect], *, loops: bool = False
+    program: Program,
+    n_donated: int,
+    dialect: type[NumPyDialect],
+    *,
+    n_resident: int = 0,
+    loops: bool = False,
 ) -> Replay:
     """Plan the memory of a program, and write its calls.
 
@@ -96,12 +102,14 @@ def lower(
     n_donated : int
         So many of the first inputs are overwritten, by the outputs of the same place.
     dialect : type of NumPyDialect
+    n_resident : int, default=0
+        So many inputs behind them are bound, too, but only read.
     loops : bool, default=False
         Whether what can be is written in C; NumPy only.
     """
     if dialect.numeric_masks:
         program = with_numeric_masks(program)
-    plan = Plan(program, n_donated, dialect.block, loops=loops)
+    plan = Plan(program, n_donated, dialect.block, n_resident=n_resident, loops=loops)
     writer = _Writer(plan, dialect)
     source = writer.source()
     return Replay(source, compile(source, "<replay>", "exec"), writer.loops.source)
@@ -138,9 +146,9 @@ class _Writer:
 
     def source(self) -> str:
         plan = self.plan
-        donated = [self._set(x, f"state{i}") for i, x in enumerate(plan.donated)]
+        given = [self._set(x, f"state{i}") for i, x in enumerate(plan.given)]
         passed = [self._set(x, f"arg{i}") for i, x in enumerate(plan.passed)]
-        own = range(len(donated), len(plan.sizes))
+        own = range(len(given), len(plan.sizes))
         memories = {f"m{m}": plan.sizes[m] for m in own}
         memories |= {f"s{s}": n_bytes for s, n_bytes in enumerate(plan.scratch)}
         ends = [*accumulate((-(-n // 64) * 64 for n in memories.values()), initial=0)]
@@ -158,12 +166,12 @@ class _Writer:
                 else:
                     for x in segment:
                         self._call(x, self.calls)
-        results = plan.program.outputs[len(donated) :]
+        results = plan.program.outputs[len(plan.donated) :]
         # Copied before what is moved may overwrite them
         self.calls += [f"result{i} = {self._result(y)}" for i, y in enumerate(results)]
         self._settle()
         lines = [
-            f"def bind({', '.join(donated)}):",
+            f"def bind({', '.join(given)}):",
             *(f"    {line}" for line in self.bound),
             f"    def run({', '.join(passed)}):",
             *(f"        {line}" for line in self.calls),
@@ -240,10 +248,10 @@ class _Writer:
             self._call(x, self.bound)
         else:
             memory, offset = self.plan.place[x]
-            given = memory < len(self.plan.donated)
+            given = self.plan.given
             where = (
-                self.dialect.bytes_of(self.name(self.plan.donated[memory]))
-                if given else f"m{memory}"
+                self.dialect.bytes_of(self.name(given[memory]))
+                if memory < len(given) else f"m{memory}"
             )  # fmt: skip
             self.bound.append(f"{name} = {self._array(where, offset, x.shape, x.dtype)}")
         return name
@@ -266,7 +274,9 @@ class _Writer:
         if x.op == "permute":
             return dialect.transpose(first, x.attrs[0])
         if x.op == "index":
-            return f"{first}[{', '.join(_key(k) for k in x.attrs)}]"
+            # Without the dots an element would be a number, which does not follow its array
+            keys = [_key(k) for k in x.attrs] + ["..."] * (x.shape == () and ... not in x.attrs)
+            return f"{first}[{', '.join(keys)}]"
         return dialect.broadcast(first, x.shape)
 
     # ------------------------------------------------------------ calls

@@ -20,6 +20,7 @@ from portable_mlp.backends import Backend, is_out_of_memory
 from portable_mlp.engines.base import (
     EPOCHS_AT_ONCE,
     RecordedEngine,
+    Reduce,
     Task,
     Tree,
     Values,
@@ -106,14 +107,16 @@ class CaptureEngine(RecordedEngine):
     # Relative to the step's change, in the Euclidean norm
     _TOLERANCE: ClassVar[dict[str, float]] = {"float32": 1e-2, "float64": 1e-6}
 
-    def __init__(self, backend: Backend, recipe: Recipe) -> None:
-        super().__init__(backend, recipe)
+    def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
+        super().__init__(backend, recipe, reduce)
         self._cuda: Cuda | None = None
         self._arrays: Arrays | None = None
         self._memories: dict[Any, _Memory] = {}
         self._now: Any = None
 
     def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
+        if self.reduce is not None:
+            raise Unrecordable("a step in two halves is not captured")
         try:
             self._repeat(arrays, task, values)
         except Exception as error:
@@ -130,7 +133,7 @@ class CaptureEngine(RecordedEngine):
         self._now.at[...] = done
         try:
             for rows, hyper in zip(task.batches(), task.hypers[done:], strict=False):
-                self._step(arrays, task, done, rows, hyper)
+                self._advance(arrays, task, done, rows, hyper)
                 done += 1
                 if task.stop():
                     break
@@ -188,7 +191,7 @@ class CaptureEngine(RecordedEngine):
 
     # ------------------------------------------------------------ a step
 
-    def _step(self, arrays: Arrays, task: Task, number: int, rows: slice, hyper: Hyper) -> None:
+    def _advance(self, arrays: Arrays, task: Task, number: int, rows: slice, hyper: Hyper) -> None:
         size = rows.stop - rows.start
         program = self._now.programs.get(size)
         if program is None:
@@ -343,4 +346,5 @@ def _row_by_row(a: Array, xp: Any) -> Array:
 @lru_cache(maxsize=64)
 def _kernels(recipe: Recipe, arguments: Tree) -> Kernels:
     # Without memory, so that it can outlive a fit
-    return compile_program(*recorded(recipe, arguments))
+    program, roles = recorded(recipe, arguments)
+    return compile_program(program, roles.donated)

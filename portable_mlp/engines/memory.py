@@ -34,18 +34,26 @@ class Plan:
         For each calculated node, its memory's number and its offset there in bytes.
         Negative numbers are scratch memories, as large as a block.
     sizes : list of int
-        Bytes of the memories; the first are the donated arrays'.
+        Bytes of the memories; the first are those of the ``given`` arrays, donated or resident.
     homes : dict
         For a result that is written straight into the array it will be joined in,
         that array's node and the offset there.
     """
 
     def __init__(
-        self, program: Program, n_donated: int, block: int, *, loops: bool = False
+        self,
+        program: Program,
+        n_donated: int,
+        block: int,
+        *,
+        n_resident: int = 0,
+        loops: bool = False,
     ) -> None:
         self.program = program
+        n_given = n_donated + n_resident
         self.donated = program.inputs[:n_donated]
-        self.passed = program.inputs[n_donated:]
+        self.given = program.inputs[:n_given]
+        self.passed = program.inputs[n_given:]
         self.block = block
         self.fixed = self._fixed()
         calculated = [
@@ -126,9 +134,9 @@ class Plan:
                 uses[output.root].append(end)
         last = {x: max(segments) for x, segments in uses.items()}
         until: dict[int, int] = {}  # the segment after which a memory is free
-        for x in self.donated:
+        for x in self.given:
             self.place[x] = self._new(x.n_bytes), 0
-            until[self.place[x][0]] = last.get(x, 0)
+            until[self.place[x][0]] = last.get(x, 0) if x in self.donated else end + 1
         n_given = len(self.sizes)
         free: list[int] = []
         for now, segment in enumerate(self.segments):
@@ -143,7 +151,9 @@ class Plan:
                 if x in self.homes:
                     home, offset = self.homes[x]
                     if home not in self.place:
-                        self.place[home] = self._take(free, home.n_bytes), 0
+                        replaced = self._replaced(home, last, now)
+                        given = self._take(free, home.n_bytes) if replaced is None else replaced
+                        self.place[home] = given, 0
                     memory, _ = self.place[home]
                     self.place[x] = memory, offset
                     until[memory] = max(last[home], last[x], until.get(memory, 0))
@@ -160,6 +170,15 @@ class Plan:
             free += [
                 m for m, done in until.items() if done == now and m >= n_given and m not in free
             ]
+
+    def _replaced(self, x: Node, last: dict[Node, int], now: int) -> int | None:
+        """The donated memory that x replaces, if nobody reads what is there from now on."""
+        for memory, (old, output) in enumerate(
+            zip(self.donated, self.program.outputs, strict=False)
+        ):
+            if output is x and last.get(old, -1) < now:
+                return memory
+        return None
 
     def _place_scratch(self, x: Node, left: dict[Node, int], spare: list[int], rows: int) -> None:
         """A result that only its own segment reads: a block of it is enough."""

@@ -7,12 +7,24 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from ctypes import PyDLL
 from functools import lru_cache, partial
+from math import prod
 from time import perf_counter
 from typing import Any
 
 from portable_mlp.backends import Backend
 from portable_mlp.engines import compiler
-from portable_mlp.engines.base import RecordedEngine, Task, Tree, Values, flat, recorded
+from portable_mlp.engines.base import (
+    FIRST,
+    SECOND,
+    WHOLE,
+    RecordedEngine,
+    Reduce,
+    Task,
+    Tree,
+    Values,
+    flat,
+    recorded,
+)
 from portable_mlp.engines.calls import Replay, lower
 from portable_mlp.engines.dialects import DIALECTS
 from portable_mlp.engines.program import leaves, specify
@@ -34,8 +46,8 @@ class ReplayEngine(RecordedEngine):
     PATIENCE = 0.25  # seconds of training in all fits that take the same step
     LOOK = 0.05  # seconds from one look at what is compiled to the next
 
-    def __init__(self, backend: Backend, recipe: Recipe) -> None:
-        super().__init__(backend, recipe)
+    def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
+        super().__init__(backend, recipe, reduce)
         self.dialect = DIALECTS[backend.name](backend)
         self._when = compiler.when() if self.dialect.loops else "never"
         self._to_come: list[_Prepared] = []
@@ -102,8 +114,38 @@ class ReplayEngine(RecordedEngine):
         else:
             buffers = [self.dialect.buffer(a, size) for a in data if a is not None]
         batch = Batch(*buffers)
-        arguments = specify((arrays, batch, hyper))
-        prepared = _prepare(self.recipe, self.backend.name, Tree(arguments))
+        self._programs[size] = buffers, self._bound(arrays, batch, hyper)
+
+    def _bound(self, arrays: Arrays, batch: Batch, hyper: Hyper) -> Callable[..., tuple[Any, ...]]:
+        """Return the function that does a step with a batch's arrays and numbers."""
+        own = list(leaves(arrays))
+        reduce = self.reduce
+        if reduce is None:
+            return self._program(WHOLE, (arrays, batch, hyper), own)
+        n = None if batch.weights is not None else batch.x.shape[0]
+        length = sum(prod(leaf.shape) for leaf in arrays.leaves) + 1 + (n is None)
+        vector = self.dialect.buffer(arrays.leaves[0].reshape(-1), length)
+        first = self._program(
+            FIRST, ([vector], arrays.leaves, batch, hyper.layers), [vector, *arrays.leaves]
+        )
+        second = self._program(SECOND, (arrays, vector, hyper, n), [*own, vector])
+        n_arrays = sum(a is not None for a in batch)
+        # Of the numbers, the layers' are the last
+        layers = n_arrays + len(flat(hyper)) - len(tuple(leaves(hyper.layers)))
+        rest = () if n is None else (n,)
+
+        def program(*given: Any) -> tuple[Any, ...]:
+            first(*given[:n_arrays], *given[layers:])
+            reduce(vector)
+            return second(*given[n_arrays:], *rest)
+
+        return program
+
+    def _program(
+        self, part: str, arguments: Any, given: list[Array]
+    ) -> Callable[..., tuple[Any, ...]]:
+        """Bind a program that may be compiled: now, later, or not."""
+        prepared = _prepare(self.recipe, self.backend.name, Tree(specify(arguments)), part)
         if self._when == "now":
             prepared.compile()
             prepared.wait()
@@ -115,7 +157,7 @@ class ReplayEngine(RecordedEngine):
                 replay, library = prepared.best
             else:
                 self._to_come.append(prepared)
-        self._programs[size] = buffers, replay.bind(list(leaves(arrays)), self.dialect, library)
+        return replay.bind(given, self.dialect, library)
 
 
 class _Prepared:
@@ -129,11 +171,14 @@ class _Prepared:
         That it has been repeated for as calls.
     """
 
-    def __init__(self, recipe: Recipe, dialect: str, arguments: Tree) -> None:
-        program, kind = recorded(recipe, arguments), DIALECTS[dialect]
-        self.calls = lower(*program, kind)
+    def __init__(self, recipe: Recipe, dialect: str, arguments: Tree, part: str) -> None:
+        program, roles = recorded(recipe, arguments, part)
+        lowered = partial(
+            lower, program, roles.donated, DIALECTS[dialect], n_resident=roles.resident
+        )
+        self.calls = lowered()
         self.seconds = 0.0
-        self._to_loop: Callable[[], Replay] | None = partial(lower, *program, kind, loops=True)
+        self._to_loop: Callable[[], Replay] | None = partial(lowered, loops=True)
         self._looped: tuple[Replay, Future[PyDLL]] | None = None
 
     def compile(self) -> None:
@@ -169,8 +214,8 @@ class _Prepared:
 
 
 @lru_cache(maxsize=64)
-def _prepare(recipe: Recipe, dialect: str, arguments: Tree) -> _Prepared:
-    return _Prepared(recipe, dialect, arguments)
+def _prepare(recipe: Recipe, dialect: str, arguments: Tree, part: str) -> _Prepared:
+    return _Prepared(recipe, dialect, arguments, part)
 
 
 # Nobody goes on in a forked process with what its parent's threads compile

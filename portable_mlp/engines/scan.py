@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.base import EPOCHS_AT_ONCE, Engine, Task, Values, flat
+from portable_mlp.engines.base import EPOCHS_AT_ONCE, Engine, Reduce, Task, Values, flat
 from portable_mlp.engines.program import leaves, rebuild, specify
 from portable_mlp.steps import Arrays, Batch, Recipe, step
 from portable_mlp.typing import Array
@@ -26,7 +26,9 @@ class ScanEngine(Engine):
     name = "scan"
     SECONDS = 0.5
 
-    def __init__(self, backend: Backend, recipe: Recipe) -> None:
+    def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
+        if reduce is not None:
+            raise ValueError("JAX compiles whole steps: a step in two halves is for other backends")
         super().__init__(backend, recipe)
         self._pace = 0.0  # steps a second
         self._loops: dict[tuple[int, int], Any] = {}

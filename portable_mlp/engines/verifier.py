@@ -25,7 +25,7 @@ def verifying() -> bool:
     return bool(os.environ.get("PORTABLE_MLP_VERIFY"))
 
 
-def verify(program: Program, n_donated: int = 0) -> None:
+def verify(program: Program, n_donated: int = 0, n_resident: int = 0) -> None:
     """Check every node of a program, and what becomes of its donated inputs.
 
     Parameters
@@ -33,6 +33,8 @@ def verify(program: Program, n_donated: int = 0) -> None:
     program : Program
     n_donated : int, default=0
         So many of the first inputs that are arrays are overwritten by the first outputs.
+    n_resident : int, default=0
+        So many behind them are only read, and no output may be a view of one.
 
     Raises
     ------
@@ -57,6 +59,10 @@ def verify(program: Program, n_donated: int = 0) -> None:
     for x, y in zip(arrays[:n_donated], program.outputs, strict=False):
         if (x.shape, x.dtype) != (y.shape, y.dtype):
             raise ProgramError(f"{_name(y)} is to replace {_name(x)}")
+    resident = arrays[n_donated : n_donated + n_resident]
+    for y in program.outputs[:n_donated]:
+        if y.root in resident:
+            raise ProgramError(f"{_name(y)} is to stand where only is read")
 
 
 def _name(node: Node) -> str:

@@ -1,0 +1,171 @@
+"""A step in two halves: what rows add up to, and what that does to the parameters."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from conftest import get_target
+from test_engines import OPTIMIZERS, case, fit, run
+
+from portable_mlp.backends import NumPyBackend, to_host
+from portable_mlp.engines import CaptureEngine, Engine, ReplayEngine, ScanEngine
+from portable_mlp.engines import replay as replay_module
+from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
+from portable_mlp.optimizers import Adam
+from portable_mlp.schedules import Clock
+from portable_mlp.steps import Batch, first_half, second_half, sums, update, weight_of
+
+NUMPY = NumPyBackend()
+CLOCK = Clock(0, 10, 0, 0)
+SETTINGS = [{}, {"alpha": 0.1}, {"dropout": 0.3}, {"clip_norm": 0.05, "alpha": 0.1}]
+
+
+def halved(kind, made, **how):
+    """Steps in halves, with nothing done in between; all that was handed over."""
+    seen = []
+
+    def engine(backend, recipe):
+        return kind(backend, recipe, seen.append)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return run(engine, *made, **how), seen
+
+
+@pytest.mark.parametrize("engine", ["eager", "calls", "loops"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_nothing_in_between_changes_nothing(engine, loss, monkeypatch):
+    """To the last bit: every loss and rule, penalty, clipping, dropout, weights, both types."""
+    monkeypatch.setattr(replay_module.RecordedEngine, "EAGER", 0)
+    monkeypatch.setenv("PORTABLE_MLP_COMPILE", "now" if engine == "loops" else "never")
+    kind = Engine if engine == "eager" else ReplayEngine
+    turns = product([False, True], SETTINGS, ["float64", "float32"])
+    for turn, (weighted, settings, dtype) in enumerate(turns):
+        optimizer = OPTIMIZERS[turn % len(OPTIMIZERS)]
+        made = case(loss, optimizer, weighted=weighted, dtype=dtype, **settings)
+        (arrays, values), seen = halved(kind, made)
+        wanted, wanted_values = run(kind, *made)
+        assert len(seen) == len(values) == 12
+        np.testing.assert_array_equal(values, wanted_values)
+        for a, b in zip(arrays, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_on_torch(request):
+    backend = get_target("torch", request).backend
+    made = case(SoftmaxCrossEntropy(), Adam(), backend=backend, alpha=0.1, weighted=True)
+    (arrays, values), _ = halved(ReplayEngine, made)
+    wanted, wanted_values = run(ReplayEngine, *made)
+    np.testing.assert_array_equal(values, wanted_values)
+    for a, b in zip(arrays, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [Engine, ReplayEngine])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_handed_over_is_the_gradient_the_loss_and_the_weights(kind, weighted, monkeypatch):
+    monkeypatch.setattr(replay_module.RecordedEngine, "EAGER", 0)
+    made = case(SquaredError(), Adam(), weighted=weighted, alpha=0.1)
+    trainer, arrays, batch = made
+    copies = []
+
+    def engine(backend, recipe):
+        return kind(backend, recipe, lambda vector: copies.append(vector.copy()))
+
+    _, values = run(engine, *made, n_steps=1, batch_size=12)
+    order = np.random.RandomState(0).permutation(12)
+    rows = Batch(*(None if a is None else a[order] for a in batch))
+    value, grads = sums(trainer.recipe, arrays.leaves, rows, ())
+    wanted = [*map(np.ravel, trainer.recipe.layout.pack(grads, np)), [value]]
+    wanted += [[batch.weights.sum()]] if weighted else []
+    np.testing.assert_allclose(copies[0], np.concatenate(wanted), rtol=1e-14)
+    assert values[0][0] == copies[0][-2 if weighted else -1]
+
+
+@pytest.mark.parametrize("kind", [Engine, ReplayEngine])
+def test_what_is_done_in_between_counts(kind, monkeypatch):
+    """Twice the gradient is that of the loss twice; where clipping and penalty come after it."""
+    monkeypatch.setattr(replay_module.RecordedEngine, "EAGER", 0)
+    made = case(SquaredError(), replace(OPTIMIZERS[0]), batch_size=12)
+
+    def doubles(vector):
+        vector *= 2.0
+
+    trainer, arrays, batch = made
+    twice = replace(trainer, learning_rate=2.0 * trainer.learning_rate)
+    got = run(lambda *a: kind(*a, doubles), *made, batch_size=12)
+    wanted = run(kind, twice, arrays, batch, batch_size=12)
+    for a, b in zip(got[0], wanted[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-14)
+    np.testing.assert_allclose([v for v, _ in got[1]], [2.0 * v for v, _ in wanted[1]], rtol=1e-13)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS[:2] + SETTINGS[3:])
+def test_parts_of_a_batch_add_up_to_its_step(weighted, settings):
+    """What many processes will do: each its rows' share of the whole, added, then one update."""
+    trainer, arrays, batch = case(SoftmaxCrossEntropy(), Adam(), weighted=weighted, **settings)
+    recipe = trainer.recipe
+    whole = Batch(*(None if a is None else a for a in batch))
+    n = 12 if not weighted else batch.weights.sum()
+    value, grads = 0.0, None
+    for rows in (slice(0, 3), slice(3, 3), slice(3, 12)):
+        part = Batch(*(None if a is None else a[rows] for a in batch))
+        if part.x.shape[0] == 0:
+            continue
+        own, theirs = sums(recipe, arrays.leaves, part, (), total=n)
+        value += own
+        grads = theirs if grads is None else [a + b for a, b in zip(grads, theirs, strict=True)]
+    hyper, _ = trainer.hyper(CLOCK, None)
+    wanted_value, wanted_grads = sums(recipe, arrays.leaves, whole, ())
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-14)
+    for a, b in zip(grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-16)
+    copies = [
+        type(arrays)(
+            [a.copy() for a in arrays.leaves],
+            [tuple(m.copy() for m in own) for own in arrays.moments],
+        )
+        for _ in range(2)
+    ]
+    got, penalty = update(recipe, copies[0], grads, n, hyper)
+    wanted, wanted_penalty = update(
+        recipe, copies[1], wanted_grads, weight_of(recipe, whole) or n, hyper
+    )
+    assert penalty == pytest.approx(wanted_penalty, rel=1e-14)
+    for a, b in zip(got.leaves, wanted.leaves, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_whole_fits_take_it_too():
+    seen = []
+    trainer, arrays, batch = case(SquaredError(), Adam(), batch_size=5)
+    got = fit(replace(trainer, reduce=seen.append), arrays, batch, epochs=8)
+    assert len(seen) == 8 * 3
+    for a, b in zip(got, fit(trainer, arrays, batch, epochs=8), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_engines_that_have_no_halves_say_so(request, cuda):
+    made = case(SquaredError(), Adam(), backend=get_target("cupy-emulated", request).backend)
+    with pytest.warns(RuntimeWarning, match="eagerly.*a step in two halves is not captured"):
+        got = run(lambda *a: CaptureEngine(*a, lambda vector: None), *made)
+    wanted = run(Engine, *made)
+    for a, b in zip(got[0], wanted[0], strict=True):
+        np.testing.assert_array_equal(to_host(a), to_host(b))
+    with pytest.raises(ValueError, match="JAX compiles whole steps"):
+        ScanEngine(NUMPY, made[0].recipe, lambda vector: None)
+
+
+def test_the_halves_together_are_the_step():
+    """In NumPy's own functions, without an engine."""
+    trainer, arrays, batch = case(SquaredError(), Adam(), weighted=True, alpha=0.1)
+    vector = first_half(trainer.recipe, arrays.leaves, batch, ())
+    hyper, _ = trainer.hyper(CLOCK, None)
+    (leaves, _), (value, _) = second_half(trainer.recipe, arrays, vector, hyper)
+    assert value == vector[-2]
+    assert leaves[0].shape == arrays.leaves[0].shape
