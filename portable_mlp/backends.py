@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.typing import Array, Namespace
+from portable_mlp.warn import warn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -341,7 +342,9 @@ def get_backend(
             return home
         try:
             return CuPyBackend.create("gpu")
-        except BackendError:
+        except BackendError as error:
+            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                warn(f"device='auto' computes on the CPU: {error}", RuntimeWarning)
             return home
     if device == "gpu":
         return home if isinstance(home, CuPyBackend) else CuPyBackend.create(device)
@@ -458,4 +461,9 @@ def _check_cuda() -> None:
         probe = cupy.ones((2, 2)) * 2.0  # compiles a kernel (NVRTC)
         probe @ probe  # calls cuBLAS
     except Exception as error:  # CuPy's own errors have no base of their own
+        if is_out_of_memory(error):
+            raise BackendError(
+                f"{lead} the GPU has no memory left ({error}): end what else uses it, or use"
+                " device='cpu'"
+            ) from error
         raise BackendError(libraries.format(error)) from error

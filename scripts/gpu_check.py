@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from gpu_stages import STAGES, Result, run_stage
+from gpu_stages import STAGES, Result, run_program, run_stage
 
 _GRACE = 15  # seconds to start a process, beyond a stage's own limit
 _REQUIRED = range(7)
@@ -39,10 +39,7 @@ def run_apart(number: int, emulated: bool, folder: Path) -> Result:
     command = [sys.executable, __file__, "--stage", str(number), "--out", str(file)]
     ended = ""
     try:
-        done = subprocess.run(
-            command + ["--emulate"] * emulated,
-            timeout=limit + _GRACE, check=False, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        done = run_program(command + ["--emulate"] * emulated, limit + _GRACE)
         if done.returncode:
             ended = f"Its process ended with status {done.returncode}: {done.stderr[-2000:]}"
     except subprocess.TimeoutExpired:

@@ -208,7 +208,7 @@ def test_a_builder_with_a_slip_would_be_seen(slip, monkeypatch):
         )
 
     # Without shrinking, which would compile hundreds more
-    @settings(max_examples=60, database=None, phases=[Phase.generate], **LASTING)
+    @settings(max_examples=60, database=None, derandomize=True, phases=[Phase.generate], **LASTING)
     @given(programs())
     def check(program):
         launched(program)
@@ -363,6 +363,14 @@ def test_activation_derivative_loss_and_update_are_a_kernel_each():
     # Bias and activation; bias and loss; its sum; derivative; update; the counter
     assert sum(isinstance(each, kernels.Kernel) for each in built.launches) == 6
     assert sum(isinstance(each, kernels.Product) for each in built.launches) == 7
+
+
+def test_large_blocks_are_told_to_the_compiler_and_rows_are_found_beyond_an_int():
+    source = built_step(alpha=0.1).source
+    assert source.count("__launch_bounds__(1024)") == source.count("parts[1024]") > 0
+    text, gather = kernels.gather_kernel(specify([np.ones((4, 3))]), 4, 4)
+    assert "(long long)rows[" in text
+    assert gather.threads == 256  # with up to 255 registers each, a block fits
 
 
 def test_updates_are_in_place_and_gradients_where_they_belong():

@@ -26,16 +26,24 @@ import fake_cuda
 import numpy as np
 import pytest
 from conftest import emulated_gpu
-from test_engines import case, fit, hyper_of
+from test_engines import NUMPY, case, fit, hyper_of
 
 from portable_mlp import DivergenceError, MLPClassifier, backends
-from portable_mlp.backends import BackendError, CuPyBackend, is_out_of_memory, to_host
-from portable_mlp.engines import CaptureEngine, Task, runtime
+from portable_mlp.backends import (
+    BackendError,
+    CuPyBackend,
+    get_backend,
+    is_out_of_memory,
+    to_host,
+)
+from portable_mlp.engines import CaptureEngine, Engine, Task, capture, runtime
 from portable_mlp.engines.capture import _Program
 from portable_mlp.engines.launches import Kernel
 from portable_mlp.engines.runtime import CaptureError, Cuda, layout
 from portable_mlp.losses import SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import Adam
+from portable_mlp.sources import Source
+from portable_mlp.steps import Batch
 
 BOTH = pytest.mark.parametrize("cuda", ["poison", "reuse"], indirect=True)
 
@@ -565,25 +573,174 @@ def test_kernels_that_fail_change_nothing_and_the_step_itself_runs(cuda):
 def test_a_kernel_that_does_not_compile(cuda, monkeypatch):
     from portable_mlp.engines import cplusplus
 
+    capture._kernels.cache_clear()
     monkeypatch.setitem(cplusplus.FUNCTIONS, "sqrt", "no_such_function({0})")
     with pytest.warns(RuntimeWarning, match="(?s)runs eagerly.*kernels fail.*no_such_function"):
-        got = on_gpu(alpha=0.125)  # not yet in the cache
+        got = on_gpu(alpha=0.125)
+    capture._kernels.cache_clear()
     assert gap(got, on_numpy(alpha=0.125)) < 1e-12
 
 
 def test_what_fails_on_the_device_is_told_where_it_was_launched(cuda, monkeypatch):
     """Not later, where the host happens to look; nothing can be computed after it."""
-    original = fake_cuda.launcher
+    waited = []
+
+    def synchronize(self, original=CuPyBackend.synchronize):
+        waited.append(cuda.counts["captures"])
+        original(self)
 
     class Fails:
         def launch(self, *_):
             raise fake_cuda.CUDARuntimeError(700)
 
+    monkeypatch.setattr(CuPyBackend, "synchronize", synchronize)
     monkeypatch.setattr(fake_cuda, "launcher", Fails)
     with pytest.raises(RuntimeError, match="cudaErrorIllegalAddress"):
         on_gpu()
-    assert cuda.counts["captures"] == 0  # the first launch was waited for
-    monkeypatch.setattr(fake_cuda, "launcher", original)
+    assert waited == [0]  # behind the first launch, before anything is captured
+
+
+def no_graphs():
+    raise RuntimeError("no graphs")
+
+
+@pytest.mark.parametrize("back", range(1, 25, 3))
+@pytest.mark.filterwarnings("ignore:the step is launched kernel by kernel")
+def test_no_step_is_done_twice(back, cuda):
+    """A kernel that fails in a later step is an error: the parameters may have been updated."""
+    launched = []
+    cuda.hooks = {"begin_capture": no_graphs, "launch": launched.append}
+    on_gpu()
+    n_launched = len(launched)
+    launched.clear()
+
+    def fail(name):
+        launched.append(name)
+        if len(launched) == n_launched - back:
+            raise fake_cuda.CUDARuntimeError(2)
+
+    cuda.hooks["launch"] = fail
+    with pytest.raises(RuntimeError, match="cudaErrorMemoryAllocation"):
+        on_gpu()
+
+
+def test_a_failed_capture_leaves_nothing_behind(cuda):
+    """No cycle of the error, its traceback and the engine's frames holds the memory."""
+    failing = iter([True])
+
+    def fail():
+        if next(failing, False):
+            raise RuntimeError("planted")
+
+    cuda.hooks["begin_capture"] = fail
+    gc.collect()
+    gc.disable()
+    try:
+        on_gpu()
+        held = cuda.taken(1)
+    finally:
+        gc.enable()
+    assert held < 100_000
+
+
+def test_for_want_of_memory_the_engine_holds_nothing(cuda, monkeypatch):
+    """The step itself has all of the memory, although nobody collects cycles."""
+    held, seen = [], []
+    cuda.hooks["allocate"] = seen.append
+    on_gpu(epochs=1)
+    n_first, cuda.hooks = len(seen), {}
+    seen.clear()
+
+    def fail(size):
+        seen.append(size)
+        if len(seen) == n_first - 40:
+            raise fake_cuda.OutOfMemoryError("Out of memory allocating")
+
+    def eager(self, *args, original=Engine._step):
+        held.append(cuda.taken(1))
+        return original(self, *args)
+
+    gc.collect()
+    gc.disable()
+    cuda.hooks["allocate"] = fail
+    monkeypatch.setattr(Engine, "_step", eager)
+    try:
+        with pytest.warns(RuntimeWarning, match="not enough memory for a graph"):
+            on_gpu(epochs=1)
+    finally:
+        gc.enable()
+    assert held[0] < 100_000  # the workspace alone is 32 MB
+
+
+def test_a_gpu_without_memory_is_not_taken_for_missing_libraries(cuda):
+    cuda.limit = 0
+    with pytest.raises(BackendError, match="the GPU has no memory left.*Out of memory"):
+        get_backend("gpu")
+    with pytest.warns(RuntimeWarning, match="device='auto' computes on the CPU.*no memory left"):
+        assert get_backend("auto") == NUMPY
+
+
+def test_a_stream_of_the_user_s_that_is_gone_is_not_given_back(cuda):
+    """To the handle, which a product of the user's had left there."""
+    cupy, runtime_ = import_module("cupy"), Cuda()
+    a, out = cupy.ones((2, 2)), cupy.zeros((2, 2))
+    with cupy.cuda.Stream() as stream:
+        a @ a
+    del stream
+    gc.collect()
+    runtime_.multiply(a, a, out)
+    np.testing.assert_array_equal(out.get(), np.full((2, 2), 2.0))
+
+
+def test_arrays_of_its_own_are_written_and_not_the_user_s(cuda):
+    """A source that hands out the same arrays in each epoch, one after the other."""
+    backend = emulated_gpu()
+    trainer, arrays, batch = case(
+        SquaredError(), Adam(), backend=backend, batch_size=5, n=10, sizes=(5, 8, 3)
+    )
+    with backend.current():
+        parts = [Batch(batch.x[i : i + 5].copy(), batch.y[i : i + 5].copy()) for i in (0, 5)]
+    before = [to_host(a) for part in parts for a in part if a is not None]
+
+    class Same(Source):
+        n_rows = 10
+
+        def parts(self, batch_size, order=None):
+            yield from ((part, None) for part in parts)
+
+    state = trainer.start(trainer.params(arrays.leaves))
+    trainer.fit(state, Same(), 4, np.random.RandomState(0))
+    for a, b in zip(before, (a for part in parts for a in part if a is not None), strict=True):
+        np.testing.assert_array_equal(a, to_host(b))
+
+
+@pytest.mark.parametrize("wrong", ["moments", "values"])
+def test_the_check_looks_at_all_that_a_step_changes(wrong, cuda, monkeypatch):
+    """At the moments, and at the loss, too."""
+
+    def alike(self, number, values, wanted, got, before, original=CaptureEngine._alike):
+        if wrong == "moments":
+            with emulated_gpu().current():
+                wanted = [*wanted[:-1], wanted[-1] * 1.5]
+        else:
+            values = (float(values[0]) * 1.5, values[1])
+        return original(self, number, values, wanted, got, before)
+
+    monkeypatch.setattr(CaptureEngine, "_alike", alike)
+    with pytest.warns(RuntimeWarning, match="do not compute what the step computes"):
+        on_gpu(SquaredError())
+
+
+def test_programs_for_few_shapes_of_data_are_kept(cuda):
+    backend = emulated_gpu()
+    trainer, arrays, batch = case(SquaredError(), Adam(), backend=backend, sizes=(5, 8, 3), n=20)
+    engine = CaptureEngine(backend, trainer.recipe)
+    now = trainer.start(trainer.params(arrays.leaves)).arrays
+    with backend.scope("float64"):
+        for n in range(3, 14):
+            part = Batch(batch.x[:n], batch.y[:n])
+            now, _ = engine.run(now, Task(part, None, 20, [hyper_of(trainer, n)], lambda: False))
+    assert len(engine._memories) <= CaptureEngine._SHAPES
 
 
 @pytest.mark.parametrize("wrong", ["subtract", "sqrt"])
@@ -594,10 +751,12 @@ def test_a_wrong_kernel_is_found_out_and_the_step_itself_runs(wrong, cuda, monke
 
     right = cplusplus.FUNCTIONS[wrong]
     monkeypatch.setitem(cplusplus.FUNCTIONS, wrong, f"({right} * 1.001)")
-    optimizer = replace(Adam(), beta_1=0.123)  # not yet in the cache
+    capture._kernels.cache_clear()
+    optimizer = replace(Adam(), beta_1=0.123)
     made = case(SquaredError(), optimizer, backend=emulated_gpu(), batch_size=5)
     with pytest.warns(RuntimeWarning, match="kernels do not compute what the step computes"):
         got = [to_host(a) for a in fit(*made)]
+    capture._kernels.cache_clear()
     assert gap(got, fit(*case(SquaredError(), optimizer, batch_size=5))) < 1e-12
 
 

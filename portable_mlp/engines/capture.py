@@ -8,7 +8,8 @@ losses after the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isfinite
@@ -119,18 +120,17 @@ class CaptureEngine(RecordedEngine):
             raise Unrecordable("a step in two halves is not captured")
         try:
             self._repeat(arrays, task, values)
-        except Exception as error:
+        except Exception:
             # The step itself needs the memory
             self._memories.clear()
             self._cuda = self._arrays = self._now = None
-            if is_out_of_memory(error):
-                raise Unrecordable(f"there is not enough memory for a graph: {error}") from error
             raise
 
     def _repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
-        self._prepare(arrays, task)
         done = task.first
-        self._now.at[...] = done
+        with _eager_for_want_of_memory():
+            self._prepare(arrays, task)
+            self._now.at[...] = done
         try:
             for rows, hyper in zip(task.batches(), task.hypers[done:], strict=False):
                 self._advance(arrays, task, done, rows, hyper)
@@ -195,14 +195,17 @@ class CaptureEngine(RecordedEngine):
         size = rows.stop - rows.start
         program = self._now.programs.get(size)
         if program is None:
-            batch = task.data if self._now.whole else self._take(task.data, self._now.rows[rows])
-            work = self._bind(arrays, batch, task.batch_size, size, hyper)
-            self._now.programs[size] = self._checked(arrays, batch, hyper, number, work)
+            with _eager_for_want_of_memory():  # which leaves the arrays as they were
+                whole = self._now.whole
+                batch = task.data if whole else self._take(task.data, self._now.rows[rows])
+                work = self._bind(arrays, batch, task.batch_size, size, hyper)
+                self._now.programs[size] = self._checked(arrays, batch, hyper, number, work)
             return
         try:
             program()
         except Exception as error:
-            # A graph that is not launched has changed nothing; kernels need no memory
+            # A graph that is not launched has changed nothing.  Of kernels, some may have run:
+            # what fails then is an error, for no step may be done twice
             if program.graph is None or not is_out_of_memory(error):
                 raise
             program.graph = None
@@ -329,6 +332,17 @@ class CaptureEngine(RecordedEngine):
         except CaptureError as reason:
             _warn_of_kernels(reason)
             return _Program(work)
+
+
+@contextmanager
+def _eager_for_want_of_memory() -> Iterator[None]:
+    """Make a want of memory a reason to run the step itself."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise Unrecordable(f"there is not enough memory for a graph: {error}") from error
+        raise
 
 
 def _warn_of_kernels(reason: Exception) -> None:

@@ -92,10 +92,10 @@ class Cuda:
         cuda = self._cupy.cuda
         if self._workspace is None:
             self._workspace = self._cupy.empty(_WORKSPACE, np.uint8)
-        # CuPy has a handle for each thread and device.  It sets the stream before each call of
-        # its own; the stream of a capture must not stay: it may be destroyed before the handle
+        # CuPy has a handle for each thread and device, and sets its stream before each call of
+        # its own.  What is left there is the default stream, which is never destroyed, as that
+        # of a capture may be
         handle = cuda.Device().cublas_handle
-        before = cuda.cublas.getStream(handle)
         call = self._cublas
         gemm, one, zero = _GEMMS[str(out.dtype)]
         # cuBLAS thinks in columns, where these are the transposes: outᵀ = rightᵀ leftᵀ
@@ -111,7 +111,7 @@ class Cuda:
                 addressof(zero), out.data.ptr, m,
             )  # fmt: skip
         finally:
-            call("cublasSetStream_v2", handle, before)  # takes the workspace away, too
+            call("cublasSetStream_v2", handle, 0)  # takes the workspace away, too
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Capture what the work launches, without doing it.
@@ -131,13 +131,14 @@ class Cuda:
             raise CaptureError(self.refuses)
         if self._stream is None:
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
-        failure: Exception | None = None
+        reason = ""
         for _ in range(_ATTEMPTS):
             try:
                 return self._capture(work)
             except Exception as error:  # CuPy's errors have no common base
-                failure = failure or error
-        raise CaptureError(str(failure)) from failure
+                # Not the error: its traceback holds this frame, and with it all arrays
+                reason = reason or str(error)
+        raise CaptureError(reason)
 
     def _capture(self, work: Callable[[], None]) -> Graph:
         with self._stream as stream:

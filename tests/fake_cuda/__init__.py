@@ -87,6 +87,8 @@ class Stream:
         return self.queue.capture is not None
 
     def begin_capture(self, mode: int | None = None) -> None:
+        if mode not in (None, 2):  # others forbid what threads may do meanwhile
+            driver().faults.append("a capture that is not relaxed")
         driver().begin_capture(self.queue)
 
     def end_capture(self) -> Graph:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fake_cuda.driver import Allocation, CUDARuntimeError, Driver
+from fake_cuda.driver import Allocation, CUDARuntimeError, Driver, Node
 
 _active: list[Driver] = []
 
@@ -261,6 +262,11 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         )
     if product:
         machine.blas.use()
+    if function is operator.setitem:
+        # Written when the stream comes to it: what another stream reads must wait for that
+        memory = tuple(a.data.mem.allocation for a in inputs)
+        machine.submit(machine.current, Node("a[...] = b", partial(function, *args), memory))
+        return None
     machine.synchronize(machine.current)
     with np.errstate(all="ignore"):
         return _wrap(function(*args, **kwargs), inputs)
@@ -324,8 +330,8 @@ def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K") -> n
     columns = host.flags.f_contiguous and not host.flags.c_contiguous
     turned = order == "F" or (order == "K" and columns)
     made = ndarray(host.shape, host.dtype, order="F" if turned else "C")
-    machine.synchronize(machine.current)
-    made._host[...] = host
+    copy = partial(np.copyto, made._host, host.copy())  # CuPy copies into memory of its own first
+    machine.submit(machine.current, Node("a copy", copy, (made.data.mem.allocation,)))
     return made
 
 

@@ -132,8 +132,9 @@ class Blas:
         handle = self._handle(number)
         if handle is None:
             return NOT_INITIALIZED
-        if not pointer or pointer % 256 or self.driver.find(pointer, n_bytes) is None:
-            self.driver.faults.append("a cuBLAS workspace is no device memory")
+        owner = self.driver.find(pointer, n_bytes) if pointer and pointer % 256 == 0 else None
+        if owner is None or owner.device != handle.device:
+            self.driver.faults.append("a cuBLAS workspace is no memory of its device")
             return INVALID_VALUE
         handle.workspace = pointer, n_bytes
         return SUCCESS

@@ -8,10 +8,14 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
+from threading import RLock
+from typing import Any
 
 COMPILER = shutil.which("g++")
+_LOCK = RLock()
 _FOLDER = Path(tempfile.mkdtemp(prefix="kernels"))
 atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 
@@ -85,7 +89,19 @@ def with_callers(source: str) -> str:
     return "\n".join(lines)
 
 
-@cache
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Cache a function's results; threads wait for each other, and compile nothing twice."""
+    cached = cache(function)
+
+    @wraps(function)
+    def locked(*args: Any) -> Any:
+        with _LOCK:
+            return cached(*args)
+
+    return locked
+
+
+@once
 def build(source: str, *needed: Path) -> Path:
     """Compile a shared library, which loads those that it needs."""
     name = hashlib.sha256(repr((source, needed)).encode()).hexdigest()[:16]
@@ -101,13 +117,13 @@ def build(source: str, *needed: Path) -> Path:
     return path.with_suffix(".so")
 
 
-@cache
+@once
 def launcher() -> ctypes.CDLL:
     """What calls a kernel for all threads of all blocks."""
     return ctypes.CDLL(str(build(_LAUNCHER)), mode=ctypes.RTLD_GLOBAL)
 
 
-@cache
+@once
 def library(source: str) -> ctypes.CDLL:
     """Compiled kernels, each with its caller."""
     launcher()
