@@ -17,6 +17,7 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 from portable_mlp.activations import lookup
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, pausing
+from portable_mlp.groups import check
 from portable_mlp.initializers import GlorotUniform
 from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
@@ -76,6 +77,7 @@ class Construction(BaseEstimator):
 
     def _check_parameters(self) -> None:
         self._validate_params()
+        check(self.treatments or {})
         for callback in self.callbacks or ():
             if not isinstance(callback, Callback):
                 raise ValueError(f"callbacks: expected instances of Callback, got {callback!r}")

@@ -122,7 +122,8 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
     treatments : dict, optional
         From groups of parameters ("weight", "bias", labels of one's own layers) to
         `portable_mlp.groups.Treatment`: factors on learning rate, weight decay and
-        penalty, and an own schedule.  For every solver but "lbfgs".
+        penalty, and an own schedule.  One that is given stands in place of the default,
+        which for "bias" is ``Treatment(penalty=0.0)``.  For every solver but "lbfgs".
     label_smoothing : float in [0, 1), default=0
         Share of each target that is spread evenly over the classes.
     loss : Loss or callable, optional

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
+from numbers import Real
 from typing import Any
 
 from portable_mlp.layers import Param
@@ -43,10 +44,12 @@ class Treatment:
 
     def __post_init__(self) -> None:
         for name in ("rate", "decay", "penalty"):
-            if not 0.0 <= getattr(self, name) < inf:
-                raise ValueError(
-                    f"{name} must be at least 0 and finite, got {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (number and 0.0 <= value < inf):
+                raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
+            # Python's: NumPy's scalars would turn float32 into float64
+            object.__setattr__(self, name, float(value))
         if self.schedule is not None and reacts(self.schedule):
             raise ValueError(f"a group's schedule must not react to the loss: {self.schedule!r}")
 
@@ -54,6 +57,16 @@ class Treatment:
 DEFAULT = Treatment()
 TREATMENTS = {"bias": Treatment(penalty=0.0)}
 """By label, where it is not `DEFAULT`."""
+
+
+def check(given: Mapping[Any, Any]) -> None:
+    """Raise a ValueError unless a map is one from labels to treatments."""
+    for label, treatment in given.items():
+        if not (isinstance(label, str) and isinstance(treatment, Treatment)):
+            raise ValueError(
+                "treatments: expected labels of groups and instances of Treatment, got"
+                f" {label!r}: {treatment!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -94,13 +107,21 @@ class Treatments:
         Raises
         ------
         ValueError
-            If a label is given that no parameter has.
+            If a label is given that no parameter has, or `check` finds something.
+        TypeError
+            If the optimizer decides by itself which parameters decay, as optimizers once did.
         """
-        known = TREATMENTS | dict(given or {})
-        if not optimizer.decay_biases:
+        if hasattr(optimizer, "decays"):
+            raise TypeError(
+                f"{type(optimizer).__name__}.decays: which parameters decay, treatments say"
+            )
+        given = dict(given or {})
+        check(given)
+        known = TREATMENTS | given
+        if not optimizer.decay_biases and "bias" not in given:
             known["bias"] = replace(known["bias"], decay=0.0)
         labels = dict.fromkeys(param.group for param in params)
-        if unknown := set(given or {}) - set(labels):
+        if unknown := set(given) - set(labels):
             raise ValueError(
                 f"treatments: no parameter is in the groups {sorted(unknown)};"
                 f" known: {', '.join(labels)}"

@@ -70,9 +70,12 @@ class Layer(ABC):
         prediction: its keyword arguments, whose defaults are what prediction takes.
         "key" is an int that is drawn anew in each step, to seed the layer's noise;
         what the others are, `per_step` says.
+    whole : tuple of str
+        Those of them that are ints; the others are floats.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ()
+    whole: ClassVar[tuple[str, ...]] = ("key",)
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -165,6 +168,7 @@ class Dropout(Layer):
 
     rate: float | Scheduled
     numbers: ClassVar[tuple[str, ...]] = ("key", "threshold", "scale")
+    whole: ClassVar[tuple[str, ...]] = ("key", "threshold")
 
     def __post_init__(self) -> None:
         _check_rate(self.rate.value if isinstance(self.rate, Scheduled) else self.rate)

@@ -72,13 +72,24 @@ class Network:
         ----------
         clock : Clock
         keys : sequence of n_random int
+
+        Raises
+        ------
+        ValueError
+            If a layer returns another number of numbers than it names.
         """
         drawn = iter(keys)
         found = []
         for layer in self.layers:
+            others = [name for name in layer.numbers if name != "key"]
+            values: dict[str, Any] = dict(zip(others, layer.per_step(clock), strict=True))
+            if "key" in layer.numbers:
+                values["key"] = next(drawn)
             if layer.numbers:
-                own = iter(layer.per_step(clock))
-                found.append(tuple(next(drawn if name == "key" else own) for name in layer.numbers))
+                found.append(tuple(
+                    int(values[name]) if name in layer.whole else float(values[name])
+                    for name in layer.numbers
+                ))  # fmt: skip
         return tuple(found)
 
     @cached_property

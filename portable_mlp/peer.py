@@ -154,7 +154,7 @@ class PeerInternals:
         trainer = model._trainer(model._fitted_network(), NumPyBackend(), str(theta.dtype))
         recipe = trainer.recipe
         batch = Batch(X, y, sample_weight)
-        value, penalty, grads = objective(recipe, [theta], batch, trainer.alpha, ())
+        value, penalty, grads = objective(recipe, [theta], batch, trainer.alphas, ())
         return float(value + penalty), np.concatenate(grads)
 
 

@@ -94,9 +94,10 @@ class Scheduled:
 
 def at(number: float | Scheduled, clock: Clock) -> float:
     """What a number is before a step."""
+    # Python's: NumPy's scalars would turn float32 into float64
     if isinstance(number, Scheduled):
-        return number.schedule.rate(number.value, clock, None)
-    return number
+        return float(number.schedule.rate(number.value, clock, None))
+    return float(number)
 
 
 @dataclass(frozen=True)

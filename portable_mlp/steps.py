@@ -145,7 +145,9 @@ def sums(
     xp, network = recipe.xp, recipe.network
     params = recipe.layout.unpack(leaves, xp)
     z, residuals = network.forward(params, batch.x, xp, numbers)
-    value, dz = recipe.loss(z, batch.y, xp, batch.weights, total)
+    # One's own loss need not know of parts of a batch
+    part = {} if total is None else {"total": total}
+    value, dz = recipe.loss(z, batch.y, xp, batch.weights, **part)
     return value, network.backward(params, residuals, dz, xp)
 
 
@@ -210,7 +212,7 @@ def descend(recipe: Recipe, arrays: Arrays, grads: list[Array], hyper: Hyper) ->
             [moments[i] for i in own],
             hyper.coefficients[kind],
             xp,
-            hyper.decays[kind] if decays else None,
+            **({"decay": hyper.decays[kind]} if decays else {}),
         )
         for i, leaf, moment in zip(own, *updated, strict=True):
             leaves[i], moments[i] = leaf, moment

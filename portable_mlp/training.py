@@ -240,7 +240,9 @@ class Trainer:
             if treatment.schedule is not None:
                 own = treatment.schedule.rate(self.learning_rate, clock, None)
             own *= treatment.rate
-            coefficients.append(self.optimizer.coefficients(clock.step + 1, own))
+            # Python's floats, whatever a schedule or an optimizer of one's own computes with
+            found = self.optimizer.coefficients(clock.step + 1, float(own))
+            coefficients.append(tuple(map(float, found)))
         return Hyper(
             self.alphas,
             tuple(coefficients),
@@ -267,7 +269,7 @@ class Trainer:
             arrays = fresh.arrays._replace(moments=moments)
             return replace(old, arrays=arrays, history=history)
         warn(
-            "optimizer, schedule, backend or data type are not those of the last call: the"
+            "optimizer, schedule, groups, backend or data type are not those of the last call: the"
             " optimizer's moments and the schedule start anew",
             UserWarning,
         )

@@ -509,6 +509,15 @@ def test_a_program_keeps_the_rules():
     verify(program, n_donated=1)
 
 
+def test_large_arrays_are_verified_without_their_memory():
+    recorder = Recorder()
+    arguments = specify((np.broadcast_to(1.0, (2**20, 2**20)),))
+    program, _ = record(
+        lambda x: recorder.reshape(x[5:, :], (-1,))[7:] + x[0, :1], recorder, arguments
+    )
+    verify(program)
+
+
 def with_node(program, change):
     """The program with other nodes, and their readers with them."""
     made = {}

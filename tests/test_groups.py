@@ -366,3 +366,100 @@ def test_fits_that_go_on_keep_their_treatments(tmp_path):
     parts[0].fit(state, ArraySource(parts[2]), 4, rng)
     for a, b in zip(whole, parts[0].params(state.leaves), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_map_that_is_none_is_an_error():
+    for given in ({"weight": 3}, {("weight",): Treatment()}):
+        with pytest.raises(ValueError, match="expected labels of groups and instances of Treat"):
+            MLPClassifier(treatments=given).fit(X, Y)
+
+
+@pytest.mark.parametrize("value", [True, "1", None])
+def test_factors_are_numbers(value):
+    with pytest.raises(ValueError, match="rate must be at least 0 and finite"):
+        Treatment(rate=value)
+
+
+def test_a_given_treatment_stands_in_place_of_the_default():
+    optimizer = AdamW(decay_biases=False)
+    (_, bias) = Treatments.of(mlp([2, 2]).params, optimizer).updates
+    assert bias.decay == 0.0
+    given = {"bias": Treatment(decay=2.0)}
+    (_, bias) = Treatments.of(mlp([2, 2]).params, optimizer, given).updates
+    assert bias.decay == 2.0
+
+
+def test_an_optimizer_that_decides_what_decays_is_told_how_that_is_said_now():
+    class Old(SGD):
+        def decays(self, group):
+            return False
+
+    with pytest.raises(TypeError, match="Old.decays: which parameters decay, treatments say"):
+        trained(trainer(Old(weight_decay=0.5)))
+
+
+# ---------------------------------------------------------------- kinds of numbers
+
+
+@dataclass(frozen=True)
+class NumPys(Schedule):
+    """A schedule of NumPy's scalars."""
+
+    def factor(self, clock, state):
+        return np.float64(1.0) / np.int64(clock.epoch + 1)
+
+
+@pytest.mark.parametrize("name", ["numpy", "numpy-eager", "torch", "jax", "cupy-emulated"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_numpy_s_scalars_are_numbers(name, dtype, request):
+    """From a grid search over np.linspace, or a schedule of one's own; in float32, too."""
+    backend = get_target(name, request).backend
+    numbers = {
+        "optimizer": AdamW(weight_decay=Scheduled(np.float64(0.25), NumPys())),
+        "schedule": NumPys(), "alpha": np.float64(0.5),
+        "treatments": {"bias": Treatment(rate=np.float64(0.5), penalty=np.int64(1))},
+        "network": mlp([5, 4, 2], "tanh", dropout=Scheduled(np.float64(0.25), NumPys())),
+    }  # fmt: skip
+
+    @dataclass(frozen=True)
+    class Plain(Schedule):
+        def factor(self, clock, state):
+            return 1.0 / (clock.epoch + 1)
+
+    plain = {
+        "optimizer": AdamW(weight_decay=Scheduled(0.25, Plain())), "schedule": Plain(),
+        "alpha": 0.5, "treatments": {"bias": Treatment(rate=0.5, penalty=1.0)},
+        "network": mlp([5, 4, 2], "tanh", dropout=Scheduled(0.25, Plain())),
+    }  # fmt: skip
+    found = [trained(trainer(backend=backend, dtype=dtype, **how)) for how in (numbers, plain)]
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["numpy", "jax"])
+def test_a_number_that_is_whole_at_first_keeps_its_fractions(name, request):
+    """An int where a float is named, in the first steps: 1, then a half."""
+
+    @dataclass(frozen=True)
+    class Halves(Blend):
+        def per_step(self, clock):
+            return (1 if clock.epoch < 2 else 0.5,)
+
+    backend = get_target(name, request).backend
+    network = Network((Linear(5, 3), Halves(1.0), Linear(3, 2)))
+    how = {"network": network, "batch_size": 20}
+    wanted = trained(trainer(backend=eager(), **how), epochs=8)
+    for a, b in zip(trained(trainer(backend=backend, **how), epochs=8), wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11)
+
+
+def test_too_many_or_too_few_numbers_are_an_error():
+    @dataclass(frozen=True)
+    class Wrong(Blend):
+        def per_step(self, clock):
+            return self.t
+
+    for values in ((), (1.0, 2.0)):
+        with pytest.raises(ValueError, match="zip"):
+            Network((Wrong(values),)).per_step(CLOCK, ())

@@ -9,11 +9,19 @@ from itertools import product
 import numpy as np
 import pytest
 from conftest import get_target
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_engines import OPTIMIZERS, case, fit, run
 
 from portable_mlp.backends import NumPyBackend, to_host
 from portable_mlp.engines import CaptureEngine, Engine, ReplayEngine, ScanEngine
 from portable_mlp.engines import replay as replay_module
+from portable_mlp.engines.calls import lower
+from portable_mlp.engines.dialects import NumPyDialect
+from portable_mlp.engines.memory import Plan
+from portable_mlp.engines.program import specify
+from portable_mlp.engines.recording import Recorder, record
+from portable_mlp.engines.verifier import verify
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import Adam
 from portable_mlp.schedules import Clock
@@ -44,9 +52,9 @@ def test_nothing_in_between_changes_nothing(engine, loss, monkeypatch):
     monkeypatch.setenv("PORTABLE_MLP_COMPILE", "now" if engine == "loops" else "never")
     kind = Engine if engine == "eager" else ReplayEngine
     turns = product([False, True], SETTINGS, ["float64", "float32"])
-    for turn, (weighted, settings, dtype) in enumerate(turns):
+    for turn, (weighted, how, dtype) in enumerate(turns):
         optimizer = OPTIMIZERS[turn % len(OPTIMIZERS)]
-        made = case(loss, optimizer, weighted=weighted, dtype=dtype, **settings)
+        made = case(loss, optimizer, weighted=weighted, dtype=dtype, **how)
         (arrays, values), seen = halved(kind, made)
         wanted, wanted_values = run(kind, *made)
         assert len(seen) == len(values) == 12
@@ -169,3 +177,113 @@ def test_the_halves_together_are_the_step():
     (leaves, _), (value, _) = second_half(trainer.recipe, arrays, vector, hyper)
     assert value == vector[-2]
     assert leaves[0].shape == arrays.leaves[0].shape
+
+
+def test_a_loss_of_ones_own_need_not_know_of_parts():
+    class Plain(SquaredError):
+        def __call__(self, z, y, xp, weights=None):
+            return super().__call__(z, y, xp, weights)
+
+    trainer, arrays, batch = case(Plain(), Adam(), batch_size=5)
+    for a, b in zip(
+        fit(trainer, arrays, batch),
+        fit(*case(SquaredError(), Adam(), batch_size=5)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+# ---------------------------------------------------------------- programs at random
+
+N = 8
+OPS = ["add", "half", "joined", "turned", "sum", "view", "greater"]
+
+
+@st.composite
+def joining(draw):
+    """Instructions on a stack of vectors, some of them joined of parts; and which are returned."""
+    index = st.integers(0, 30)
+    steps = draw(st.lists(st.tuples(st.sampled_from(OPS), index, index), min_size=3, max_size=10))
+    return steps, draw(st.tuples(index, index, index, st.booleans()))
+
+
+def joined(program, xp, p, q, kept, passed):
+    """The first two results replace p and q; an element of what is kept is shown."""
+    steps, (i, j, k, prefers_joined) = program
+    stack, vectors = [p, q, kept, passed], []
+    for op, a, b in steps:
+        x, y = stack[a % len(stack)], stack[b % len(stack)]
+        if op == "add":
+            new = x + y
+        elif op == "half":
+            new = x * 0.5
+        elif op == "joined":
+            vectors.append(xp.concat([x[:4] * 2.0, y[4:] + 1.0]))
+            new = vectors[-1]
+        elif op == "turned":
+            vectors.append(xp.concat([x[4:], y[:4] * 1.5]))
+            new = vectors[-1]
+        elif op == "sum":
+            new = x - xp.sum(y)
+        elif op == "view":
+            new = xp.reshape(xp.permute_dims(xp.reshape(x, (2, 4)), (1, 0)), (N,)) + y
+        else:
+            new = xp.maximum(x, y) * 0.5
+        stack.append(new)
+    new = stack[4:]
+    first = vectors if vectors and prefers_joined else new
+    return (first[i % len(first)], new[j % len(new)]), (new[k % len(new)][1], kept[3])
+
+
+def repeated(program):
+    """The program twice, each time from what the last left; p and q donated, one resident."""
+    rng = np.random.RandomState(0)
+    given = [rng.standard_normal(N) for _ in range(4)]
+    recorder = Recorder()
+    recorded, _ = record(lambda *a: joined(program, recorder, *a), recorder, specify(tuple(given)))
+    verify(recorded, 2, 1)
+    replay = lower(recorded, 2, NumPyDialect, n_resident=1)
+    mine, (p, q, kept, passed) = [a.copy() for a in given[:3]], given
+    run_it = replay.bind(mine, NumPyDialect(NUMPY))
+    for _ in range(2):
+        (p, q), shown = joined(program, np, p.copy(), q.copy(), kept, passed)
+        found = run_it(passed)
+        np.testing.assert_array_equal(found, shown)
+        np.testing.assert_array_equal(mine[0], p)
+        np.testing.assert_array_equal(mine[1], q)
+        np.testing.assert_array_equal(mine[2], kept)
+
+
+@settings(max_examples=300, deadline=None)
+@given(joining())
+def test_joined_results_are_written_over_nothing_that_is_read(program):
+    repeated(program)
+
+
+def test_a_result_may_have_taken_the_place_that_another_replaces():
+    """t lies over p, which nobody reads any more; what replaces p has to wait for t."""
+    steps = [("half", 0, 0), ("joined", 3, 3), ("sum", 1, 4), ("add", 6, 4)]
+    repeated((steps, (0, 3, 0, True)))
+
+
+def test_a_planner_that_forgot_it_would_be_seen(monkeypatch):
+    """The planted twin: it looks at who reads the donated array, not at what lies there."""
+
+    def replaced(self, x, until, now):
+        read = {o.root for segment in self.segments[now:] for y in segment for o in y.arrays}
+        for memory, (old, output) in enumerate(
+            zip(self.donated, self.program.outputs, strict=False)
+        ):
+            if output is x and old not in read:
+                return memory
+        return None
+
+    monkeypatch.setattr(Plan, "_replaced", replaced)
+
+    @settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @given(joining())
+    def check(program):
+        repeated(program)
+
+    with pytest.raises(AssertionError):
+        check()

@@ -90,9 +90,9 @@ class Engine:
     backend : Backend
     recipe : Recipe
     reduce : callable, optional
-        What is done to the vector of sums between the two halves of each step: it changes the
-        vector in place, for example by adding those of other processes.  Without it, a step is
-        one.
+        What is done to the vector between the two halves of each step, see `first_half`: it
+        changes the vector in place.  The sums are divided by the weight of the engine's own
+        batch.  Without it, a step is one.
     """
 
     name: ClassVar[str] = "eager"

@@ -136,7 +136,7 @@ class Plan:
         until: dict[int, int] = {}  # the segment after which a memory is free
         for x in self.given:
             self.place[x] = self._new(x.n_bytes), 0
-            until[self.place[x][0]] = last.get(x, 0) if x in self.donated else end + 1
+            until[self.place[x][0]] = last.get(x, -1) if x in self.donated else end + 1
         n_given = len(self.sizes)
         free: list[int] = []
         for now, segment in enumerate(self.segments):
@@ -151,7 +151,7 @@ class Plan:
                 if x in self.homes:
                     home, offset = self.homes[x]
                     if home not in self.place:
-                        replaced = self._replaced(home, last, now)
+                        replaced = self._replaced(home, until, now)
                         given = self._take(free, home.n_bytes) if replaced is None else replaced
                         self.place[home] = given, 0
                     memory, _ = self.place[home]
@@ -171,12 +171,13 @@ class Plan:
                 m for m, done in until.items() if done == now and m >= n_given and m not in free
             ]
 
-    def _replaced(self, x: Node, last: dict[Node, int], now: int) -> int | None:
-        """The donated memory that x replaces, if nobody reads what is there from now on."""
-        for memory, (old, output) in enumerate(
-            zip(self.donated, self.program.outputs, strict=False)
-        ):
-            if output is x and last.get(old, -1) < now:
+    def _replaced(self, x: Node, until: dict[int, int], now: int) -> int | None:
+        """The donated memory that x replaces, if nobody reads what is there from now on.
+
+        What is there may be another result, which was written over the donated array.
+        """
+        for memory, output in enumerate(self.program.outputs[: len(self.donated)]):
+            if output is x and until[memory] < now:
                 return memory
         return None
 
