@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from portable_mlp.network import mlp as mlp
     from portable_mlp.onnx import to_onnx as to_onnx
     from portable_mlp.persistence import load as load
+    from portable_mlp.persistence import register as register
     from portable_mlp.persistence import save as save
     from portable_mlp.plots import LossCurveDisplay as LossCurveDisplay
     from portable_mlp.training import DivergenceError as DivergenceError
@@ -53,6 +54,7 @@ _HOME = {
     "mlp": "network",
     "to_onnx": "onnx",
     "load": "persistence",
+    "register": "persistence",
     "save": "persistence",
     "LossCurveDisplay": "plots",
     "DivergenceError": "training",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from inspect import signature
 from math import inf
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -15,13 +16,13 @@ from sklearn.metrics import get_scorer_names
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 
 from portable_mlp.activations import lookup
+from portable_mlp.architectures import MLP
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, pausing
+from portable_mlp.fitted import OF_SCIKIT_LEARN, Fitted
 from portable_mlp.groups import check
-from portable_mlp.initializers import GlorotUniform
-from portable_mlp.layers import Linear
 from portable_mlp.losses import SquaredError
-from portable_mlp.network import Network, mlp
+from portable_mlp.network import Network
 from portable_mlp.optimizers import SGD, AdamW, Optimizer, RMSprop, SklearnAdam, SklearnSGD
 from portable_mlp.schedules import Adaptive, InverseScaling, Schedule, Scheduled
 from portable_mlp.training import Trainer
@@ -29,7 +30,7 @@ from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
 
-class Construction(BaseEstimator):
+class Construction(Fitted, BaseEstimator):
     """From constructor arguments to a network and its trainer, and parameters of the one fitted."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -58,6 +59,7 @@ class Construction(BaseEstimator):
         "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
         "weight_decay": [Interval(Real, 0, None, closed="left"), Scheduled, None],
         "treatments": [dict, None],
+        "architecture": [callable, None],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "callbacks": ["array-like", None],
     }
@@ -144,23 +146,38 @@ class Construction(BaseEstimator):
             raise ValueError(f"hidden_layer_sizes must be > 0, got {hidden}.")
         return hidden
 
-    def _network(self, sizes: list[int]) -> Network:
-        activation = self.activation
-        if isinstance(activation, Iterable) and not isinstance(activation, str):
-            activation = tuple(activation)
-        each = activation if isinstance(activation, tuple) else [activation]
-        logistic = all(isinstance(a, str) and a == "logistic" for a in each)
-        init = GlorotUniform(2.0 if logistic else 6.0)
-        return mlp(
-            sizes,
-            activation,
-            dropout=self.dropout,
-            weight_init=init,
-            bias_init=init,
-        )
+    def _network(self, n_in: int, n_out: int) -> Network:
+        """The network that the parameters ask for.
+
+        Raises
+        ------
+        ValueError
+            If an architecture is given beside parameters whose place it takes, or its network
+            has other numbers of inputs or outputs.
+        """
+        if self.architecture is None:
+            activation = self.activation
+            if isinstance(activation, Iterable) and not isinstance(activation, str):
+                activation = tuple(activation)
+            return MLP(tuple(self._hidden()), activation, self.dropout)(n_in, n_out)
+        default = signature(type(self)).parameters
+        replaced = ("hidden_layer_sizes", "activation", "dropout")
+        given = [n for n in replaced if repr(getattr(self, n)) != repr(default[n].default)]
+        if given:
+            raise ValueError(
+                f"an architecture says what the layers are: leave {' and '.join(given)} out"
+            )
+        network = self.architecture(n_in, n_out)
+        if not isinstance(network, Network):
+            raise ValueError(f"architecture: expected a function that gives a Network: {network!r}")
+        if (network.n_in, network.n_out) != (n_in, n_out):
+            raise ValueError(
+                f"architecture: its network takes {network.n_in} columns and gives"
+                f" {network.n_out}, the data have {n_in} and need {n_out}"
+            )
+        return network
 
     def _trainer(self, network: Network, backend: Backend, dtype: str) -> Trainer:
-        n_outputs = network.params[-1].shape[0]
         return Trainer(
             network,
             self._loss,
@@ -177,47 +194,19 @@ class Construction(BaseEstimator):
             patience=self.n_iter_no_change,
             treatments=self.treatments,
             # scikit-learn reports the squared error's mean over the outputs
-            loss_scale=1.0 / n_outputs if isinstance(self._loss, SquaredError) else 1.0,
+            loss_scale=1.0 / self.n_outputs_ if isinstance(self._loss, SquaredError) else 1.0,
         )
 
-    # -------------------------------------------------------- fitted parameters
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Pickles of version 0.1.0 have no network
+        known = self.__dict__
+        old = {name: known.pop(name) for name in OF_SCIKIT_LEARN if name in known}
+        if old:
+            self._adopt_plain(old)
 
-    def _fitted_network(self) -> Network:
-        """The layers as they were fitted, whatever hidden_layer_sizes says by now."""
-        return self._network([self.coefs_[0].shape[0], *(w.shape[1] for w in self.coefs_)])
-
-    def _flat_params(self, network: Network) -> list[Array]:
-        """The fitted parameters in the network's order."""
-        pairs = zip(self.coefs_, self.intercepts_, strict=True)
-        own = iter(getattr(self, "layer_params_", ()))
-        found: list[Array] = []
-        for layer in network.layers:
-            if isinstance(layer, Linear):
-                found += next(pairs, ())
-            else:
-                found += [next(own) for _ in layer.params]
-        wanted = [param.shape for param in network.params]
-        shapes = [tuple(array.shape) for array in found]
-        if wanted != shapes or next(pairs, None) is not None:
-            raise ValueError(
-                f"continuing needs the same layers: asked for are weights and biases of"
-                f" shapes {wanted}, fitted are {[tuple(w.shape) for w in self.coefs_]}"
-            )
-        return found
-
-    def _with_params(self, params: list[Array], network: Network) -> dict[str, list[Array]]:
-        """Fitted attributes that hold these parameters, in the network's order."""
-        coefs: list[Array] = []
-        intercepts: list[Array] = []
-        own: list[Array] = []
-        for layer, arrays in zip(network.layers, network.split(params), strict=True):
-            if isinstance(layer, Linear):
-                coefs.append(arrays[0])
-                intercepts.append(arrays[1])
-            else:
-                own += arrays
-        return {"coefs_": coefs, "intercepts_": intercepts, "layer_params_": own}
-
-    @property
-    def _first_coef(self) -> Array:
-        return self.coefs_[0]
+    def _adopt_plain(self, arrays: dict[str, list[Array]]) -> None:
+        """Take the parameters of a plain MLP, whatever hidden_layer_sizes says by now."""
+        n_in, *hidden = (w.shape[0] for w in arrays["coefs_"])
+        n_out = arrays["coefs_"][-1].shape[1]
+        self._adopt(MLP(tuple(hidden), self.activation, self.dropout)(n_in, n_out), arrays)

@@ -18,6 +18,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import type_of_target
 
 from portable_mlp.activations import lookup
+from portable_mlp.architectures import BuildNetwork
 from portable_mlp.backends import NumPyBackend, to_host
 from portable_mlp.callbacks import Callback
 from portable_mlp.fitting import MultilayerPerceptron, without_partial_fit
@@ -124,6 +125,9 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         `portable_mlp.groups.Treatment`: factors on learning rate, weight decay and
         penalty, and an own schedule.  One that is given stands in place of the default,
         which for "bias" is ``Treatment(penalty=0.0)``.  For every solver but "lbfgs".
+    architecture : callable, optional
+        ``architecture(n_features, n_outputs)`` returns the `portable_mlp.Network` to train; see
+        `portable_mlp.architectures`.  In place of hidden_layer_sizes, activation and dropout.
     label_smoothing : float in [0, 1), default=0
         Share of each target that is spread evenly over the classes.
     loss : Loss or callable, optional
@@ -140,15 +144,20 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
     Attributes
     ----------
     classes_ : ndarray (n_classes,)
+    network_ : Network
+        The layers.
+    params_ : list of arrays
+        Their parameters, in the order of ``network_.params``; in the namespace, and on the
+        device, of the X fitted.
     coefs_, intercepts_ : lists of arrays (n_in, n_out) and (n_out,)
-        In the namespace, and on the device, of the X fitted.
+        Those of the linear layers: an item that is set is set in ``params_``.
     loss_, best_loss_ : float
     loss_curve_ : list of float
     validation_loss_curve_, validation_scores_ : list of float
         Of the rows held out, or given as X_val; None without such rows.
     best_validation_score_ : float; None without early stopping
     layer_params_ : list of arrays
-        Parameters of activations that have some.
+        Those of all other layers.
     n_iter_, t_, n_layers_, n_outputs_, n_features_in_ : int
     stop_reason_ : {"converged", "max_epochs", "stopped", "interrupted", "diverged", "failed"}
         Why training ended: "max_epochs" at the limit of this call (``max_iter``,
@@ -212,6 +221,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         scoring: str | Callable[..., float] | None = None,
         callbacks: Sequence[Callback] | None = None,
         treatments: dict[str, Treatment] | None = None,
+        architecture: BuildNetwork | None = None,
         label_smoothing: float = 0.0,
         loss: Loss | LossFunction | None = None,
         class_weight: dict[Any, float] | str | None = None,
@@ -422,12 +432,12 @@ default="squared_error"
 learning_rate_init, power_t, max_iter, shuffle, random_state, tol, verbose, warm_start, \
 momentum, nesterovs_momentum, early_stopping, validation_fraction, beta_1, beta_2, epsilon, \
 n_iter_no_change, max_fun, device, backend, dtype, dropout, clip_norm, weight_decay, scoring, \
-callbacks, treatments
+callbacks, treatments, architecture
         As in `MLPClassifier`.
 
     Attributes
     ----------
-    coefs_, intercepts_, layer_params_, loss_, best_loss_, loss_curve_, \
+    network_, params_, coefs_, intercepts_, layer_params_, loss_, best_loss_, loss_curve_, \
 validation_loss_curve_, validation_scores_, best_validation_score_, n_iter_, t_, n_layers_, \
 n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         As in `MLPClassifier`.
@@ -482,6 +492,7 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         scoring: str | Callable[..., float] | None = None,
         callbacks: Sequence[Callback] | None = None,
         treatments: dict[str, Treatment] | None = None,
+        architecture: BuildNetwork | None = None,
     ) -> None:
         self._store(locals())
 

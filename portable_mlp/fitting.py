@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from inspect import signature
 from math import inf, nan
 from numbers import Integral
@@ -243,7 +242,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         n_iter: int | None = None,
     ) -> Self:
         self._check_parameters()
-        again = hasattr(self, "coefs_") and (
+        again = hasattr(self, "params_") and (
             mode in ("partial", "continue") or (mode == "fit" and self.warm_start)
         )
         home = backend_of(X)
@@ -256,23 +255,22 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         self._loss, n_outputs = self._learn_target(y, again, mode == "partial")
         target = self._encode_target(y)
         self.out_activation_ = self._loss.link_name
-        network = self._network([X.shape[1], *self._hidden(), n_outputs])
+        network = self._network(X.shape[1], n_outputs)
         rng = check_random_state(self.random_state)
-        params = self._flat_params(network) if again else network.init(rng)
+        params = self._params_for(network) if again else network.init(rng)
         weights = self._class_weighted(y, weights, dtype, some=mode != "partial")
         if not issparse(X):
             with backend.scope(dtype):
                 X = move(X, backend, dtype)
+        self.network_, self.n_outputs_ = network, n_outputs
+        self.n_layers_ = network.n_linear + 1
         trainer = self._trainer(network, backend, dtype)
-        self.n_outputs_ = n_outputs
-        self.n_layers_ = len(self._hidden()) + 2
         rows = _Rows(X, y, target, weights)
         held_out = self._check_validation(*validation, dtype)
         callbacks: list[Callback] = [Progress()] if self.verbose else []
         callbacks += self.callbacks or ()
         if context is not None:
-            attributes = partial(self._with_params, network=network)
-            callbacks.append(FitCallbacks(self, context, *as_given, attributes))
+            callbacks.append(FitCallbacks(self, context, *as_given))
         if self.solver == "lbfgs" and mode != "init":
             params, fitted = self._run_lbfgs(trainer, params, rows, callbacks)
             for name in vars(self).keys() & _OF_EPOCHS:  # those of an earlier fit
@@ -293,7 +291,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
                 kept = [backend.asarray(p, copy=True) for p in params]
             else:
                 kept = [move(p, home, dtype) for p in params]
-        fitted |= self._with_params(kept, network)
+        fitted["params_"] = kept
         for name, value in fitted.items():
             setattr(self, name, value)
         return self
@@ -400,7 +398,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             rng.set_state(state.generator)
         else:
             state.generator = rng.get_state()
-        backend, dtype, network = trainer.backend, trainer.dtype, trainer.network
+        backend, dtype = trainer.backend, trainer.dtype
         used = None
         if self.early_stopping and held_out is None:
             used, held = self._split(rows, rng)
@@ -433,7 +431,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             callbacks=callbacks,
             planned_epochs=self.max_iter,
             model=lambda now: self._view(
-                self._curves(now, before) | self._with_params(trainer.params(now.leaves), network)
+                self._curves(now, before) | {"params_": trainer.params(now.leaves)}
             ),
         )
         if reason == "interrupted":
@@ -523,14 +521,14 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         chunk = -(-trainer.batch_size // 2)  # beside what training holds
 
         def validate(params: list[Array]) -> tuple[float, float]:
-            z = logits(network, params, x, backend, trainer.dtype, chunk)
+            z = logits(network, params, x, backend, trainer.dtype, chunk, trainer.loss)
             (loss,) = backend.fetch([trainer.loss(z, target, xp, weights)[0]]).tolist()
             loss = trainer.reported(loss)
             # Where e to the power of z overflows, the prediction is infinite
             if not bool(xp.all(xp.isfinite(trainer.loss.link(z, xp)))):
                 return nan, loss
             if scorer is not None:
-                view = self._view(self._with_params(params, network))
+                view = self._view({"params_": params})
                 view._results_on_host = True
                 return float(scorer(view, x.rows(0, x.n_rows), rows.y, **given)), loss
             got = backend.to_host(self._decide(z, trainer.loss, xp))

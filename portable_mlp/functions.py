@@ -37,14 +37,26 @@ def softmax(x: Array, xp: Namespace) -> Array:
 
 
 def sum_rows(x: Array, xp: Namespace) -> Array:
-    """Σₙ x, shape (n, d) -> (d,), as a product: several times a sum's speed on NumPy."""
-    return xp.matmul(xp.ones_like(x[:, 0]), x)
+    """Σₙ x, (..., n, d) -> (..., d), as a product: several times a sum's speed on NumPy."""
+    column = x[(0,) * (x.ndim - 2) + (slice(None), 0)]
+    return xp.matmul(xp.ones_like(column), x)
+
+
+def transposed(x: Array) -> Array:
+    """The transpose of a matrix, or of each of a stack."""
+    return x.T if x.ndim == 2 else x.mT  # sparse matrices have the former only
 
 
 def total_weight(weights: Array, xp: Namespace) -> Array:
-    """Σₙ w, shape (n,) -> (); 1 if all weigh nothing."""
-    total = xp.sum(weights)
+    """Σₙ w, (..., n) -> (...); 1 if all weigh nothing."""
+    total = xp.sum(weights, axis=-1)
     return xp.where(total > 0.0, total, 1.0)
+
+
+def log_mean_exp(x: Array, xp: Namespace) -> Array:
+    """Log of the mean of eˣ over the first axis, (k, ...) -> (...), without overflow."""
+    top = xp.max(x, axis=0)
+    return top + xp.log(xp.sum(xp.exp(x - top), axis=0) / x.shape[0])
 
 
 def columns_first(x: Array, xp: Namespace) -> Array:

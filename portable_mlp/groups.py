@@ -13,6 +13,7 @@ from numbers import Real
 from typing import Any
 
 from portable_mlp.layers import Param
+from portable_mlp.members import each
 from portable_mlp.schedules import Schedule, reacts
 
 
@@ -22,10 +23,11 @@ class Treatment:
 
     Parameters
     ----------
-    rate : float >= 0, default=1
-        Factor on the learning rate; 0 leaves the parameters as they are.
-    decay : float >= 0, default=1
-        Factor on the optimizer's ``weight_decay``.
+    rate : float >= 0, or a tuple of them, default=1
+        Factor on the learning rate; 0 leaves the parameters as they are.  A tuple has one for
+        each member of an ensemble.
+    decay : float >= 0, or a tuple of them, default=1
+        Factor on the optimizer's ``weight_decay``; a tuple as of ``rate``.
     penalty : float >= 0, default=1
         Factor on the L2 penalty α.
     schedule : Schedule, optional
@@ -37,19 +39,22 @@ class Treatment:
         If a factor is negative or not finite, or the schedule reacts to the loss.
     """
 
-    rate: float = 1.0
-    decay: float = 1.0
+    rate: float | tuple[float, ...] = 1.0
+    decay: float | tuple[float, ...] = 1.0
     penalty: float = 1.0
     schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         for name in ("rate", "decay", "penalty"):
             value = getattr(self, name)
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            if not (number and 0.0 <= value < inf):
-                raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
+            several = isinstance(value, tuple) and name != "penalty"
+            for number in value if several else (value,):
+                real = isinstance(number, Real) and not isinstance(number, bool)
+                if not (real and 0.0 <= number < inf):
+                    raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
             # Python's: NumPy's scalars would turn float32 into float64
-            object.__setattr__(self, name, float(value))
+            own = tuple(map(float, value)) if several else float(value)
+            object.__setattr__(self, name, own)
         if self.schedule is not None and reacts(self.schedule):
             raise ValueError(f"a group's schedule must not react to the loss: {self.schedule!r}")
 
@@ -107,7 +112,8 @@ class Treatments:
         Raises
         ------
         ValueError
-            If a label is given that no parameter has, or `check` finds something.
+            If a label is given that no parameter has, a treatment has one number for each of
+            other members than the parameters have, or `check` finds something.
         TypeError
             If the optimizer decides by itself which parameters decay, as optimizers once did.
         """
@@ -120,7 +126,7 @@ class Treatments:
         known = TREATMENTS | given
         if not optimizer.decay_biases and "bias" not in given:
             known["bias"] = replace(known["bias"], decay=0.0)
-        labels = dict.fromkeys(param.group for param in params)
+        labels = {param.group: param.members for param in params}
         if unknown := set(given) - set(labels):
             raise ValueError(
                 f"treatments: no parameter is in the groups {sorted(unknown)};"
@@ -132,6 +138,8 @@ class Treatments:
         penalised: dict[str, int | None] = {}
         for label in labels:
             treatment = known.get(label, DEFAULT)
+            for name in ("rate", "decay"):
+                each(getattr(treatment, name), labels[label], f"treatments, {name} of {label!r}")
             update = replace(treatment, penalty=1.0)
             if not optimizer.weight_decay:
                 update = replace(update, decay=1.0)

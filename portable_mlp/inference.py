@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 from portable_mlp.backends import Backend, NumPyBackend, backend_of, get_backend, move, to_host
 from portable_mlp.construction import Construction
 from portable_mlp.layers import Linear
+from portable_mlp.losses import Loss
 from portable_mlp.network import Network
 from portable_mlp.peer import check_same_namespace
 from portable_mlp.typing import Array
@@ -62,13 +63,23 @@ def logits(
     backend: Backend,
     dtype: str,
     chunk: int,
+    loss: Loss | None = None,
 ) -> Array:
-    """What the network gives for all rows, computed so many at a time."""
-    parts = [
-        network(params, x.dense(start, start + chunk, backend, dtype), backend.xp)
-        for start in range(0, x.n_rows, chunk)
-    ]
-    return parts[0] if len(parts) == 1 else backend.xp.concat(parts)
+    """What the network gives for all rows, computed so many at a time.
+
+    Of an ensemble, that is what its members give together by a ``loss``, or each, (members, n,
+    k), without one.
+    """
+    xp, parts = backend.xp, []
+    for start in range(0, x.n_rows, chunk):
+        z = network(params, x.dense(start, start + chunk, backend, dtype), xp)
+        parts.append(z if loss is None else pooled(z, loss, xp))
+    return parts[0] if len(parts) == 1 else xp.concat(parts, axis=parts[0].ndim - 2)
+
+
+def pooled(z: Array, loss: Loss, xp: Any) -> Array:
+    """Logits (n, k) from those of one network, or of an ensemble's members."""
+    return z if z.ndim == 2 else loss.pool(z, xp)
 
 
 class Inference(Construction):
@@ -88,7 +99,7 @@ class Inference(Construction):
         Returns
         -------
         h : array (n_samples, hidden_layer_sizes[layer])
-            In the namespace and on the device of X.
+            Of an ensemble, (members, n_samples, ...).  In the namespace and on the device of X.
 
         Raises
         ------
@@ -97,7 +108,7 @@ class Inference(Construction):
             If there is no such layer, or X does not fit the model.
         """
         check_is_fitted(self)
-        network = self._fitted_network()
+        network = self.network_
         # A hidden layer ends where the next linear one begins
         ends = [i for i, own in enumerate(network.layers) if isinstance(own, Linear)][1:]
         if not -len(ends) <= layer < len(ends):
@@ -119,16 +130,16 @@ class Inference(Construction):
         home = NumPyBackend() if self._results_on_host else backend_of(X)
         backend = get_backend(self.device, self.backend, like=X)
         X = check_X(self, X, reset=False)
-        network = self._fitted_network()
-        params = self._flat_params(network)
+        network, params = self.network_, self.params_
         dtype = str(params[0].dtype).split(".")[-1]
         with backend.scope(dtype):
             params = [move(p, backend, dtype) for p in params]
             part = Network(network.layers[:n_layers])
-            widest = max(max(p.shape) for p in part.params)
+            widest = max(max(p.shape[bool(p.members) :]) * (p.members or 1) for p in part.params)
             chunk = max(1, _CHUNK // widest)
             own = params[: len(part.params)]
-            z = logits(part, own, Selection(X), backend, dtype, chunk)
+            loss = None if n_layers else self._loss
+            z = logits(part, own, Selection(X), backend, dtype, chunk, loss)
             result = function(z, self._loss, backend.xp)
             return (result if home == backend else move(result, home)), home
 

@@ -1,7 +1,8 @@
 """Layers: stateless, frozen descriptions with pure methods.
 
-A layer maps a batch to a batch; rows are samples.  In each layer the derivative
-stands right under the function it belongs to:
+A layer maps a batch to a batch; rows are samples.  An ensemble's members come before the rows:
+where (n, d) stands below, (members, n, d) is meant too.  In each layer the derivative stands
+right under the function it belongs to:
 
 ``forward(p, x, xp) -> (y, residual)``
     ``residual`` is whatever the derivative needs, returned rather than remembered.
@@ -23,8 +24,9 @@ from typing import Any, ClassVar
 
 from array_api_compat import device, size
 
-from portable_mlp.functions import sum_rows
+from portable_mlp.functions import sum_rows, transposed
 from portable_mlp.initializers import GlorotUniform, Initializer
+from portable_mlp.members import PerMember
 from portable_mlp.schedules import Clock, Scheduled, at
 from portable_mlp.typing import Array, Namespace, Params
 
@@ -45,6 +47,8 @@ class Param:
     group : str, default="weight"
         A free label: the parameters of a group share their treatment by the penalty and
         the optimizer, see `portable_mlp.groups`.
+    members : int, optional
+        If the first axis of ``shape`` is that of the members of an ensemble, how many.
     """
 
     name: str
@@ -53,13 +57,15 @@ class Param:
     fan_in: int
     fan_out: int
     group: str = "weight"
+    members: int | None = None
 
 
 class Layer(ABC):
     """Base of all layers.
 
     A layer that takes or gives a fixed number of columns says so in attributes
-    ``n_in`` and ``n_out``; without them any width passes through.
+    ``n_in`` and ``n_out``; without them any width passes through.  One that is for the
+    members of an ensemble says how many in an attribute ``members``.
 
     Attributes
     ----------
@@ -81,11 +87,12 @@ class Layer(ABC):
     def params(self) -> tuple[Param, ...]:
         return ()
 
-    def per_step(self, clock: Clock) -> tuple[float, ...]:
+    def per_step(self, clock: Clock) -> tuple[float | PerMember, ...]:
         """Numbers of a step, in the order of ``numbers`` without "key".
 
-        Each is the attribute of its name, which may be `schedules.Scheduled`.  They are
-        computed on the host in float64, and may change without a new compilation.
+        Each is a number, or a `members.PerMember`.  By default it is the attribute of its name,
+        which may be `schedules.Scheduled`.  They are computed on the host in float64, and may
+        change without a new compilation.
         """
         return tuple(at(getattr(self, name), clock) for name in self.numbers if name != "key")
 
@@ -112,23 +119,30 @@ class Linear(Layer):
         Widths of input and output; W is (n_in, n_out), b is (n_out,).
     weight_init, bias_init : callable, default=GlorotUniform()
         See `portable_mlp.initializers`.
+    members : int, optional
+        Of an ensemble: W is (members, n_in, n_out), b is (members, 1, n_out).
     """
 
     n_in: int
     n_out: int
     weight_init: Initializer = GlorotUniform()
     bias_init: Initializer = GlorotUniform()
+    members: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_in < 1 or self.n_out < 1:
             raise ValueError(f"a layer's widths must be at least 1, got {self}")
+        _check_members(self.members)
 
     @property
     def params(self) -> tuple[Param, ...]:
         fans = (self.n_in, self.n_out)
+        weight, bias = fans, (self.n_out,)
+        if self.members is not None:
+            weight, bias = (self.members, *weight), (self.members, 1, *bias)  # type: ignore[assignment]
         return (
-            Param("weight", fans, self.weight_init, *fans),
-            Param("bias", (self.n_out,), self.bias_init, *fans, group="bias"),
+            Param("weight", weight, self.weight_init, *fans, members=self.members),
+            Param("bias", bias, self.bias_init, *fans, group="bias", members=self.members),
         )
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
@@ -141,11 +155,36 @@ class Linear(Layer):
     def backward(self, p: Params, x: Array, dz: Array, xp: Namespace) -> Array:
         """Return dx = dz Wᵀ, (n, n_out) -> (n, n_in)."""
         w, _ = p
-        return xp.matmul(dz, w.T)
+        return xp.matmul(dz, transposed(w))
 
     def gradients(self, p: Params, x: Array, dz: Array, xp: Namespace) -> tuple[Array, Array]:
         """Return dW = xᵀ dz, (n_in, n_out), and db = Σₙ dz, (n_out,)."""
-        return x.T @ dz, sum_rows(dz, xp)
+        return transposed(x) @ dz, xp.reshape(sum_rows(dz, xp), p[1].shape)
+
+
+@dataclass(frozen=True)
+class Repeat(Layer):
+    """y = x for each member of an ensemble: (n, d) -> (members, n, d).
+
+    Rows of the members' own, (members, n, d), pass through.
+
+    Parameters
+    ----------
+    members : int
+    """
+
+    members: int
+
+    def __post_init__(self) -> None:
+        _check_members(self.members)
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, bool]:
+        own = x.ndim == 3
+        return (x if own else xp.broadcast_to(x, (self.members, *x.shape))), own
+
+    def backward(self, p: Params, own: bool, dy: Array, xp: Namespace) -> Array:
+        """Return dx = Σ dy over the members."""
+        return dy if own else xp.sum(dy, axis=0)
 
 
 @dataclass(frozen=True)
@@ -157,8 +196,8 @@ class Dropout(Layer):
 
     Parameters
     ----------
-    rate : float in [0, 1), or Scheduled
-        Probability that an element is zeroed.
+    rate : float in [0, 1), a tuple of them, or Scheduled
+        Probability that an element is zeroed; a tuple has one for each member.
 
     Raises
     ------
@@ -166,17 +205,29 @@ class Dropout(Layer):
         If the rate is not in [0, 1): at once, or where a schedule takes it out of it.
     """
 
-    rate: float | Scheduled
+    rate: float | tuple[float, ...] | Scheduled
     numbers: ClassVar[tuple[str, ...]] = ("key", "threshold", "scale")
     whole: ClassVar[tuple[str, ...]] = ("key", "threshold")
 
     def __post_init__(self) -> None:
-        _check_rate(self.rate.value if isinstance(self.rate, Scheduled) else self.rate)
+        rates = self.rate.value if isinstance(self.rate, Scheduled) else self.rate
+        for rate in rates if isinstance(rates, tuple) else (rates,):
+            _check_rate(rate)
 
-    def per_step(self, clock: Clock) -> tuple[float, ...]:
+    @property
+    def members(self) -> int | None:
+        rates = self.rate.value if isinstance(self.rate, Scheduled) else self.rate
+        return len(rates) if isinstance(rates, tuple) else None
+
+    def per_step(self, clock: Clock) -> tuple[float | PerMember, ...]:
         """Below which random bits an element is zeroed, and the factor on the others."""
-        rate = _check_rate(at(self.rate, clock))
-        return min(round(rate * 2**31), 2**31 - 1), 1.0 / (1.0 - rate)
+        rates = at(self.rate, clock)
+        if not isinstance(rates, tuple):
+            return _threshold(rates), 1.0 / (1.0 - rates)
+        return (
+            PerMember([_threshold(rate) for rate in rates], ndim=3),
+            PerMember([1.0 / (1.0 - rate) for rate in rates], ndim=3),
+        )
 
     def forward(
         self,
@@ -196,6 +247,15 @@ class Dropout(Layer):
 
     def backward(self, p: Params, mask: Any, dy: Array, xp: Namespace) -> Array:
         return dy if mask is None else dy * mask
+
+
+def _threshold(rate: float) -> int:
+    return min(round(_check_rate(rate) * 2**31), 2**31 - 1)
+
+
+def _check_members(members: int | None) -> None:
+    if members is not None and members < 1:
+        raise ValueError(f"members must be at least 1, got {members!r}")
 
 
 def _check_rate(rate: float) -> float:

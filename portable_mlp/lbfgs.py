@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.callbacks import Callback, Epoch
-from portable_mlp.steps import Batch, objective
+from portable_mlp.steps import NO_NUMBERS, Batch, objective
 from portable_mlp.training import DivergenceError, StopReason, Trainer
 from portable_mlp.typing import Array, Params
 
@@ -57,10 +57,14 @@ def fit_lbfgs(
     ------
     DivergenceError
         If the loss or a parameter is not finite.
+    ValueError
+        If the network is one of several members.
     """
     from scipy.optimize import minimize
 
     backend, recipe = trainer.backend, trainer.recipe
+    if trainer.network.members is not None:
+        raise ValueError("solver='lbfgs' cannot take an ensemble: its members have no line search")
     evaluate = backend.compile(objective, static=(0,))
 
     def split(theta: NDArray[np.float64]) -> list[Array]:
@@ -72,7 +76,7 @@ def fit_lbfgs(
         ]
 
     def value_and_grad(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alphas, ())
+        value, penalty, grads = evaluate(recipe, split(theta), data, trainer.alphas, NO_NUMBERS)
         known = backend.fetch([value, penalty] if recipe.has_penalty else [value])
         loss = trainer.reported(*known)
         flat = [backend.to_host(g).astype(np.float64).ravel() for g in grads]

@@ -9,13 +9,22 @@ and list it in `LOSSES`, where the tests look; `portable_mlp.check_loss` verifie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from array_api_compat import device
 
-from portable_mlp.functions import columns_first, sigmoid, softmax, softplus, total_weight
+from portable_mlp.functions import (
+    columns_first,
+    log_mean_exp,
+    log_softmax,
+    sigmoid,
+    softmax,
+    softplus,
+    total_weight,
+)
+from portable_mlp.schedules import Clock, Scheduled, at
 from portable_mlp.typing import Array, Namespace
 
 
@@ -29,6 +38,18 @@ class Loss(ABC):
     """
 
     link_name: ClassVar[str] = "identity"
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of the numbers that ``per_row`` takes in each step of training.
+
+        They are its keyword arguments; elsewhere it is called without them.
+        """
+        return ()
+
+    def per_step(self, clock: Clock) -> tuple[float, ...]:
+        """Numbers of a step: the attributes of these names, see `Layer.per_step`."""
+        return tuple(at(getattr(self, name), clock) for name in self.numbers)
 
     @abstractmethod
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
@@ -51,36 +72,63 @@ class Loss(ABC):
         """Predictions (n, k) from logits (n, k)."""
         return z
 
+    def pool(self, z: Array, xp: Namespace) -> Array:
+        """Logits (n, k) whose prediction is the mean of the members', from theirs (m, n, k)."""
+        return xp.mean(z, axis=0)
+
     def __call__(
-        self, z: Array, y: Array, xp: Namespace, weights: Array | None = None, total: Any = None
+        self,
+        z: Array,
+        y: Array,
+        xp: Namespace,
+        weights: Array | None = None,
+        total: Any = None,
+        numbers: Sequence[Any] = (),
     ) -> tuple[Array, Array]:
         """Weighted mean loss and its gradient with respect to the logits.
 
         L = Σ wᵢ ℓᵢ / Σ wᵢ,  dzᵢ = (wᵢ / Σ w) ∂ℓᵢ/∂zᵢ.  Rows that all weigh nothing
         have L = 0 and dz = 0.
 
+        Logits of an ensemble's members have a first axis more, as y and the weights then do;
+        each member has a mean of its own.
+
         Parameters
         ----------
-        z : array (n, k)
-        y : array (n,) or (n, k)
+        z : array (n, k) or (m, n, k)
+        y : array (n,) or (n, k); (m, n) or (m, n, k)
         xp : namespace
-        weights : array (n,), optional
+        weights : array (n,) or (m, n), optional
             Non-negative; equal if not given.
         total : float or array (), optional
             What to divide by instead of Σ w: of rows that are a part of a batch, that of the
             whole batch, so that the parts' results add up.
+        numbers : sequence of float, optional
+            From ``per_step``.
 
         Returns
         -------
-        value : array ()
-        dz : array (n, k)
+        value : array () or (m,)
+        dz : array, as z
         """
-        values, dz = self.per_row(z, y, xp)
+        named = dict(zip(self.numbers, numbers, strict=True)) if numbers else {}
+        if z.ndim == 3:
+            # A member's row is a row as any other
+            rows = xp.reshape(z, (-1, z.shape[2])), xp.reshape(y, (-1, *y.shape[2:]))
+            values, dz = self.per_row(*rows, xp, **named)
+            # By way of one axis, so that all libraries lay dz out row by row
+            dz = xp.reshape(xp.reshape(dz, (-1,)), z.shape)
+            values = xp.reshape(values, z.shape[:2])
+        else:
+            values, dz = self.per_row(z, y, xp, **named)
         if weights is None:
-            share = 1.0 / (z.shape[0] if total is None else total)
-            return xp.sum(values) * share, dz * share
-        share = weights / (total_weight(weights, xp) if total is None else total)
-        return xp.sum(share * values), dz * share[:, None]
+            share = 1.0 / (z.shape[-2] if total is None else total)
+            return xp.sum(values, axis=-1) * share, dz * share
+        if total is None:
+            total = total_weight(weights, xp)
+            total = total[:, None] if z.ndim == 3 else total
+        share = weights / total
+        return xp.sum(share * values, axis=-1), dz * share[..., None]
 
 
 @dataclass(frozen=True)
@@ -116,15 +164,50 @@ class CallableLoss(Loss):
     def link(self, z: Array, xp: Namespace) -> Array:
         return self.like.link(z, xp)
 
+    def pool(self, z: Array, xp: Namespace) -> Array:
+        return self.like.pool(z, xp)
+
 
 def _match_shape(y: Array, z: Array, xp: Namespace) -> Array:
     """Targets of one output may come without their axis: (n,) -> (n, 1)."""
     return y if y.ndim == z.ndim else xp.reshape(y, z.shape)
 
 
-def _check_smoothing(smoothing: float) -> None:
-    if not 0.0 <= smoothing < 1.0:
+def _check_smoothing(smoothing: Any) -> float:
+    if isinstance(smoothing, tuple) or not 0.0 <= smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {smoothing!r}")
+    return float(smoothing)
+
+
+@dataclass(frozen=True)
+class _CrossEntropy(Loss):
+    """What the two cross-entropies share."""
+
+    label_smoothing: float | Scheduled = 0.0
+    clipped: bool = False
+
+    def __post_init__(self) -> None:
+        _check_smoothing(self._constant)
+
+    @property
+    def _constant(self) -> Any:
+        """The smoothing outside of training."""
+        given = self.label_smoothing
+        return given.value if isinstance(given, Scheduled) else given
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return ("label_smoothing",) if isinstance(self.label_smoothing, Scheduled) else ()
+
+    def per_step(self, clock: Clock) -> tuple[float, ...]:
+        return tuple(map(_check_smoothing, super().per_step(clock)))
+
+    def smoothed(self, t: Array, n_classes: int, smoothing: Any) -> Array:
+        """Targets t = (1 − s) y + s / n_classes (Szegedy et al., 2016, sec. 7)."""
+        s = self._constant if smoothing is None else smoothing
+        if smoothing is None and not s:
+            return t
+        return (1.0 - s) * t + s / n_classes
 
 
 def _sum_outputs(values: Array, xp: Namespace) -> Array:
@@ -139,31 +222,26 @@ def _clip(p: Array, xp: Namespace) -> Array:
 
 
 @dataclass(frozen=True)
-class BinaryCrossEntropy(Loss):
+class BinaryCrossEntropy(_CrossEntropy):
     """ℓ = −Σₖ [t log σ(z) + (1 − t) log(1 − σ(z))] = Σₖ [max(z, 0) − z t + log(1 + e^(−|z|))].
 
     ∂ℓ/∂z = σ(z) − t.  One output, or several independent ones (multi-label).
 
     Parameters
     ----------
-    label_smoothing : float in [0, 1), default=0
+    label_smoothing : float in [0, 1), or Scheduled, default=0
         t = (1 − s) y + s / 2, as for two classes of a softmax.
     clipped : bool, default=False
         Whether ℓ, but not its derivative, is that of probabilities within [ε, 1 − ε]: at most
         −log ε for each output, 36 in float64 and 16 in float32.  As in scikit-learn.
     """
 
-    label_smoothing: float = 0.0
-    clipped: bool = False
     link_name: ClassVar[str] = "logistic"
 
-    def __post_init__(self) -> None:
-        _check_smoothing(self.label_smoothing)
-
-    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
-        t = _match_shape(y, z, xp)
-        if self.label_smoothing:
-            t = (1.0 - self.label_smoothing) * t + self.label_smoothing / 2.0
+    def per_row(
+        self, z: Array, y: Array, xp: Namespace, label_smoothing: Any = None
+    ) -> tuple[Array, Array]:
+        t = self.smoothed(_match_shape(y, z, xp), 2, label_smoothing)
         p = self.link(z, xp)
         if self.clipped:
             q = _clip(p, xp)
@@ -175,9 +253,13 @@ class BinaryCrossEntropy(Loss):
     def link(self, z: Array, xp: Namespace) -> Array:
         return sigmoid(z, xp)
 
+    def pool(self, z: Array, xp: Namespace) -> Array:
+        # z = log p − log(1 − p)
+        return log_mean_exp(-softplus(-z, xp), xp) - log_mean_exp(-softplus(z, xp), xp)
+
 
 @dataclass(frozen=True)
-class SoftmaxCrossEntropy(Loss):
+class SoftmaxCrossEntropy(_CrossEntropy):
     """ℓ = −Σₖ tₖ log softmax(z)ₖ,  ∂ℓ/∂z = softmax(z) − t.
 
     Targets are labels, integers (n,) in [0, k), or probabilities (n, k) whose rows
@@ -185,20 +267,17 @@ class SoftmaxCrossEntropy(Loss):
 
     Parameters
     ----------
-    label_smoothing : float in [0, 1), default=0
+    label_smoothing : float in [0, 1), or Scheduled, default=0
         t = (1 − s) y + s / k (Szegedy et al., 2016, sec. 7).
     clipped : bool, default=False
         As of `BinaryCrossEntropy`.
     """
 
-    label_smoothing: float = 0.0
-    clipped: bool = False
     link_name: ClassVar[str] = "softmax"
 
-    def __post_init__(self) -> None:
-        _check_smoothing(self.label_smoothing)
-
-    def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+    def per_row(
+        self, z: Array, y: Array, xp: Namespace, label_smoothing: Any = None
+    ) -> tuple[Array, Array]:
         # Classes along the first axis, (k, n): with few classes, sums over them and
         # broadcasts along them then run over long rows, many times faster on NumPy
         k = z.shape[1]
@@ -208,8 +287,7 @@ class SoftmaxCrossEntropy(Loss):
             t = xp.astype(labels[:, None] == y, z.dtype)
         else:
             t = y.T
-        if self.label_smoothing:
-            t = (1.0 - self.label_smoothing) * t + self.label_smoothing / k
+        t = self.smoothed(t, k, label_smoothing)
         shifted = z - xp.max(z, axis=0)
         e = xp.exp(shifted)
         total = xp.sum(e, axis=0)
@@ -223,6 +301,9 @@ class SoftmaxCrossEntropy(Loss):
 
     def link(self, z: Array, xp: Namespace) -> Array:
         return softmax(z, xp)
+
+    def pool(self, z: Array, xp: Namespace) -> Array:
+        return log_mean_exp(log_softmax(z, xp), xp)
 
 
 @dataclass(frozen=True)
@@ -251,6 +332,9 @@ class Poisson(Loss):
 
     def link(self, z: Array, xp: Namespace) -> Array:
         return xp.exp(z)
+
+    def pool(self, z: Array, xp: Namespace) -> Array:
+        return log_mean_exp(z, xp)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from safetensors.numpy import save as to_bytes
 
 from portable_mlp.files import replacing
 
-FORMAT = "portable_mlp/2"
+FORMAT, OLD_FORMAT = "portable_mlp/3", "portable_mlp/2"
 
 # Python's objects for JSON take many times its length: these keep them below 50 MB
 _MOST_CHARACTERS = 2**22
@@ -207,7 +207,7 @@ def _read(file: BufferedReader) -> Contents:
     header = parse_json(raw)
     texts = header.pop("__metadata__", {})
     meta = parse_json(texts.get("portable_mlp", "{}").encode())
-    if meta.get("format") != FORMAT:
+    if meta.get("format") not in (FORMAT, OLD_FORMAT):
         raise ModelFileError(
             f"{file.name} is no model of format {FORMAT!r}, which this version of portable_mlp"
             f" reads: it says {meta.get('format')!r}"

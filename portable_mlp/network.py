@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from portable_mlp.activations import get_activation
 from portable_mlp.initializers import GlorotUniform, Initializer
-from portable_mlp.layers import Dropout, Layer, Linear, Param
+from portable_mlp.layers import Dropout, Layer, Linear, Param, Repeat
+from portable_mlp.members import PerMember
 from portable_mlp.schedules import Clock, Scheduled
 from portable_mlp.typing import Array, Namespace, Params
 
@@ -31,7 +32,8 @@ class Network:
     Raises
     ------
     ValueError
-        If a layer's input is not as wide as the output before it.
+        If a layer's input is not as wide as the output before it, or some layers or
+        parameters are for other numbers of members than others.
     TypeError
         If a layer still says ``random = True``, as layers once did.
     """
@@ -50,11 +52,38 @@ class Network:
                     f" but the layers before it give {width}"
                 )
             width = getattr(layer, "n_out", None) or n_in
+        said = [getattr(layer, "members", None) for layer in self.layers]
+        counts = {n for n in said if n is not None}
+        counts |= {param.members for param in self.params}  # all of them, or none
+        if len(counts) > 1:
+            raise ValueError(f"not all layers are for as many members: {self.layers}")
+
+    @cached_property
+    def members(self) -> int | None:
+        """How many networks of their own parameters this is; None if it is one."""
+        counts = (getattr(layer, "members", None) for layer in self.layers)
+        return next((n for n in counts if n is not None), None)
 
     @cached_property
     def params(self) -> tuple[Param, ...]:
         """The parameters of all layers, in order."""
         return tuple(param for layer in self.layers for param in layer.params)
+
+    @property
+    def n_in(self) -> int | None:
+        """Columns that the network takes; None if any number of them."""
+        return next(filter(None, (getattr(layer, "n_in", None) for layer in self.layers)), None)
+
+    @property
+    def n_out(self) -> int | None:
+        """Columns that the network gives; None if as many as it takes."""
+        last_first = reversed(self.layers)
+        return next(filter(None, (getattr(layer, "n_out", None) for layer in last_first)), None)
+
+    @property
+    def n_linear(self) -> int:
+        """Number of linear layers."""
+        return sum(isinstance(layer, Linear) for layer in self.layers)
 
     def init(self, rng: np.random.RandomState) -> list[NDArray[np.float64]]:
         """Draw initial parameters on the host, in order, in float64."""
@@ -87,8 +116,9 @@ class Network:
                 values["key"] = next(drawn)
             if layer.numbers:
                 found.append(tuple(
-                    int(values[name]) if name in layer.whole else float(values[name])
-                    for name in layer.numbers
+                    value if isinstance(value, PerMember)
+                    else int(value) if name in layer.whole else float(value)
+                    for name, value in ((name, values[name]) for name in layer.numbers)
                 ))  # fmt: skip
         return tuple(found)
 
@@ -116,7 +146,7 @@ class Network:
 
         Returns
         -------
-        z : array (n, n_out)
+        z : array (n, n_out), or (members, n, n_out)
         residuals : list, one entry a layer
         """
         given = iter(numbers or ())
@@ -157,9 +187,10 @@ def mlp(
     sizes: Sequence[int],
     activation: str | Layer | Sequence[str | Layer] = "relu",
     *,
-    dropout: float | Scheduled = 0.0,
+    dropout: float | tuple[float, ...] | Scheduled = 0.0,
     weight_init: Initializer = GlorotUniform(),
     bias_init: Initializer = GlorotUniform(),
+    members: int | None = None,
 ) -> Network:
     """A multilayer perceptron: linear layers with activations between them.
 
@@ -171,10 +202,12 @@ def mlp(
     activation : str, Layer, or a sequence of one for each hidden layer
         After each hidden linear layer; the names are those of
         `portable_mlp.activations.ACTIVATIONS`.
-    dropout : float in [0, 1), or Scheduled, default=0
-        Rate behind each hidden activation.
+    dropout : float in [0, 1), a tuple of them, or Scheduled, default=0
+        Rate behind each hidden activation; a tuple has one for each member.
     weight_init, bias_init : callable
         See `portable_mlp.initializers`.
+    members : int, optional
+        So many networks of this form at once, each with parameters of its own.
 
     Raises
     ------
@@ -189,9 +222,9 @@ def mlp(
             f"activation: expected one for each of the {hidden} hidden layers,"
             f" got {len(activations)}"
         )
-    layers: list[Layer] = []
+    layers: list[Layer] = [] if members is None else [Repeat(members)]
     for i, (n_in, n_out) in enumerate(pairwise(sizes)):
-        layers.append(Linear(n_in, n_out, weight_init, bias_init))
+        layers.append(Linear(n_in, n_out, weight_init, bias_init, members))
         if i < hidden:
             layers.append(get_activation(activations[i]))
             if dropout:

@@ -22,6 +22,7 @@ from portable_mlp.backends import to_host
 from portable_mlp.engines.program import Node, Program, specify
 from portable_mlp.engines.recording import Recorder, Traced, Unrecordable, record
 from portable_mlp.estimators import MLPClassifier, MLPRegressor
+from portable_mlp.inference import pooled
 from portable_mlp.modelfile import write_whole
 
 try:
@@ -139,11 +140,11 @@ def _outputs(model: Any) -> list[tuple[np.dtype[Any], list[int]]]:
 
 
 def _graph(model: Any) -> _Graph:
-    network = model._fitted_network()
-    params = [to_host(p).astype(np.float32) for p in model._flat_params(network)]
+    network = model.network_
+    params = [to_host(p).astype(np.float32) for p in model.params_]
 
     def predict(recorder: Recorder, params: list[Traced], x: Traced) -> list[Traced]:
-        z = network(params, x, recorder)
+        z = pooled(network(params, x, recorder), model._loss, recorder)
         if isinstance(model, MLPRegressor):
             return [model._loss.link(z, recorder)]
         return [f(z, model._loss, recorder) for f in (model._decide, model._probabilities)]

@@ -23,7 +23,7 @@ from portable_mlp.schedules import Scheduled
 from portable_mlp.typing import Array, Namespace, Params
 
 Moments = tuple[Array, ...]
-Coefficients = tuple[float, ...]
+Coefficients = tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,10 @@ class Optimizer(ABC):
     """Number of arrays of a parameter's shape that the rule remembers, first zero."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            value = value.value if isinstance(value, Scheduled) else value
+        for name, given in vars(self).items():
+            value: Any = given.value if isinstance(given, Scheduled) else given
+            if isinstance(value, tuple):
+                raise ValueError(f"{name}: one number for all members; treatments have factors")
             number = isinstance(value, Real) and not isinstance(value, bool)
             if number and not 0.0 <= value < inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
@@ -102,7 +104,7 @@ class Optimizer(ABC):
         moments: list[Moments],
         c: Coefficients,
         xp: Namespace,
-        decay: Any = None,
+        keep: Any = None,
     ) -> tuple[list[Array], list[Moments]]:
         """One step of parameters that are treated alike.
 
@@ -111,10 +113,10 @@ class Optimizer(ABC):
         params, grads : lists of arrays
         moments : list, from ``init`` or the step before
         c : tuple of float
-            From ``coefficients``; its first is the learning rate, by convention.
+            From ``coefficients``.
         xp : namespace
-        decay : float, optional
-            Weight decay; none if not given.
+        keep : float, optional
+            Factor on the parameters before the rule, 1 − rate · weight_decay; 1 if not given.
 
         Returns
         -------
@@ -122,8 +124,8 @@ class Optimizer(ABC):
         """
         new_params, new_moments = [], []
         for p, g, m in zip(params, grads, moments, strict=True):
-            if decay is not None:
-                p *= 1.0 - c[0] * decay
+            if keep is not None:
+                p *= keep
             new_p, new_m = self.update(p, g, m, c, xp)
             new_params.append(new_p)
             new_moments.append(new_m)
@@ -312,14 +314,18 @@ class RMSprop(Optimizer):
         return p, (v,)
 
 
-def clip_by_global_norm(grads: Params, max_norm: float, xp: Namespace) -> list[Array]:
+def clip_by_global_norm(
+    grads: Params, max_norm: float, xp: Namespace, members: int | None = None
+) -> list[Array]:
     """Scale all gradients by min(1, max_norm / (‖g‖ + 10⁻⁶)), ‖g‖ over all of them.
 
-    As torch.nn.utils.clip_grad_norm_ (Pascanu et al., 2013, algorithm 1).
+    As torch.nn.utils.clip_grad_norm_ (Pascanu et al., 2013, algorithm 1).  Where there are
+    members, each gradient is (members, n), and each member has a norm of its own.
     """
     squares: Any = 0.0
     for g in grads:
-        squares = squares + xp.sum(g * g)
+        own = xp.sum(g * g) if members is None else xp.sum(g * g, axis=1, keepdims=True)
+        squares = squares + own
     scale = xp.minimum(max_norm / (xp.sqrt(squares) + 1e-6), 1.0)
     return [g * scale for g in grads]
 

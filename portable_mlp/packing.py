@@ -3,7 +3,8 @@
 An update rule is elementwise, so it does not care whether it sees one parameter or
 many laid end to end; what differs is the number of calls (kernels, on a GPU).  A
 *leaf* is what the rule is applied to: parameters packed into one vector, or a single
-one as it is.
+one.  That of an ensemble's members has two axes, (members, n), so that numbers of the
+members' own, (members, 1), go with it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ class Layout:
         For each leaf, the parameters it holds.
     groups : tuple of str
         For each leaf, the group of its first parameter.
+    members : int, optional
+        The first axis of all shapes is that of so many members.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     leaves: tuple[tuple[int, ...], ...]
     groups: tuple[str, ...]
+    members: int | None = None
 
     @classmethod
     def plan(cls, params: tuple[Param, ...], treatment: Callable[[str], Hashable] | None) -> Layout:
@@ -47,22 +51,38 @@ class Layout:
         params : tuple of Param
         treatment : callable, optional
             From a group to anything; groups with equal results share a leaf.  None:
-            every parameter is a leaf.
+            every parameter is a leaf.  So are those of members, of which each is one run of
+            memory.
         """
         shapes = tuple(p.shape for p in params)
-        if treatment is None:
+        members = params[0].members if params else None
+        if treatment is None or members is not None:
             alone = tuple((i,) for i in range(len(params)))
-            return cls(shapes, alone, tuple(p.group for p in params))
+            return cls(shapes, alone, tuple(p.group for p in params), members)
         together: dict[Hashable, tuple[int, ...]] = {}
         for group in dict.fromkeys(p.group for p in params):
-            members = tuple(i for i, p in enumerate(params) if p.group == group)
+            alike = tuple(i for i, p in enumerate(params) if p.group == group)
             key = treatment(group)
-            together[key] = together.get(key, ()) + members
+            together[key] = together.get(key, ()) + alike
         leaves = tuple(together.values())
         return cls(shapes, leaves, tuple(params[leaf[0]].group for leaf in leaves))
 
+    @cached_property
+    def leaf_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the leaves."""
+        sizes = [sum(prod(self.shapes[i]) for i in leaf) for leaf in self.leaves]
+        if self.members is not None:
+            return tuple((self.members, size // self.members) for size in sizes)
+        return tuple(
+            self.shapes[leaf[0]] if len(leaf) == 1 else (size,)
+            for leaf, size in zip(self.leaves, sizes, strict=True)
+        )
+
     def pack(self, arrays: Params, xp: Namespace) -> list[Array]:
         """Arrays in the order of the parameters -> leaves."""
+        if self.members is not None:
+            pairs = zip(arrays, self.leaf_shapes, strict=True)
+            return [xp.reshape(array, shape) for array, shape in pairs]
         return [
             arrays[leaf[0]]
             if len(leaf) == 1
@@ -72,6 +92,9 @@ class Layout:
 
     def unpack(self, leaves: Params, xp: Namespace) -> list[Array]:
         """Leaves -> arrays in the order of the parameters: views, where arrays have them."""
+        if self.members is not None:
+            pairs = zip(leaves, self.shapes, strict=True)
+            return [xp.reshape(leaf, shape) for leaf, shape in pairs]
         arrays: list[Array] = [None] * len(self.shapes)
         for leaf, members in zip(leaves, self.leaves, strict=True):
             if len(members) == 1:

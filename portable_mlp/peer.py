@@ -20,7 +20,7 @@ from sklearn.utils import _array_api
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.schedules import Clock
-from portable_mlp.steps import Batch, objective
+from portable_mlp.steps import NO_NUMBERS, Batch, objective
 from portable_mlp.typing import Array
 
 try:
@@ -54,22 +54,12 @@ class FitCallbacks(Callback):
     context : CallbackContext
         Of the fit.
     X, y : array-like
-    attributes : callable
-        From the network's parameters to the fitted attributes that prediction needs.
     """
 
-    def __init__(
-        self,
-        estimator: Any,
-        context: Any,
-        X: Any,
-        y: Any,
-        attributes: Callable[[list[Array]], dict[str, Any]],
-    ) -> None:
+    def __init__(self, estimator: Any, context: Any, X: Any, y: Any) -> None:
         self._context = context
         self._task: Any = None
         self._fixed = {"estimator": estimator, "X": X, "y": y}
-        self._attributes = attributes
 
     def on_fit_begin(self, max_epochs: int) -> None:
         self._context.call_on_fit_task_begin(**self._fixed)
@@ -80,7 +70,7 @@ class FitCallbacks(Callback):
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool | None:
         stop: bool = self._task.call_on_fit_task_end(
-            **self._fixed, reconstruction_attributes=lambda: self._attributes(params())
+            **self._fixed, reconstruction_attributes=lambda: {"params_": params()}
         )
         return stop
 
@@ -151,10 +141,10 @@ class PeerInternals:
     ) -> tuple[float, NDArray[np.float64]]:
         """Value and gradient at packed parameters: weights first, then biases."""
         model: Any = self
-        trainer = model._trainer(model._fitted_network(), NumPyBackend(), str(theta.dtype))
+        trainer = model._trainer(model.network_, NumPyBackend(), str(theta.dtype))
         recipe = trainer.recipe
         batch = Batch(X, y, sample_weight)
-        value, penalty, grads = objective(recipe, [theta], batch, trainer.alphas, ())
+        value, penalty, grads = objective(recipe, [theta], batch, trainer.alphas, NO_NUMBERS)
         return float(value + penalty), np.concatenate(grads)
 
 

@@ -15,7 +15,8 @@ from io import BytesIO
 from math import prod
 from numbers import Real
 from pathlib import Path
-from typing import IO, Any, cast, get_args, get_type_hints
+from types import UnionType
+from typing import IO, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
@@ -27,19 +28,24 @@ from sklearn.utils.validation import check_is_fitted
 from portable_mlp import (
     __version__,
     activations,
+    architectures,
     estimators,
     groups,
+    initializers,
     layers,
     losses,
     optimizers,
     schedules,
 )
+from portable_mlp.architectures import Architecture, Fixed
 from portable_mlp.backends import check_names, to_host
 from portable_mlp.callbacks import Epoch
+from portable_mlp.fitted import OF_SCIKIT_LEARN
 from portable_mlp.groups import Treatment, Treatments
 from portable_mlp.layers import Layer
 from portable_mlp.losses import Loss
-from portable_mlp.modelfile import Contents, ModelFileError, check_json, opened, write
+from portable_mlp.modelfile import OLD_FORMAT, Contents, ModelFileError, check_json, opened, write
+from portable_mlp.network import Network
 from portable_mlp.optimizers import Optimizer
 from portable_mlp.packing import Layout
 from portable_mlp.schedules import Schedule, Scheduled
@@ -47,16 +53,18 @@ from portable_mlp.steps import Arrays
 from portable_mlp.training import Begun, State
 from portable_mlp.warn import warn
 
-__all__ = ["ModelFileError", "load", "read_metadata", "save", "save_checkpoint"]
+__all__ = ["ModelFileError", "load", "read_metadata", "register", "save", "save_checkpoint"]
+
+C = TypeVar("C")
 
 _ESTIMATORS = {cls.__name__: cls for cls in (estimators.MLPClassifier, estimators.MLPRegressor)}
-_CLASSES = {
+_KINDS = (Architecture, Layer, Loss, Optimizer, Schedule, Scheduled, Treatment)
+_CLASSES: dict[str, Any] = {
     name: value
-    for module in (activations, groups, layers, losses, optimizers, schedules)
+    for module in (activations, architectures, groups, layers, losses, optimizers, schedules)
     for name, value in vars(module).items()
-    if isinstance(value, type)
-    and issubclass(value, Layer | Loss | Optimizer | Schedule | Scheduled | Treatment)
-}
+    if isinstance(value, type) and issubclass(value, _KINDS)
+} | {name: value for name, value in vars(initializers).items() if is_dataclass(value)}
 _NUMBERS: dict[str, Any] = {
     "n_iter_": int, "t_": int, "loss_": Real, "best_loss_": Real | None,
     "best_validation_score_": Real | None, "_multilabel": bool,
@@ -69,6 +77,39 @@ _MOST_DIRECTORY = 2**20  # bytes, of some 65 for each array of the preprocessing
 _TRUSTED = ["numpy.dtype", "portable_mlp.preprocessing.DateParts"]
 
 
+def register(cls: C) -> C:
+    """Let model files hold instances of a class of one's own; a decorator.
+
+    Who loads such a file has to register the class before.  A file names the class, and holds
+    the values of its fields.
+
+    Parameters
+    ----------
+    cls : type
+        A dataclass; its fields hold plain values, or objects that files can hold.
+
+    Returns
+    -------
+    type
+        The same class.
+
+    Raises
+    ------
+    TypeError
+        If it is no dataclass.
+    ValueError
+        If another class has its name.
+    """
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise TypeError(f"only dataclasses can be registered, got {cls!r}")
+    known: Any = _CLASSES.setdefault(cls.__name__, cls)
+    # A cell of a notebook that runs again defines the same class anew
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"a class of the name {cls.__name__} is registered: {known}")
+    _CLASSES[cls.__name__] = cls
+    return cls
+
+
 def save(
     model: Any, path: str | Path, preprocessing: Any = None, *, notes: dict[str, Any] | None = None
 ) -> Path:
@@ -77,8 +118,9 @@ def save(
     Parameters
     ----------
     model : MLPClassifier or MLPRegressor
-        Parameters given as objects have to be this library's own; callbacks and a
-        callable ``scoring`` are left out.
+        Parameters given as objects, and the layers, have to be this library's own, or be
+        `register`-ed.  Callbacks and a callable ``scoring`` are left out; in the place of a
+        function ``architecture`` the network is written.
     path : path
         Overwritten.
     preprocessing : scikit-learn transformer, optional
@@ -123,7 +165,7 @@ def save_checkpoint(
         "begun": list(state.begun),
         "schedule": None if memory is None else list(memory),
         "generator": [kind, *rest],
-        "packed": layout != Layout.plan(model._fitted_network().params, None),
+        "packed": layout != Layout.plan(model.network_.params, None),
         "backend": backend,
         "dtype": dtype,
     }
@@ -205,16 +247,17 @@ def _describe(
     meta: dict[str, Any] = {
         "library_version": __version__,
         "estimator": type(model).__name__,
-        "params": {k: _encode(k, v) for k, v in model.get_params(deep=False).items()},
+        "params": {k: _encode(k, v) for k, v in _writable_params(model).items()},
+        "network": [_encode("layers", layer) for layer in model.network_.layers],
         "loss": _encode("loss", model._loss),
         "fitted": {k: getattr(model, k) for k in _NUMBERS if hasattr(model, k)},
         "labels": {},
         "notes": notes or {},
     }
     _check(model)
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in ("coefs", "intercepts", "layer_params"):
-        arrays |= {f"{name}.{i}": to_host(a) for i, a in enumerate(getattr(model, name + "_"))}
+    arrays: dict[str, NDArray[Any]] = {
+        f"params.{i}": to_host(a) for i, a in enumerate(model.params_)
+    }
     for name, attribute in _LABELS.items():
         if hasattr(model, attribute):
             values = np.asarray(getattr(model, attribute))
@@ -225,6 +268,15 @@ def _describe(
     if preprocessing is not None:
         arrays["preprocessing"] = _encode_transformer(preprocessing)
     return meta, arrays
+
+
+def _writable_params(model: Any) -> dict[str, Any]:
+    params: dict[str, Any] = model.get_params(deep=False)
+    try:
+        _encode("architecture", params["architecture"])
+    except TypeError:
+        params["architecture"] = Fixed(model.network_.layers)
+    return params
 
 
 def _build(contents: Contents) -> Any:
@@ -240,10 +292,15 @@ def _build(contents: Contents) -> Any:
             setattr(model, name, contents.array(name).tolist())
         elif "best_loss_" in meta["fitted"]:  # trained in epochs, without held-out rows
             setattr(model, name, None)
-    for name in ("coefs", "intercepts", "layer_params"):
-        setattr(model, name + "_", contents.arrays(name))
-    model.n_features_in_, model.n_outputs_ = model.coefs_[0].shape[0], model.coefs_[-1].shape[1]
-    model.n_layers_ = len(model.coefs_) + 1
+    if meta["format"] == OLD_FORMAT:
+        model._adopt_plain({name: contents.arrays(name[:-1]) for name in OF_SCIKIT_LEARN})
+    else:
+        layers = tuple(_decode(layer) for layer in meta["network"])
+        if not all(isinstance(layer, Layer) for layer in layers):
+            raise ValueError(f"its layers are {layers}")
+        model.network_, model.params_ = Network(layers), contents.arrays("params")
+    model.n_features_in_, model.n_outputs_ = model.network_.n_in, model.network_.n_out
+    model.n_layers_ = model.network_.n_linear + 1
     model.out_activation_ = model._loss.link_name
     for name, attribute in _LABELS.items():
         values = _read_labels(contents, name)
@@ -263,7 +320,11 @@ def _check(model: Any) -> None:
         check_names(model.device, model.backend)
         model._make_optimizer()
         model._make_schedule()
-    arrays = model._flat_params(model._fitted_network())
+    model._network(model.n_features_in_, model.n_outputs_)
+    arrays = model.params_
+    shapes = [tuple(a.shape) for a in arrays]
+    if [param.shape for param in model.network_.params] != shapes:
+        raise ValueError(f"its weights are of shapes {shapes}, which are not those of its layers")
     kinds = {str(array.dtype).rpartition(".")[2] for array in arrays}
     if kinds not in ({"float32"}, {"float64"}):
         raise ValueError(f"the weights' data types are {kinds}")
@@ -286,16 +347,13 @@ def _check(model: Any) -> None:
 def _build_state(model: Any, contents: Contents) -> State:
     meta = contents.meta["state"]
     optimizer, schedule = model._make_optimizer(), model._make_schedule()
-    params = model._fitted_network().params
+    params = model.network_.params
     kinds = Treatments.of(params, optimizer, model.treatments).kinds
     layout = Layout.plan(params, kinds.get if meta["packed"] else None)
     leaves = contents.arrays("state.leaves")
     moments = contents.arrays("state.moments")
     n = optimizer.n_moments
-    shapes = [
-        layout.shapes[own[0]] if len(own) == 1 else (sum(prod(layout.shapes[i]) for i in own),)
-        for own in layout.leaves
-    ]
+    shapes = list(layout.leaf_shapes)
     if [m.shape for m in moments] != [shape for shape in shapes for _ in range(n)]:
         raise ValueError("its moments are not those of its weights")
     if leaves and [leaf.shape for leaf in leaves] != shapes:
@@ -368,11 +426,17 @@ def _decode(value: Any) -> Any:
     given = {name: _decode(v) for name, v in value.items() if name != "class"}
     hints = get_type_hints(cls)
     for field in fields(cast(Any, cls)):
-        hint = hints[field.name]
-        kinds = tuple(Real if kind is float else kind for kind in get_args(hint) or (hint,))
-        if not isinstance(given.get(field.name), kinds):
+        if not _is_a(hints[field.name], given.get(field.name)):
             raise ValueError(f"{cls.__name__} of {field.name}={given.get(field.name)!r}")
     return cls(**given)
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type; of what is in a tuple, any type will do."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_is_a(option, value) for option in get_args(hint))
+    return isinstance(value, Real if hint is float else origin or hint)
 
 
 # ---------------------------------------------------------------- labels

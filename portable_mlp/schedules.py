@@ -74,7 +74,8 @@ class Scheduled:
 
     Parameters
     ----------
-    value : float
+    value : float, or a tuple of them
+        A tuple has one for each member of an ensemble.
     schedule : Schedule
         Its factor on the value; it must not react to the loss.
 
@@ -84,7 +85,7 @@ class Scheduled:
         If the schedule reacts to the loss.
     """
 
-    value: float
+    value: float | tuple[float, ...]
     schedule: Schedule
 
     def __post_init__(self) -> None:
@@ -92,12 +93,15 @@ class Scheduled:
             raise ValueError(f"a number's schedule must not react to the loss: {self.schedule!r}")
 
 
-def at(number: float | Scheduled, clock: Clock) -> float:
-    """What a number is before a step."""
-    # Python's: NumPy's scalars would turn float32 into float64
+def at(number: float | tuple[float, ...] | Scheduled, clock: Clock) -> Any:
+    """What a number is before a step; of a tuple, each."""
     if isinstance(number, Scheduled):
-        return float(number.schedule.rate(number.value, clock, None))
-    return float(number)
+        schedule, value = number.schedule, number.value
+        if isinstance(value, tuple):
+            return tuple(float(schedule.rate(v, clock, None)) for v in value)
+        return float(schedule.rate(value, clock, None))
+    # Python's: NumPy's scalars would turn float32 into float64
+    return tuple(map(float, number)) if isinstance(number, tuple) else float(number)
 
 
 @dataclass(frozen=True)

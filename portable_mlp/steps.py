@@ -23,7 +23,10 @@ from portable_mlp.typing import Array, Namespace, Params
 
 
 class Batch(NamedTuple):
-    """Rows to learn from: x (n, d), y (n,) or (n, k), weights (n,) or None."""
+    """Rows to learn from: x (n, d), y (n,) or (n, k), weights (n,) or None.
+
+    Rows of an ensemble's members, each its own, have the members' axis before these.
+    """
 
     x: Array
     y: Array
@@ -45,17 +48,29 @@ class Hyper(NamedTuple):
     alphas : tuple of float
         The L2 penalty α of each group of penalised parameters: as `Treatments.penalties`.
     coefficients : tuple of Coefficients
-        From the optimizer, for each treatment of `Treatments.updates`; the learning rate first.
-    decays : tuple of float
-        The weight decay of each.
+        From the optimizer, for each treatment of `Treatments.updates`.
+    keeps : tuple of float or PerMember
+        Of each, 1 − learning rate · weight decay.
     layers : tuple of tuple
         What layers take, from `Network.per_step`.
+    loss : tuple of float
+        What the loss takes, from `Loss.per_step`.
     """
 
     alphas: tuple[float, ...]
     coefficients: tuple[Coefficients, ...]
-    decays: tuple[float, ...]
+    keeps: tuple[Any, ...]
     layers: Numbers
+    loss: tuple[float, ...] = ()
+
+    @property
+    def forward(self) -> tuple[Numbers, tuple[float, ...]]:
+        """What the first half of a step takes."""
+        return self.layers, self.loss
+
+
+NO_NUMBERS: tuple[Numbers, tuple[float, ...]] = (), ()
+"""`Hyper.forward` where neither layers nor loss take any, or all do as in prediction."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +85,9 @@ class Recipe:
     optimizer : Optimizer
     layout : Layout
     kinds : tuple of int
-        For each leaf, which coefficients and which decay it takes.
+        For each leaf, which coefficients and which factor it takes.
     decays : tuple of bool
-        Of those, which decay: without it, the decay is taken for 0.
+        Of those, which decay: the others' factor is not looked at.
     penalised : tuple of int or None
         For each parameter, which α it takes; None if it is not penalised.
     clip_norm : float, optional
@@ -94,9 +109,14 @@ class Recipe:
         """Whether any parameter is penalised."""
         return any(kind is not None for kind in self.penalised)
 
+    @property
+    def n_losses(self) -> int:
+        """Number of values of the loss: one, or one for each member."""
+        return self.network.members or 1
+
 
 def objective(
-    recipe: Recipe, leaves: Params, batch: Batch, alphas: Sequence[float], numbers: Numbers
+    recipe: Recipe, leaves: Params, batch: Batch, alphas: Sequence[float], numbers: Any
 ) -> tuple[Array, Array, list[Array]]:
     """The mean loss, the L2 penalty, and the gradient of their sum with respect to the leaves.
 
@@ -110,8 +130,8 @@ def objective(
     batch : Batch
     alphas : sequence of float
         As `Hyper.alphas`.
-    numbers : tuple of tuple
-        As `Hyper.layers`.
+    numbers : tuple
+        As `Hyper.forward`.
     """
     value, grads = sums(recipe, leaves, batch, numbers)
     penalty, grads = penalise(recipe, leaves, grads, alphas, weight_of(recipe, batch))
@@ -122,7 +142,7 @@ def objective(
 
 
 def sums(
-    recipe: Recipe, leaves: Params, batch: Batch, numbers: Numbers, total: Any = None
+    recipe: Recipe, leaves: Params, batch: Batch, numbers: Any, total: Any = None
 ) -> tuple[Array, list[Array]]:
     """What rows add to a step: their share of the mean loss, and of its gradient.
 
@@ -131,30 +151,45 @@ def sums(
     recipe : Recipe
     leaves : list of arrays
     batch : Batch
-    numbers : tuple of tuple
-        As `Hyper.layers`.
+    numbers : tuple
+        As `Hyper.forward`.
     total : float or array (), optional
         The sum of all rows' weights, if these are a part of the batch: see `Loss.__call__`.
 
     Returns
     -------
-    value : array ()
+    value : array () or (members,)
     grads : list of arrays
         In the order of the parameters.
     """
     xp, network = recipe.xp, recipe.network
     params = recipe.layout.unpack(leaves, xp)
-    z, residuals = network.forward(params, batch.x, xp, numbers)
-    # One's own loss need not know of parts of a batch
-    part = {} if total is None else {"total": total}
-    value, dz = recipe.loss(z, batch.y, xp, batch.weights, **part)
+    of_layers, of_loss = numbers
+    z, residuals = network.forward(params, batch.x, xp, of_layers)
+    # One's own loss need not know of parts of a batch, nor of numbers
+    more = {} if total is None else {"total": total}
+    if of_loss:
+        more["numbers"] = of_loss
+    _, y, weights = for_members(batch, network.members, xp)
+    value, dz = recipe.loss(z, y, xp, weights, **more)
     return value, network.backward(params, residuals, dz, xp)
 
 
+def for_members(batch: Batch, members: int | None, xp: Namespace) -> Batch:
+    """The batch, with targets and weights of each member where they are common to all."""
+    if members is None or batch.x.ndim == 3:
+        return batch
+
+    def repeated(a: Array | None) -> Array | None:
+        return None if a is None else xp.broadcast_to(a, (members, *a.shape))
+
+    return Batch(batch.x, repeated(batch.y), repeated(batch.weights))
+
+
 def weight_of(recipe: Recipe, batch: Batch) -> Any:
-    """The number of rows, or the sum of their weights."""
+    """The number of rows, or the sum of their weights; of rows of the members' own, each."""
     if batch.weights is None:
-        return batch.x.shape[0]
+        return batch.x.shape[-2]
     return total_weight(batch.weights, recipe.xp) if recipe.has_penalty else None
 
 
@@ -165,15 +200,18 @@ def penalise(
     xp = recipe.xp
     params, grads = recipe.layout.unpack(leaves, xp), list(grads)
     penalties = []
+    apart = getattr(n, "ndim", 0) == 1  # each member has an n of its own
     for kind in dict.fromkeys(k for k in recipe.penalised if k is not None):
         scale = alphas[kind] / n
         squares: Any = 0.0
         for i, own in enumerate(recipe.penalised):
             if own == kind:
-                flat = xp.reshape(params[i], (-1,))
+                p, by_axes = params[i], (-1, *(1,) * (params[i].ndim - 1))
+                flat = xp.reshape(p, (p.shape[0], -1) if apart else (-1,))
                 squares = squares + xp.vecdot(flat, flat)
-                grads[i] += scale * params[i]
-        penalties.append(0.5 * scale * squares)
+                grads[i] += (xp.reshape(scale, by_axes) if apart else scale) * p
+        of_kind = 0.5 * scale * squares
+        penalties.append(xp.sum(of_kind) if apart else of_kind)
     penalty = reduce(add, penalties) if penalties else 0.0
     return penalty, recipe.layout.pack(grads, xp)
 
@@ -202,7 +240,7 @@ def descend(recipe: Recipe, arrays: Arrays, grads: list[Array], hyper: Hyper) ->
     """Clip the leaves' gradients, and apply the rule."""
     xp = recipe.xp
     if recipe.clip_norm is not None:
-        grads = clip_by_global_norm(grads, recipe.clip_norm, xp)
+        grads = clip_by_global_norm(grads, recipe.clip_norm, xp, recipe.network.members)
     leaves, moments = list(arrays.leaves), list(arrays.moments)
     for kind, decays in enumerate(recipe.decays):
         own = [i for i, other in enumerate(recipe.kinds) if other == kind]
@@ -212,7 +250,7 @@ def descend(recipe: Recipe, arrays: Arrays, grads: list[Array], hyper: Hyper) ->
             [moments[i] for i in own],
             hyper.coefficients[kind],
             xp,
-            **({"decay": hyper.decays[kind]} if decays else {}),
+            **({"keep": hyper.keeps[kind]} if decays else {}),
         )
         for i, leaf, moment in zip(own, *updated, strict=True):
             leaves[i], moments[i] = leaf, moment
@@ -226,13 +264,16 @@ def step(
 
     The arrays handed in are donated: only what comes back may be used.
     """
-    value, grads = sums(recipe, arrays.leaves, batch, hyper.layers)
+    value, grads = sums(recipe, arrays.leaves, batch, hyper.forward)
     arrays, penalty = update(recipe, arrays, grads, weight_of(recipe, batch), hyper)
     return arrays, (value, penalty)
 
 
-def first_half(recipe: Recipe, leaves: Params, batch: Batch, numbers: Numbers) -> Array:
-    """`sums` as one vector: the leaves' gradients, the loss and, of weighted rows, Σ w."""
+def first_half(recipe: Recipe, leaves: Params, batch: Batch, numbers: Any) -> Array:
+    """`sums` as one vector: the leaves' gradients, the loss and, of weighted rows, Σ w.
+
+    The latter two are one number each, or one for each member.
+    """
     xp = recipe.xp
     value, grads = sums(recipe, leaves, batch, numbers)
     # Not joined of leaves, which are joined themselves: each gradient is written once
@@ -255,17 +296,21 @@ def second_half(
     vector : array
     hyper : Hyper
     n : float, optional
-        The number of rows; of weighted ones, the vector's last element counts.
+        The number of rows; of weighted ones, the vector's end counts.
     """
-    xp, alphas = recipe.xp, hyper.alphas
+    xp, alphas, m = recipe.xp, hyper.alphas, recipe.n_losses
     grads, start = [], 0
     for leaf in arrays.leaves:
         size = prod(leaf.shape)
         grads.append(xp.reshape(vector[start : start + size], leaf.shape))
         start += size
+    one = recipe.network.members is None
+    value = vector[start] if one else vector[start : start + m]
     penalty: Any = 0.0
     if recipe.has_penalty:
-        total = vector[start + 1] if n is None else n
+        total: Any = n
+        if n is None:
+            total = vector[start + m] if one else vector[start + m :]
         by_param = recipe.layout.unpack(grads, xp)
         penalty, grads = penalise(recipe, arrays.leaves, by_param, alphas, total)
-    return descend(recipe, arrays, grads, hyper), (vector[start], penalty)
+    return descend(recipe, arrays, grads, hyper), (value, penalty)

@@ -20,6 +20,7 @@ from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.engines import ENGINES, EPOCHS_AT_ONCE, Task
 from portable_mlp.groups import Treatment, Treatments
 from portable_mlp.losses import Loss
+from portable_mlp.members import PerMember, each
 from portable_mlp.network import Network
 from portable_mlp.optimizers import Moments, Optimizer
 from portable_mlp.packing import Layout
@@ -234,20 +235,31 @@ class Trainer:
         """
         rate = self.schedule.rate(self.learning_rate, clock, memory)
         decay = at(self.optimizer.weight_decay, clock)
-        coefficients = []
+        coefficients, keeps = [], []
         for treatment in self.groups.updates:
             own = rate
             if treatment.schedule is not None:
                 own = treatment.schedule.rate(self.learning_rate, clock, None)
-            own *= treatment.rate
+            apart = isinstance(treatment.rate, tuple) or isinstance(treatment.decay, tuple)
+            members = self.network.members if apart else None
             # Python's floats, whatever a schedule or an optimizer of one's own computes with
-            found = self.optimizer.coefficients(clock.step + 1, float(own))
-            coefficients.append(tuple(map(float, found)))
+            rates = [float(own * factor) for factor in each(treatment.rate, members, "rate")]
+            found = [self.optimizer.coefficients(clock.step + 1, r) for r in rates]
+            kept = [
+                1.0 - r * (decay * factor)
+                for r, factor in zip(rates, each(treatment.decay, members, "decay"), strict=True)
+            ]
+            coefficients.append(tuple(
+                PerMember([float(c) for c in column], ndim=2) if apart else float(column[0])
+                for column in zip(*found, strict=True)
+            ))  # fmt: skip
+            keeps.append(PerMember(kept, ndim=2) if apart else kept[0])
         return Hyper(
             self.alphas,
             tuple(coefficients),
-            tuple(decay * treatment.decay for treatment in self.groups.updates),
+            tuple(keeps),
             self.network.per_step(clock, keys),
+            self.loss.per_step(clock),
         ), rate
 
     def start(self, params: Params) -> State:
@@ -391,9 +403,15 @@ class Trainer:
         # Copied, not aliased: the next step overwrites what it is handed
         return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
 
-    def reported(self, value: float, penalty: float = 0.0) -> float:
-        """The loss that the interface reports, of one that was minimised and its penalty."""
-        return self.loss_scale * value + penalty
+    def reported(self, value: Any, penalty: float = 0.0) -> float:
+        """The loss that the interface reports, of one that was minimised and its penalty.
+
+        Of several members, with a loss each and their common penalty, it is the mean.
+        """
+        if self.network.members is None:
+            return float(self.loss_scale * value + penalty)
+        mean = float(np.mean(np.asarray(value, np.float64)))
+        return self.loss_scale * mean + penalty / self.network.members
 
     def divergence(self, epoch: int, loss: float) -> str:
         """What to say of values that are not finite."""

@@ -124,7 +124,7 @@ class OnDevice:
         self.cuda = cuda = Cuda()
         self.arrays = [cupy.array(a) for a in arrays]
         memories = [*self.arrays, cupy.full(built.n_bytes, 255, np.uint8)]
-        self.at, self.results = cupy.zeros(1, np.int32), cupy.zeros((len(table), 2))
+        self.at, self.results = cupy.zeros(1, np.int32), cupy.zeros((len(table), built.n_results))
         table = cupy.array(np.array(table))
         launch = cuda.compile(built.source)
 

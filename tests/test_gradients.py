@@ -23,7 +23,7 @@ from portable_mlp.losses import (
     SquaredError,
 )
 from portable_mlp.optimizers import SGD
-from portable_mlp.steps import Batch, objective
+from portable_mlp.steps import NO_NUMBERS, Batch, objective
 from portable_mlp.training import Trainer
 
 N, D = 17, 5
@@ -148,7 +148,7 @@ def test_network_meets_autograd_and_differences(activation, loss_name, weighted,
 
     def packed(params: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
         value, penalty, grads = objective(
-            recipe, layout.pack(params, xp), Batch(x, y, w), trainer.alphas, ()
+            recipe, layout.pack(params, xp), Batch(x, y, w), trainer.alphas, NO_NUMBERS
         )
         return float(value + penalty), layout.unpack(grads, xp)
 

@@ -25,7 +25,7 @@ from portable_mlp.engines.verifier import verify
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import Adam
 from portable_mlp.schedules import Clock
-from portable_mlp.steps import Batch, first_half, second_half, sums, update, weight_of
+from portable_mlp.steps import NO_NUMBERS, Batch, first_half, second_half, sums, update, weight_of
 
 NUMPY = NumPyBackend()
 CLOCK = Clock(0, 10, 0, 0)
@@ -87,7 +87,7 @@ def test_what_is_handed_over_is_the_gradient_the_loss_and_the_weights(kind, weig
     _, values = run(engine, *made, n_steps=1, batch_size=12)
     order = np.random.RandomState(0).permutation(12)
     rows = Batch(*(None if a is None else a[order] for a in batch))
-    value, grads = sums(trainer.recipe, arrays.leaves, rows, ())
+    value, grads = sums(trainer.recipe, arrays.leaves, rows, NO_NUMBERS)
     wanted = [*map(np.ravel, trainer.recipe.layout.pack(grads, np)), [value]]
     wanted += [[batch.weights.sum()]] if weighted else []
     np.testing.assert_allclose(copies[0], np.concatenate(wanted), rtol=1e-14)
@@ -125,11 +125,11 @@ def test_parts_of_a_batch_add_up_to_its_step(weighted, settings):
         part = Batch(*(None if a is None else a[rows] for a in batch))
         if part.x.shape[0] == 0:
             continue
-        own, theirs = sums(recipe, arrays.leaves, part, (), total=n)
+        own, theirs = sums(recipe, arrays.leaves, part, NO_NUMBERS, total=n)
         value += own
         grads = theirs if grads is None else [a + b for a, b in zip(grads, theirs, strict=True)]
     hyper, _ = trainer.hyper(CLOCK, None)
-    wanted_value, wanted_grads = sums(recipe, arrays.leaves, whole, ())
+    wanted_value, wanted_grads = sums(recipe, arrays.leaves, whole, NO_NUMBERS)
     np.testing.assert_allclose(value, wanted_value, rtol=1e-14)
     for a, b in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-16)
@@ -172,7 +172,7 @@ def test_engines_that_have_no_halves_say_so(request, cuda):
 def test_the_halves_together_are_the_step():
     """In NumPy's own functions, without an engine."""
     trainer, arrays, batch = case(SquaredError(), Adam(), weighted=True, alpha=0.1)
-    vector = first_half(trainer.recipe, arrays.leaves, batch, ())
+    vector = first_half(trainer.recipe, arrays.leaves, batch, NO_NUMBERS)
     hyper, _ = trainer.hyper(CLOCK, None)
     (leaves, _), (value, _) = second_half(trainer.recipe, arrays, vector, hyper)
     assert value == vector[-2]

@@ -26,6 +26,7 @@ from portable_mlp import (
     MLPRegressor,
     ModelFileError,
     load,
+    mlp,
     modelfile,
     save,
 )
@@ -118,7 +119,7 @@ def test_safetensors_reads_it(raw, tmp_path):
     path.write_bytes(raw["classifier"])
     model = load(path)
     with safe_open(path, framework="np") as file:
-        assert np.array_equal(file.get_tensor("coefs.0"), model.coefs_[0])
+        assert np.array_equal(file.get_tensor("params.0"), model.coefs_[0])
         assert set(file.metadata()) == {"portable_mlp", "sha256"}
 
 
@@ -133,7 +134,7 @@ def test_metadata_without_a_model(raw, tmp_path):
     assert found["preprocessing"] is True
     assert found["checkpoint"] is False
     assert found["params"]["max_iter"] == 2
-    assert found["shapes"]["coefs.0"] == (4, 3)
+    assert found["shapes"]["params.0"] == (4, 3)
     path.write_bytes(raw["checkpoint"])
     assert read_metadata(path)["checkpoint"] is True
     path.write_bytes(raw["checkpoint"][:-1])
@@ -155,6 +156,16 @@ def in_params(**changes):
     return lambda header, meta, payload: put_together(
         header, meta | {"params": meta["params"] | changes}, payload
     )
+
+
+def layer(number, **changes):
+    """One of the network's layers changed."""
+
+    def change(header, meta, payload):
+        meta["network"][number] |= changes
+        return put_together(header, meta, payload)
+
+    return change
 
 
 def in_array(name, **changes):
@@ -216,6 +227,16 @@ HOSTILE = {
     "parameter of the wrong type": (in_params(batch_size="x"), "batch_size"),
     "unknown activation": (in_params(activation="../relu"), "unknown activation"),
     "activations too many": (in_params(activation=["relu", "relu"]), "activation"),
+    "an activation among the layers": (in_meta(network=["relu"]), "its layers are"),
+    "no layers": (in_meta(network=[]), None),
+    "layers that do not fit": (layer(0, n_out=9), "takes 3 columns"),
+    "layers of other weights": (layer(0, n_in=9), "which are not those of its layers"),
+    "a layer of negative width": (layer(0, n_in=-4), "at least 1"),
+    "a layer of half a width": (layer(0, n_in=4.5), "n_in=4.5"),
+    "a layer of many members": (layer(0, members=2**60), "members"),
+    "unknown layer": (in_meta(network=[{"class": "os.system", "command": "ls"}]), "os.system"),
+    "a loss among the layers": (in_meta(network=[{"class": "Poisson"}]), "its layers are"),
+    "initial values of text": (layer(0, weight_init="ls"), "weight_init='ls'"),
     "unknown device": (in_params(device="toaster"), "unknown device"),
     "unknown backend": (in_params(backend="os"), "unknown backend"),
     "loss is none": (in_meta(loss="huber"), None),
@@ -223,23 +244,23 @@ HOSTILE = {
     "classes of unknown kind": (in_meta(labels={"classes": "pickle"}), None),
     "classes as other type": (in_meta(labels={"classes": "numbers"}), "outputs for the classes"),
     "characters that are none": (in_array("classes", dtype="F32"), "not characters"),
-    "array missing": (without("intercepts.1"), None),
+    "array missing": (without("params.3"), None),
     "array of nobody": (renamed("loss_curve_", "../../etc/passwd"), "etc/passwd"),
-    "weights missing": (renamed("coefs.1", "coefs.7"), "coefs.1"),
-    "transposed weights": (in_array("coefs.0", shape=[3, 4]), "shapes"),
-    "weights as a vector": (in_array("coefs.0", shape=[12]), None),
-    "weights as integers": (in_array("coefs.0", dtype="I64"), "data types"),
-    "huge shape": (in_array("coefs.0", shape=[2**40, 2**40]), "shape"),
-    "huge and empty": (in_array("coefs.0", shape=[2**62, 0], data_offsets=[0, 0]), None),
-    "negative shape": (in_array("coefs.0", shape=[-4, -3]), "shape"),
-    "fractional shape": (in_array("coefs.0", shape=[4.0, 3]), "shape"),
-    "shape is not a number": (in_array("coefs.0", shape=[float("nan"), 3]), "shape"),
-    "shape is true": (in_array("coefs.0", shape=[True, 12]), "shape"),
-    "shape is missing": (in_array("coefs.0", shape=None), None),
-    "unknown data type": (in_array("coefs.0", dtype="O"), None),
-    "overlapping arrays": (in_array("coefs.1", **OFFSETS), "not where"),
-    "offsets beyond the file": (in_array("coefs.0", data_offsets=[0, 2**70]), "not where"),
-    "offsets of text": (in_array("coefs.0", data_offsets="ab"), None),
+    "weights missing": (renamed("params.2", "params.7"), "params.2"),
+    "transposed weights": (in_array("params.0", shape=[3, 4]), "shapes"),
+    "weights as a vector": (in_array("params.0", shape=[12]), None),
+    "weights as integers": (in_array("params.0", dtype="I64"), "data types"),
+    "huge shape": (in_array("params.0", shape=[2**40, 2**40]), "shape"),
+    "huge and empty": (in_array("params.0", shape=[2**62, 0], data_offsets=[0, 0]), None),
+    "negative shape": (in_array("params.0", shape=[-4, -3]), "shape"),
+    "fractional shape": (in_array("params.0", shape=[4.0, 3]), "shape"),
+    "shape is not a number": (in_array("params.0", shape=[float("nan"), 3]), "shape"),
+    "shape is true": (in_array("params.0", shape=[True, 12]), "shape"),
+    "shape is missing": (in_array("params.0", shape=None), None),
+    "unknown data type": (in_array("params.0", dtype="O"), None),
+    "overlapping arrays": (in_array("params.2", **OFFSETS), "not where"),
+    "offsets beyond the file": (in_array("params.0", data_offsets=[0, 2**70]), "not where"),
+    "offsets of text": (in_array("params.0", data_offsets="ab"), None),
     "name twice": (as_text('"params"', '"estimator": "MLPClassifier", "params"'), "a name twice"),
     "name twice, deeper": (as_text('"alpha"', '"tol": 1, "tol": 2, "alpha"'), "a name twice"),
     "array twice": (raw_header('{"a":{},"b":{},"a":{}}'), "a name twice"),
@@ -284,7 +305,7 @@ HOSTILE_STATE = {
     "watches something else": (in_state(watched="password"), "watches"),
     "best is text": (in_state(best="x"), None),
     "moments of other shape": (in_array("state.moments.0", shape=[3, 9]), "moments"),
-    "moments missing": (renamed("state.moments.1", "coefs.9"), None),
+    "moments missing": (renamed("state.moments.1", "params.9"), None),
     "history of other shape": (in_array("state.history", shape=[6, 1]), None),
 }
 
@@ -425,6 +446,7 @@ def heavy(raw):
     weights = np.zeros((200_000, 20))
     X = np.zeros((2, 200_000))
     wide = MLPRegressor(hidden_layer_sizes=(20,), max_iter=1).fit(np.zeros((2, 20)), np.zeros(2))
+    wide.network_ = mlp([200_000, 20, 1])
     wide.coefs_[0], wide.n_features_in_ = weights, X.shape[1]
     yield "large weights", wide, None
     yield "large preprocessing", wide, FunctionTransformer(kw_args={"a": np.zeros(5_000_000)})
@@ -556,7 +578,7 @@ def fuzz(raw, path, mutations):
         rows = np.linspace(-1.0, 1.0, 2 * model.n_features_in_).reshape(2, -1)
         assert len(model.predict(rows)) == 2
         with safe_open(path, framework="np") as file:  # another reader of the format agrees
-            assert np.array_equal(file.get_tensor("coefs.0"), model.coefs_[0], equal_nan=True)
+            assert np.array_equal(file.get_tensor("params.0"), model.coefs_[0], equal_nan=True)
     return counts
 
 
@@ -679,7 +701,7 @@ def test_a_missing_file_is_missing(tmp_path):
 def test_safetensors_refuses_what_it_should(raw, tmp_path):
     """The oracle of the fuzz test is one: it refuses a header that lies."""
     header, meta, payload = take_apart(raw["classifier"])
-    header["coefs.0"]["shape"] = [9, 9]
+    header["params.0"]["shape"] = [9, 9]
     (tmp_path / "model").write_bytes(put_together(header, meta, payload))
     with pytest.raises(SafetensorError):
         safe_open(tmp_path / "model", framework="np")

@@ -118,8 +118,9 @@ def stepped(optimizer, params, grads, moments, c, xp, groups):
     for kind, treatment in enumerate(treatments.updates):
         own = [i for i, group in enumerate(groups) if treatments.kinds[group] == kind]
         decay = optimizer.weight_decay * treatment.decay
+        keep = 1.0 - c[0] * decay if decay else None
         found = optimizer.apply(
-            *([a[i] for i in own] for a in (params, grads, moments)), c, xp, decay or None
+            *([a[i] for i in own] for a in (params, grads, moments)), c, xp, keep
         )
         for i, p, m in zip(own, *found, strict=True):
             new_params[i], new_moments[i] = p, m
@@ -308,7 +309,7 @@ class Halved(SGD):
 
 @dataclass(frozen=True, kw_only=True)
 class HalvedWhole(SGD):
-    def apply(self, params, grads, moments, c, xp, decay=None):
+    def apply(self, params, grads, moments, c, xp, keep=None):
         return [p - c[0] * self.momentum * g for p, g in zip(params, grads, strict=True)], moments
 
 

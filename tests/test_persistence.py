@@ -176,7 +176,7 @@ def test_another_library_s_safetensors(tmp_path):
 
     save_file({"a": np.ones(3)}, tmp_path / "other.safetensors")
     with pytest.raises(
-        ValueError, match="other.safetensors is no model of format 'portable_mlp/2'.*says None"
+        ValueError, match="other.safetensors is no model of format 'portable_mlp/3'.*says None"
     ):
         load(tmp_path / "other.safetensors")
 

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.program import Program, leaves
+from portable_mlp.engines.program import Program, leaves, rebuild
 from portable_mlp.engines.recording import Recorder, Unrecordable, record
 from portable_mlp.engines.verifier import ProgramError, verify, verifying
+from portable_mlp.members import PerMember
 from portable_mlp.steps import (
     Arrays,
     Batch,
@@ -27,7 +28,8 @@ from portable_mlp.steps import (
 from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
-Values = list[tuple[float, float]]
+Values = list[tuple[Any, float]]
+"""Loss and penalty of each step; the losses, where there are members."""
 Reduce = Callable[[Array], None]
 
 # The most epochs in one task
@@ -77,9 +79,17 @@ class Task(NamedTuple):
             yield slice(start, min(start + self.batch_size, n))
 
 
-def flat(hyper: Hyper) -> tuple[float, ...]:
-    """Return the numbers of a step, in the order in which a program takes them."""
-    return tuple(leaves(hyper))
+def flat(numbers: Any) -> tuple[Any, ...]:
+    """Return the numbers of a step, in the order in which a program takes them.
+
+    Those of members, each its own, are an array in float64 or int64.
+    """
+    return tuple(x.values if isinstance(x, PerMember) else x for x in leaves(numbers))
+
+
+def table(hypers: Sequence[Hyper]) -> NDArray[np.float64]:
+    """Return all numbers of several steps, a row each, in the order of `flat`."""
+    return np.array([np.concatenate([np.ravel(x) for x in flat(h)]) for h in hypers], np.float64)
 
 
 class Engine:
@@ -129,12 +139,27 @@ class Engine:
     def _step(
         self, arrays: Arrays, batch: Batch, hyper: Hyper
     ) -> tuple[Arrays, tuple[Array, Array]]:
+        hyper = self._numbers(hyper, arrays)
         if self.reduce is None:
             return step(self.recipe, arrays, batch, hyper)
-        vector = first_half(self.recipe, arrays.leaves, batch, hyper.layers)
+        vector = first_half(self.recipe, arrays.leaves, batch, hyper.forward)
         self.reduce(vector)
         n = batch.x.shape[0] if batch.weights is None else None
         return second_half(self.recipe, arrays, vector, hyper, n)
+
+    def _numbers(self, hyper: Hyper, arrays: Arrays) -> Hyper:
+        """The numbers as the step takes them: those of members as arrays."""
+        if self.recipe.network.members is None:
+            return hyper
+        kind = str(arrays.leaves[0].dtype).rpartition(".")[2]
+
+        def here(x: Any) -> Any:
+            if not isinstance(x, PerMember):
+                return x
+            return self.backend.asarray(x.values, "int32" if x.dtype is int else kind)
+
+        numbers: Hyper = rebuild(hyper, map(here, leaves(hyper)))
+        return numbers
 
     def _batches(self, task: Task) -> Iterator[Batch]:
         data = task.data
@@ -146,6 +171,11 @@ class Engine:
             else:
                 chosen = indices[rows]
                 yield Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
+
+    def _pair(self, row: list[float]) -> tuple[Any, float]:
+        """Loss and penalty of a step, from its values one after the other."""
+        *losses, penalty = row
+        return (losses[0] if self.recipe.network.members is None else losses), penalty
 
     def _fetch(self, losses: list[Any], penalties: list[Any]) -> Values:
         found = self.backend.fetch(losses).tolist()

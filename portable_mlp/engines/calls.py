@@ -220,17 +220,17 @@ class _Writer:
         return "(" + NUMBERS[x.op].format(*(self._number(o) for o in x.operands)) + ")"
 
     def operand(self, x: Any, dtype: Any) -> str:
-        """An array; of a number, one without axes: half the time of a Python number."""
+        """An array; of a number, one with its axes, or none: half the time of a Python number."""
         if isinstance(x, Node) and not x.is_number:
             return self.name(x)
         key = ("scalar", dtype, x if isinstance(x, Node) else (type(x), repr(x)))
         if key not in self.names:
             name = self._fresh(key, "c")
             known = not isinstance(x, Node)
-            value = self._number(x) if known else 0
-            self.bound.append(f"{name} = {self.dialect.constant(value, (), dtype)}")
+            value, shape = (self._number(x), ()) if known else (0, x.shape)
+            self.bound.append(f"{name} = {self.dialect.constant(value, shape, dtype)}")
             if not known:
-                self.calls.append(f"{name}[()] = {self._number(x)}")
+                self.calls.append(self.dialect.fill(name, self._number(x), shape))
         return self.names[key]
 
     def name(self, x: Node) -> str:
@@ -405,6 +405,8 @@ class _Writer:
         to begin anew.
         """
         if x.ndim != 2 or not x.elementwise or not x.size:
+            return operands, out
+        if any(o.is_number for o in x.with_axes):
             return operands, out
         n, k = x.shape
         arrays = [a for a in x.arrays if a.shape]

@@ -25,8 +25,8 @@ from portable_mlp.engines.base import (
     Task,
     Tree,
     Values,
-    flat,
     recorded,
+    table,
 )
 from portable_mlp.engines.kernels import compile_program, gather_kernel
 from portable_mlp.engines.launches import Kernel, Kernels, View
@@ -146,9 +146,9 @@ class CaptureEngine(RecordedEngine):
         """Put what an epoch's steps read where they read it."""
         to, given = self.backend.asarray, [a for a in task.data if a is not None]
         n, order, hypers = task.n_rows, task.order, task.hypers
-        table = np.array([flat(h) for h in hypers], np.float64)
+        numbers = table(hypers)
         # Graphs point into it: it has room for whatever may come
-        room = np.zeros((max(len(table), EPOCHS_AT_ONCE), table.shape[1]))
+        length = max(len(numbers), EPOCHS_AT_ONCE)
         rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
         whole = order is None and n <= task.batch_size
         if self._cuda is None:
@@ -158,7 +158,7 @@ class CaptureEngine(RecordedEngine):
             self._arrays = arrays
         key = task.batch_size, whole, tuple((a.shape, str(a.dtype)) for a in given)
         now = self._memories.get(key)
-        if now is not None and (len(rows) > len(now.rows) or len(table) > len(now.table)):
+        if now is not None and (len(rows) > len(now.rows) or len(numbers) > len(now.table)):
             now = None
         known = now is not None and all(a is b for a, b in zip(given, now.given, strict=True))
         if now is not None and now.own and not known:
@@ -174,20 +174,20 @@ class CaptureEngine(RecordedEngine):
                 [_row_by_row(to(a, copy=True) if own else a, self.backend.xp) for a in given],
                 own,
                 whole,
-                to(room),
+                to(np.zeros((length, numbers.shape[1]))),
                 to(rows, copy=True),
-                to(room[:, :2], copy=True),
+                to(np.zeros((length, self.recipe.n_losses + 1))),
                 to(np.zeros(1, np.int32)),
             )
             self._memories[key] = now
         now.given = given
-        now.table[: len(table), ...] = to(table)
+        now.table[: len(numbers), ...] = to(numbers)
         now.rows[: len(rows)] = to(rows)
         self._now = now
 
     def _results(self, first: int, end: int) -> Values:
         found = self.backend.to_host(self._now.losses)[first:end].tolist()
-        return [(loss, penalty) for loss, penalty in found]
+        return [self._pair(row) for row in found]
 
     # ------------------------------------------------------------ a step
 
@@ -273,7 +273,7 @@ class CaptureEngine(RecordedEngine):
             [next(again) for _ in arrays.leaves],
             [tuple(next(again) for _ in m) for m in arrays.moments],
         )
-        wanted, wanted_values = step(self.recipe, copies, batch, hyper)
+        wanted, wanted_values = step(self.recipe, copies, batch, self._numbers(hyper, arrays))
 
         def undo() -> None:
             for a, old in zip(own, before, strict=True):
@@ -312,8 +312,10 @@ class CaptureEngine(RecordedEngine):
         norm = self.backend.xp.linalg.vector_norm
         dtype = str(got[0].dtype)
         tolerance, eps = self._TOLERANCE[dtype], float(np.finfo(dtype).eps)
-        values = [float(v) for v in wanted_values]
-        found = self._results(number, number + 1)[0]
+        host = self.backend.to_host
+        each = (np.ravel(host(v) if hasattr(v, "shape") else v) for v in wanted_values)
+        values = np.concatenate([*each])
+        found = np.concatenate([*map(np.ravel, self._results(number, number + 1)[0])])
         if not np.allclose(found, values, rtol=tolerance, atol=tolerance, equal_nan=True):
             return False
         for w, g, b in zip(wanted, got, before, strict=True):

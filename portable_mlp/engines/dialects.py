@@ -100,6 +100,11 @@ class NumPyDialect:
         return f"{out}[...] = {x}"
 
     @classmethod
+    def fill(cls, out: str, number: str, shape: Any) -> str:
+        """Bring in a number that the host has computed; with axes, it is one of its arrays."""
+        return f"{out}[...] = {number}" if shape else f"{out}[()] = {number}"
+
+    @classmethod
     def where(cls, out: str, condition: str, a: str, b: str) -> str:
         return f"{out}[...] = {b}; np.copyto({out}, {a}, where={condition})"
 
@@ -191,6 +196,11 @@ class TorchDialect(NumPyDialect):
     @classmethod
     def assign(cls, out: str, x: str) -> str:
         return f"{out}.copy_({x})"
+
+    @classmethod
+    def fill(cls, out: str, number: str, shape: Any) -> str:
+        number = f"torch.from_numpy({number})" if shape else number
+        return super().fill(out, number, shape)
 
     @classmethod
     def where(cls, out: str, condition: str, a: str, b: str) -> str:

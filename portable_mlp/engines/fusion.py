@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -44,7 +45,7 @@ _SHARE = 8192  # elements that one block adds up
 class Launch:
     """A kernel of nodes computed at the same points, a product, or a sum over all elements.
 
-    Or data that moves: a part into the vector that it is joined in, or an output to the
+    Or data that moves: a part into the array that it is joined in, or an output to the
     donated array that it replaces, by way of memory aside.
     """
 
@@ -52,7 +53,9 @@ class Launch:
     nodes: list[Node] = field(default_factory=list)
     rows: int = 0  # of a kernel whose threads have a row each: how many
     points: int = 0
-    offset: int = 0  # of a copy: bytes behind the start of the vector that is joined
+    offset: int = 0  # of a copy: elements behind the start of the array that is joined
+    # Of a copy: elements that lie together, and from them to the next ones of the same part
+    runs: tuple[int, int] = (0, 0)
 
 
 class Fusion:
@@ -61,7 +64,12 @@ class Fusion:
     def __init__(self, program: Program, n_donated: int) -> None:
         self.program = program
         self.arrays = [x for x in program.inputs if not x.is_number]
-        self.numbers = {x: k for k, x in enumerate(x for x in program.inputs if x.is_number)}
+        self.numbers: dict[Node, int] = {}  # the first column of each in the table
+        self.n_numbers = 0
+        for x in program.inputs:
+            if x.is_number:
+                self.numbers[x] = self.n_numbers
+                self.n_numbers += x.size
         for x in (*self.arrays, *program.nodes):
             if not x.is_number and str(x.dtype) not in TYPES:
                 raise Unrecordable(f"there are no CUDA kernels of {x.dtype}")
@@ -119,17 +127,19 @@ class Fusion:
         self.launches.append(launch)
 
     def _put_concat(self, x: Node) -> None:
-        if x.attrs != (0,):
-            raise Unrecordable("it joins arrays along an axis that is not the first")
+        (axis,) = x.attrs
+        inner = prod(x.shape[axis + 1 :])
         offset = 0
         last = 0
         for part in x.operands:
             self._need(part)
-            if self.homes.get(part.root) != (x, offset):
-                self.launches.append(Launch("copy", [x, part], points=part.size, offset=offset))
+            if self.homes.get(part.root) != (x, offset * x.dtype.itemsize):
+                runs = part.shape[axis] * inner, x.shape[axis] * inner
+                copy = Launch("copy", [x, part], points=part.size, offset=offset, runs=runs)
+                self.launches.append(copy)
                 last = len(self.launches) - 1
             last = max(last, self.at.get(part.root, 0))
-            offset += part.n_bytes
+            offset += part.shape[axis] * inner
         self.at[x] = last
 
     def _need(self, x: Node) -> None:
@@ -206,8 +216,6 @@ class Fusion:
         return linear(x.shape, indices)
 
     def _check_product(self, x: Node) -> None:
-        if x.ndim > 2 or any(o.ndim > 2 for o in x.operands):
-            raise Unrecordable("it multiplies stacks of matrices")
         if x.dtype not in (np.float32, np.float64) or any(o.dtype != x.dtype for o in x.operands):
             raise Unrecordable(f"it multiplies matrices of {x.dtype}")
         for root in (o.root for o in x.operands):
@@ -248,7 +256,7 @@ class Fusion:
             yield operand, linear(operand.shape, indices)
             return
         for operand in x.operands:
-            if isinstance(operand, Node) and not operand.is_number:
+            if operand in x.with_axes:
                 yield operand, broadcast(operand, x.shape, access)
             else:
                 yield operand, access
@@ -319,7 +327,7 @@ class Fusion:
     def _last_reads(self) -> Iterator[tuple[Node, Access]]:
         for y in self.results:
             if isinstance(y, Node) and not y.is_number:
-                if y.size != 1:
+                if y.ndim > 1:
                     raise Unrecordable(f"it returns an array of shape {y.shape}")
                 yield from self._bases(y, Access("0", ("0",) * y.ndim))
 

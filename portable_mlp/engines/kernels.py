@@ -11,6 +11,7 @@ changes and can be replayed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import isfinite, isnan, prod
 from typing import Any
 
@@ -37,6 +38,7 @@ from portable_mlp.engines.program import (
     VIEWS,
     Node,
     Program,
+    Shape,
     Spec,
 )
 from portable_mlp.engines.recording import Unrecordable
@@ -47,9 +49,9 @@ _THREADS = 256  # of a block
 def compile_program(program: Program, n_donated: int) -> Kernels:
     """Write the kernels of a program.
 
-    Its outputs behind the donated ones have to be numbers or without axes; they go to the
-    row of the counter in a table of results, two columns wide, which is the last kernel's
-    last argument.  That kernel also increments the counter.
+    Its outputs behind the donated ones have to be numbers or have one axis at most; they go to the
+    row of the counter in a table of results, each one column or as many as it has elements,
+    which is the last kernel's last argument.  That kernel also increments the counter.
 
     Parameters
     ----------
@@ -115,36 +117,61 @@ class _Writer(Fusion):
                 self._write_total(launch)
             else:
                 self._write_points(i, launch)
-        self._write_last()
+        n_results = self._write_last()
         constants = tuple(
             (self._whole(x), float(x.operands[0])) for x in dict.fromkeys(self.constants)
         )
         return Kernels(
-            "".join(self.source), tuple(self.written), len(self.numbers), n_bytes, constants
+            "".join(self.source), tuple(self.written), self.n_numbers, n_results, n_bytes, constants
         )
 
     def _whole(self, x: Node) -> View:
         return View(self.places[x], x.shape, row_strides(x.shape), x.dtype)
 
     def _write_product(self, x: Node) -> None:
-        def matrix(o: Node, row: bool) -> View:
-            place, shape, strides, dtype = self._view(o)
-            if len(shape) == 2:
-                return View(place, shape, strides, dtype)
-            (n,), (stride,) = shape, strides
-            return (
-                View(place, (1, n), (n * stride, stride), dtype)
-                if row
-                else View(place, (n, 1), (stride, n * stride), dtype)
-            )
-
         left, right = x.operands
-        a, b = matrix(left, row=True), matrix(right, row=False)
+        stack = x.shape[: x.ndim - (left.ndim > 1) - (right.ndim > 1)]
+        a = self._matrix(left, stack, row=True)
+        b = self._matrix(right, stack, row=False)
         if not _in_pieces(a) or not _in_pieces(b):
             raise Unrecordable("it multiplies by a matrix with gaps in its rows and columns")
-        n, m = a.shape[0], b.shape[1]
-        out = View(self.places[x], (n, m), (m, 1), x.dtype)
+        shape = (*a.shape[:-1], b.shape[-1])
+        out = View(self.places[x], shape, row_strides(shape), x.dtype)
         self.written.append(Product(a, b, out))
+
+    def _matrix(self, x: Node, stack: Shape, *, row: bool) -> View:
+        """An operand as a matrix, or as a stack of as many as the product has.
+
+        Parameters
+        ----------
+        x : Node
+        stack : tuple of int
+            The axes before those of the product's matrices.
+        row : bool
+            Whether a vector is a row; it is a column otherwise.
+        """
+        place, shape, strides, dtype = self._view(x)
+        if len(shape) == 1:
+            (n,), (stride,) = shape, strides
+            shape, strides = (
+                ((1, n), (n * stride, stride)) if row else ((n, 1), (stride, n * stride))
+            )
+        lead = len(shape) - 2
+        # What there is of the stack's axes; along the others a matrix stands again and again
+        sizes = (1,) * (len(stack) - lead) + shape[:lead]
+        steps = (0,) * (len(stack) - lead) + strides[:lead]
+        matrix, within = shape[lead:], strides[lead:]
+        axes = [
+            (n, step if size > 1 else 0)
+            for n, size, step in zip(stack, sizes, steps, strict=True) if n > 1
+        ]  # fmt: skip
+        if not stack:
+            return View(place, matrix, within, dtype)
+        for (_, outer), (n, inner) in pairwise(axes):
+            if outer != n * inner:
+                raise Unrecordable("it multiplies a stack of matrices whose distances differ")
+        step = axes[-1][1] if axes else 0
+        return View(place, (prod(stack), *matrix), (step, *within), dtype)
 
     def _view(self, x: Node) -> View:
         """Shape and strides of a view of an array that lies in memory row by row."""
@@ -158,7 +185,11 @@ class _Writer(Fusion):
             (axes,) = x.attrs
             return View(place, x.shape, tuple(strides[axis] for axis in axes), dtype)
         if x.op == "broadcast":
-            raise Unrecordable("it multiplies by a broadcast matrix")
+            new_axes = len(x.shape) - len(shape)
+            there = (0,) * new_axes + tuple(
+                stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True)
+            )
+            return View(place, x.shape, there, dtype)
         new: list[int] = []
         offset = 0
         by_axis = keys(x, next_new=lambda: new.append(0))
@@ -169,8 +200,8 @@ class _Writer(Fusion):
                 start, _, step = slice(*key[1:]).indices(n)
                 offset += start * stride
                 new.append(step * stride)
-        there = Place(place.memory, place.offset + offset * dtype.itemsize)
-        return View(there, x.shape, tuple(new), dtype)
+        there_ = Place(place.memory, place.offset + offset * dtype.itemsize)
+        return View(there_, x.shape, tuple(new), dtype)
 
     def _kernel(
         self, template: str, blocks: int, threads: int, used: dict[str, View], **parts: Any
@@ -178,7 +209,7 @@ class _Writer(Fusion):
         name = f"k{len(self.written)}"
         pointers = [f"{TYPES[str(view.dtype)]}* {pointer}" for pointer, view in used.items()]
         parameters = ", ".join(["const double* table", "int* step", *pointers])
-        row = f"    const double* h = table + (long long)*step * {len(self.numbers)};\n"
+        row = f"    const double* h = table + (long long)*step * {self.n_numbers};\n"
         numbers = row if any("h[" in str(part) for part in parts.values()) else ""
         self.source.append(
             template.format(name=name, parameters=parameters, numbers=numbers, **parts)
@@ -217,6 +248,7 @@ class _Writer(Fusion):
                 if x in self.places:
                     stores.append(self._store(x, launch, used))
         else:
+            at = "i"
             x, y = launch.nodes
             aside = View(self.places.get(("aside", x), Place(0, 0)), (x.size,), (1,), x.dtype)  # type: ignore[call-overload]
             whole = self._whole(x)
@@ -227,10 +259,13 @@ class _Writer(Fusion):
                 value = self._read(y, x.dtype, Access("i"), used, -1)
                 used["to"] = aside
                 if launch.kind == "copy":
-                    place = whole.place
-                    there = Place(place.memory, place.offset + launch.offset)
-                    used["to"] = View(there, (y.size,), (1,), x.dtype)
-            stores.append(f"to[i] = {value};")
+                    place, n_bytes = whole.place, launch.offset * x.dtype.itemsize
+                    there = Place(place.memory, place.offset + n_bytes)
+                    used["to"] = View(there, (x.size - launch.offset,), (1,), x.dtype)
+                    run, apart = launch.runs
+                    if run < launch.points:
+                        at = f"i / {run} * {apart} + i % {run}"
+            stores.append(f"to[{at}] = {value};")
         body = "\n".join(f"        {line}" for line in (*lines, *stores))
         self._kernel(
             POINTWISE, -(-launch.points // _THREADS), _THREADS, used,
@@ -300,12 +335,12 @@ class _Writer(Fusion):
         """An operand's element; ``i`` is the launch that reads it."""
         if not isinstance(x, Node) or x.is_number:
             # A number takes the type of what it meets; alone, it is in double precision
-            return f"({TYPES.get(str(dtype), 'double')})({self._number(x)})"
+            return f"({TYPES.get(str(dtype), 'double')})({self._number(x, access)})"
         while x.op in VIEWS:
             access = through(x, access)
             (x,) = x.operands
         if x.op == "full":
-            return f"({TYPES[str(x.dtype)]})({self._number(x.operands[0])})"
+            return f"({TYPES[str(x.dtype)]})({self._number(x.operands[0], access)})"
         if x.op == "arange":
             span = range(*x.operands)
             return f"({TYPES[str(x.dtype)]})({span.start} + ({access.flat}) * {span.step})"
@@ -317,12 +352,15 @@ class _Writer(Fusion):
         used[pointer] = self._whole(x)
         return f"{pointer}[{access.flat}]"
 
-    def _number(self, x: Any) -> str:
-        """A number, known or from the table, in double precision."""
+    def _number(self, x: Any, access: Access) -> str:
+        """A number, known or from the table, in double precision; of one with axes, an element."""
         if isinstance(x, Node):
             if x in self.numbers:
-                return f"h[{self.numbers[x]}]"
-            operands = [f"(double)({self._number(o)})" for o in x.operands]
+                column = self.numbers[x]
+                return f"h[{column} + {access.flat}]" if x.shape else f"h[{column}]"
+            operands = [
+                f"(double)({self._number(o, where)})" for o, where in self._operands(x, access)
+            ]
             if x.op == "absolute":
                 return f"fabs({operands[0]})"
             return FUNCTIONS[x.op].format(*operands)
@@ -332,21 +370,29 @@ class _Writer(Fusion):
             return "NOT_A_NUMBER" if isnan(x) else "INF" if x > 0 else "-INF"
         return repr(x)
 
-    def _write_last(self) -> None:
+    def _write_last(self) -> int:
+        """Write the kernel that leaves the results; return how many values they are."""
         used: dict[str, View] = {}
-        lines = []
-        for column, y in enumerate(self.results):
+        values: list[str] = []
+        for y in self.results:
             if isinstance(y, Node) and not y.is_number:
-                value = self._read(y, y.dtype, Access("0", ("0",) * y.ndim), used, -1)
+                values += [
+                    self._read(y, y.dtype, Access(str(i), (str(i),) * y.ndim), used, -1)
+                    for i in range(y.size)
+                ]
             else:
-                value = self._number(y)
-            lines.append(f"        results[(long long)*step * 2 + {column}] = {value};")
+                values.append(self._number(y, Access("0")))
+        lines = [
+            f"        results[(long long)*step * {len(values)} + {column}] = {value};"
+            for column, value in enumerate(values)
+        ]
         self._kernel(LAST, 1, 1, used, body="\n".join(lines))
+        return len(values)
 
 
 def _in_pieces(matrix: View) -> bool:
     """Whether rows or columns are contiguous, one after the other, as cuBLAS wants."""
-    (n, m), (down, along) = matrix.shape, matrix.strides
+    (n, m), (down, along) = matrix.shape[-2:], matrix.strides[-2:]
     rows = (along == 1 or m == 1) and (down >= m or n == 1)
     columns = (down == 1 or n == 1) and (along >= n or m == 1)
     return rows or columns

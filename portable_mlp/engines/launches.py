@@ -45,7 +45,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Product:
-    """out = left right; matrices, each with contiguous rows or contiguous columns."""
+    """out = left right; matrices, each with contiguous rows or contiguous columns.
+
+    Or stacks of as many matrices, with an axis more in front.
+    """
 
     left: View
     right: View
@@ -63,7 +66,10 @@ class Kernels:
     launches : tuple of Kernel and Product
         In order.
     n_numbers : int
-        Width of the table: the program's inputs that are numbers, in order.
+        Width of the table: the program's inputs that are numbers, in order, with all values
+        of those that have axes.
+    n_results : int
+        Width of the table of results, which the last kernel writes a row of.
     n_bytes : int
         Of the work memory, whose number is that of the input arrays.
     constants : tuple of (View, number)
@@ -73,5 +79,6 @@ class Kernels:
     source: str
     launches: tuple[Kernel | Product, ...]
     n_numbers: int
+    n_results: int
     n_bytes: int
     constants: tuple[tuple[View, float], ...]

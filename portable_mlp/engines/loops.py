@@ -89,8 +89,8 @@ def _plain(access: Access) -> bool:
 
 
 def _reads(x: Node, own: Access) -> Iterator[tuple[Node, Access]]:
-    """The arrays, and their elements, that an element of x is computed from."""
-    for operand in x.arrays:
+    """What has axes, and its elements, that an element of x is computed from."""
+    for operand in x.with_axes:
         yield seen(operand, broadcast(operand, x.shape, own))
 
 
@@ -173,10 +173,13 @@ class LoopWriter:
         self._parameters[f"{TYPES[str(root.dtype)]} *restrict m{at}"] = f"memory[{at}]"
         return f"m{at}"
 
-    def _value(self, x: Node, dtype: Any) -> str:
-        """A parameter that is a number."""
+    def _value(self, x: Node, dtype: Any, access: Access) -> str:
+        """A parameter that is a number, or an element of one with axes."""
         name, kind = self.number(x, dtype), TYPES[str(dtype)]
         at = self._at(name, name)
+        if x.shape:
+            self._parameters[f"{kind} *restrict h{at}"] = f"memory[{at}]"
+            return f"h{at}[{access.flat}]"
         self._parameters[f"{kind} h{at}"] = f"*({kind} *)memory[{at}]"
         return f"h{at}"
 
@@ -247,7 +250,7 @@ class LoopWriter:
         if not isinstance(x, Node):
             return _literal(x, dtype)
         if x.is_number:
-            return self._value(x, dtype)
+            return self._value(x, dtype, broadcast(x, shape, own))
         root, access = seen(x, broadcast(x, shape, own))
         text = here.get(root) or f"{self._pointer(root)}[{access.flat}]"
         kind = TYPES[str(dtype)]

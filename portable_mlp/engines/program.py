@@ -66,7 +66,9 @@ class Node(Shaped):
         What else the operation needs: axes, a shape, slices; of an elementwise
         function, the data types it takes its operands in.
     shape : tuple of int
-    dtype : numpy.dtype, or the type int or float
+    dtype : numpy.dtype, or the type int or float of a number
+        Numbers change from call to call, and take the data type of what they meet.  They may
+        have axes, such as that of an ensemble's members.
     contiguous : bool
         Whether its elements lie in memory row by row, without gaps.
     """
@@ -87,6 +89,11 @@ class Node(Shaped):
     def arrays(self) -> list[Node]:
         """The operands that are arrays."""
         return [o for o in self.operands if isinstance(o, Node) and not o.is_number]
+
+    @property
+    def with_axes(self) -> list[Node]:
+        """The operands that are arrays, or numbers with axes."""
+        return [o for o in self.operands if isinstance(o, Node) and (o.shape or not o.is_number)]
 
     @property
     def elementwise(self) -> bool:
@@ -155,7 +162,7 @@ def parts_at_home(calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
 
 
 class Spec(NamedTuple):
-    """What a program has to know of an argument: of a number, its type."""
+    """What a program has to know of an argument: of a number, its type as ``dtype``."""
 
     shape: Shape
     dtype: Any
@@ -181,9 +188,12 @@ def rebuild(tree: Any, values: Iterator[Any]) -> Any:
 def specify(tree: Any) -> Any:
     """The tree of `Spec` of a tree of arrays and numbers."""
     specs = [
-        Spec(tuple(x.shape), np.dtype(str(x.dtype).rsplit(".", 1)[-1]))
-        if hasattr(x, "shape")
-        else Spec((), type(x))
+        Spec(tuple(x.shape), _dtype(x.dtype)) if hasattr(x, "shape") else Spec((), type(x))
         for x in leaves(tree)
     ]
     return rebuild(tree, iter(specs))
+
+
+def _dtype(dtype: Any) -> Any:
+    """NumPy's data type, whatever library's is given; of numbers, Python's type."""
+    return dtype if isinstance(dtype, type) else np.dtype(str(dtype).rsplit(".", 1)[-1])

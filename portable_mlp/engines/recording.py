@@ -12,7 +12,7 @@ computed once.  What does not lead to a result is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -215,7 +215,7 @@ class Recorder:
             if function not in NUMBERS:
                 raise Unrecordable(f"it takes {function} of a number")
             kind = float if function == "divide" or any(k is float for k in kinds) else int
-            return self.node(function, operands, (), (), kind)
+            return self.node(function, operands, (), _common_shape(operands), kind)
         try:
             *wanted, dtype = ufunc.resolve_dtypes((*kinds, None))
         except TypeError as error:
@@ -225,7 +225,7 @@ class Recorder:
             self.astype(o, d) if isinstance(o, Traced) and not o.is_number and o.dtype != d else o
             for o, d in zip(operands, wanted, strict=True)
         )
-        shape = np.broadcast_shapes(*(t.shape for t in traced))
+        shape = _common_shape(operands)
         # Elementwise functions commute with a transposition: f(aᵀ, b) = f(a, bᵀ)ᵀ
         large = [t for t in traced if t.shape == shape]
         axes = large[0].attrs[0] if large and large[0].op == "permute" else None
@@ -233,6 +233,7 @@ class Recorder:
             axes is not None
             and all(t.op == "permute" and t.attrs == (axes,) for t in large)
             and all(t.ndim in (0, len(shape)) for t in traced)
+            and not any(t.is_number and t.shape for t in traced)
         ):
             back = tuple(sorted(range(len(axes)), key=axes.__getitem__))
             inner = [
@@ -260,8 +261,8 @@ class Recorder:
             self.astype(x, dtype) if isinstance(x, Traced) and not x.is_number else x
             for x in (a, b)
         )
-        shapes = [x.shape for x in (condition, a, b) if isinstance(x, Traced)]
-        return self.node("where", (condition, a, b), (), np.broadcast_shapes(*shapes), dtype)
+        operands = condition, a, b
+        return self.node("where", operands, (), _common_shape(operands), dtype)
 
     def matmul(self, a: Traced, b: Traced) -> Traced:
         if a.ndim == 0 or b.ndim == 0 or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
@@ -298,6 +299,8 @@ class Recorder:
         return self.elementwise("multiply", total, total.size / x.size)
 
     def reshape(self, x: Traced, shape: Any, *, copy: bool | None = None) -> Traced:
+        if x.is_number:
+            raise Unrecordable("it reshapes a number")
         shape = tuple(shape)
         if -1 in shape:
             rest = -prod(shape)
@@ -387,6 +390,11 @@ class Recorder:
         if not all(isinstance(b, int) for b in bounds):
             raise Unrecordable("it makes a range of what is not an int")
         return self.node("arange", bounds, (), (len(range(*bounds)),), np.dtype(dtype))
+
+
+def _common_shape(operands: Sequence[Any]) -> Shape:
+    """What operands are broadcast to."""
+    return np.broadcast_shapes(*(x.shape for x in operands if isinstance(x, Traced)))
 
 
 def _kind(x: Any) -> Any:

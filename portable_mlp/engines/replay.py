@@ -123,19 +123,20 @@ class ReplayEngine(RecordedEngine):
         if reduce is None:
             return self._program(WHOLE, (arrays, batch, hyper), own)
         n = None if batch.weights is not None else batch.x.shape[0]
-        length = sum(prod(leaf.shape) for leaf in arrays.leaves) + 1 + (n is None)
+        length = sum(prod(leaf.shape) for leaf in arrays.leaves)
+        length += self.recipe.n_losses * (1 + (n is None))
         vector = self.dialect.buffer(arrays.leaves[0].reshape(-1), length)
         first = self._program(
-            FIRST, ([vector], arrays.leaves, batch, hyper.layers), [vector, *arrays.leaves]
+            FIRST, ([vector], arrays.leaves, batch, hyper.forward), [vector, *arrays.leaves]
         )
         second = self._program(SECOND, (arrays, vector, hyper, n), [*own, vector])
         n_arrays = sum(a is not None for a in batch)
-        # Of the numbers, the layers' are the last
-        layers = n_arrays + len(flat(hyper)) - len(tuple(leaves(hyper.layers)))
+        # Of the numbers, these are the last
+        forward = n_arrays + len(flat(hyper)) - len(flat(hyper.forward))
         rest = () if n is None else (n,)
 
         def program(*given: Any) -> tuple[Any, ...]:
-            first(*given[:n_arrays], *given[layers:])
+            first(*given[:n_arrays], *given[forward:])
             reduce(vector)
             return second(*given[n_arrays:], *rest)
 

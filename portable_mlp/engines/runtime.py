@@ -10,7 +10,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from ctypes import addressof, c_double, c_float, c_int, c_size_t, c_void_p
+from ctypes import addressof, c_double, c_float, c_int, c_longlong, c_size_t, c_void_p
 from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
@@ -76,14 +76,14 @@ class Cuda:
         return launch
 
     def multiply(self, left: Array, right: Array, out: Array) -> None:
-        """Multiply matrices on the current stream.
+        """Multiply matrices, or stacks of them, on the current stream.
 
         Parameters
         ----------
-        left : array (n, k)
-        right : array (k, m)
-            Each with contiguous rows or contiguous columns.
-        out : array (n, m)
+        left : array (n, k) or (stack, n, k)
+        right : array (k, m) or (stack, k, m)
+            Each with contiguous rows or contiguous columns, and any stride of the stack.
+        out : array (n, m) or (stack, n, m)
             Of contiguous rows; float32 or float64, as all three.
         """
         if self.refuses:
@@ -97,18 +97,26 @@ class Cuda:
         # of a capture may be
         handle = cuda.Device().cublas_handle
         call = self._cublas
-        gemm, one, zero = _GEMMS[str(out.dtype)]
+        letter, one, zero = _GEMMS[str(out.dtype)]
         # cuBLAS thinks in columns, where these are the transposes: outᵀ = rightᵀ leftᵀ
-        (n, k), m = left.shape, right.shape[1]
+        (n, k), m = left.shape[-2:], right.shape[-1]
         (right_op, right_step), (left_op, left_step) = layout(right), layout(left)
+        matrices: list[tuple[int, ...]] = [
+            (right.data.ptr, right_step), (left.data.ptr, left_step), (out.data.ptr, m)
+        ]  # fmt: skip
+        gemm, count = f"cublas{letter}gemm_v2", []
+        if out.ndim == 3:
+            gemm, count = f"cublas{letter}gemmStridedBatched", [len(out)]
+            strides = (a.strides[0] // a.dtype.itemsize for a in (right, left, out))
+            matrices = [(*own, stride) for own, stride in zip(matrices, strides, strict=True)]
+        first, second, third = matrices
         call("cublasSetStream_v2", handle, cuda.get_current_stream().ptr)
         try:
             # In a graph, cuBLAS's own workspace would be allocated anew at each launch
             call("cublasSetWorkspace_v2", handle, self._workspace.data.ptr, _WORKSPACE)
             call(
-                gemm, handle, right_op, left_op, m, n, k, addressof(one),
-                right.data.ptr, right_step, left.data.ptr, left_step,
-                addressof(zero), out.data.ptr, m,
+                gemm, handle, right_op, left_op, m, n, k, addressof(one), *first, *second,
+                addressof(zero), *third, *count,
             )  # fmt: skip
         finally:
             call("cublasSetStream_v2", handle, 0)  # takes the workspace away, too
@@ -158,32 +166,38 @@ def layout(a: Array) -> tuple[int, int]:
 
     Parameters
     ----------
-    a : array (n, m)
+    a : array (n, m) or (stack, n, m)
         With contiguous rows or contiguous columns.
     """
-    n, m = a.shape
-    down, along = (stride // a.dtype.itemsize for stride in a.strides)
+    n, m = a.shape[-2:]
+    down, along = (stride // a.dtype.itemsize for stride in a.strides[-2:])
     if along == 1 or m == 1:
         return 0, down if n > 1 else m
     return 1, along if m > 1 else n
 
 
 _GEMMS = {
-    "float32": ("cublasSgemm_v2", c_float(1), c_float(0)),
-    "float64": ("cublasDgemm_v2", c_double(1), c_double(0)),
+    "float32": ("S", c_float(1), c_float(0)),
+    "float64": ("D", c_double(1), c_double(0)),
 }
-"""By data type: the function, and its factors, which it reads on the host at the call."""
+"""By data type: the functions' letter, and their factors, read on the host at the call."""
 
 # cublasStatus_t (handle, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc)
 _GEMM = [
     c_void_p, c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int, c_void_p, c_int,
     c_void_p, c_void_p, c_int,
 ]  # fmt: skip
+# As that, with a stride behind each of A, B and C, and a batchCount
+_STACKED = [
+    *_GEMM[:9], c_longlong, *_GEMM[9:11], c_longlong, *_GEMM[11:], c_longlong, c_int,
+]  # fmt: skip
 _SIGNATURES = {
     "cublasSetStream_v2": [c_void_p, c_void_p],
     "cublasSetWorkspace_v2": [c_void_p, c_void_p, c_size_t],
     "cublasSgemm_v2": _GEMM,
     "cublasDgemm_v2": _GEMM,
+    "cublasSgemmStridedBatched": _STACKED,
+    "cublasDgemmStridedBatched": _STACKED,
 }
 
 

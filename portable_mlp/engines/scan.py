@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from functools import lru_cache, partial
 from importlib import import_module
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.base import EPOCHS_AT_ONCE, Engine, Reduce, Task, Values, flat
+from portable_mlp.engines.base import EPOCHS_AT_ONCE, Engine, Reduce, Task, Values, table
 from portable_mlp.engines.program import leaves, rebuild, specify
 from portable_mlp.steps import Arrays, Batch, Recipe, step
 from portable_mlp.typing import Array
@@ -43,15 +44,16 @@ class ScanEngine(Engine):
             whole, short = divmod(n, batch_size)  # the short batch is a program of its own
             pieces = [(whole, batch_size)] + [(whole + 1, short)] * (short > 0)
             lines = len(hypers)
-        numbers = [flat(hyper) for hyper in hypers]
+        numbers = table(hypers)
         form = specify(hypers[0])
-        whole_ones = [spec.dtype is int for spec in leaves(form)]
+        specs = [*leaves(form)]
+        is_whole = np.repeat([s.dtype is int for s in specs], [prod(s.shape) for s in specs])
         # Whole numbers apart: float32 has not all of them
         tables = []
         for kind, wanted in ((arrays.leaves[0].dtype, False), (np.int32, True)):
-            chosen = [i for i, is_whole in enumerate(whole_ones) if is_whole == wanted]
-            tables.append(np.zeros((lines, len(chosen)), kind))
-            tables[-1][: len(hypers)] = [[row[i] for i in chosen] for row in numbers]
+            chosen = numbers[:, is_whole == wanted]
+            tables.append(np.zeros((lines, chosen.shape[1]), kind))
+            tables[-1][: len(hypers)] = chosen
         values: Values = []
         done = task.first
         for end, size in pieces:
@@ -63,7 +65,7 @@ class ScanEngine(Engine):
                 began = time.perf_counter()
                 span = np.asarray((done, upto), np.int32)
                 arrays, piece = loop(arrays, task.data, indices, *tables, span)
-                values += map(tuple, np.asarray(piece)[done:upto].tolist())
+                values += map(self._pair, np.asarray(piece)[done:upto].tolist())
                 self._pace = (upto - done) / (time.perf_counter() - began)
                 done = upto
         return arrays, values
@@ -100,13 +102,19 @@ def _loop(recipe: Recipe, form: Any, size: int, batch_size: int) -> Any:
 
         def body(i: Array, carried: tuple[Arrays, Array]) -> tuple[Arrays, Array]:
             arrays, values = carried
-            given = {int: iter(whole[i, :]), float: iter(table[i, :])}
-            hyper = rebuild(form, (next(given[spec.dtype]) for spec in leaves(form)))
+            rows, used = {int: whole[i, :], float: table[i, :]}, {int: 0, float: 0}
+
+            def number(spec: Any) -> Array:
+                start = used[spec.dtype]
+                used[spec.dtype] = end = start + prod(spec.shape)
+                return xp.reshape(rows[spec.dtype][start:end], spec.shape)
+
+            hyper = rebuild(form, map(number, leaves(form)))
             arrays, pair = step(recipe, arrays, batch(i), hyper)
-            found = xp.stack([xp.asarray(v, dtype=table.dtype) for v in pair])
+            found = xp.concat([xp.reshape(xp.asarray(v, dtype=table.dtype), -1) for v in pair])
             return arrays, values.at[i, :].set(found)
 
-        values = xp.zeros((table.shape[0], 2), dtype=table.dtype)
+        values = xp.zeros((table.shape[0], recipe.n_losses + 1), dtype=table.dtype)
         looped: tuple[Arrays, Array] = jax.lax.fori_loop(span[0], span[1], body, (arrays, values))
         return looped
 

@@ -74,7 +74,8 @@ def _name(node: Node) -> str:
 def _check_node(node: Node) -> None:
     if node.is_number:
         numbers = [o for o in node.operands if not isinstance(o, Node) or o.is_number]
-        if node.op not in NUMBERS or len(numbers) != len(node.operands) or node.shape != ():
+        known = node.op in NUMBERS and len(numbers) == len(node.operands)
+        if not known or node.shape != _common_shape(node):
             raise ProgramError(f"{_name(node)} is no operation on numbers")
         return
     try:
@@ -96,7 +97,7 @@ def _stand_in(x: Any) -> Any:
     if not isinstance(x, Node):
         return x
     if x.is_number:
-        return x.dtype(1)
+        return x.dtype(1)  # its axes are looked at elsewhere
     if not x.contiguous:
         return _empty(x.shape, x.dtype)
     # Nobody looks at its elements, which are not there
@@ -147,7 +148,7 @@ def _expected(node: Node) -> np.ndarray[Any, Any]:
         return _empty((len(range(*operands)),), node.dtype)
     if op in ("astype", "copy"):
         return _empty(operands[0].shape, node.dtype if op == "astype" else operands[0].dtype)
-    shape = np.broadcast_shapes(*(np.shape(o) for o in operands))
+    shape = _common_shape(node)
     if op == "where":
         values = [o if isinstance(o, np.ndarray) else type(o) for o in operands[1:]]
         kinds = [v.dtype if isinstance(v, np.ndarray) else v for v in values]
@@ -159,6 +160,10 @@ def _expected(node: Node) -> np.ndarray[Any, Any]:
     if tuple(taken) != attrs:
         raise ProgramError(f"its operands are taken as {attrs}, not as {tuple(taken)}")
     return _empty(shape, dtype)
+
+
+def _common_shape(node: Node) -> Shape:
+    return np.broadcast_shapes(*(o.shape for o in node.operands if isinstance(o, Node)))
 
 
 def _empty(shape: Shape, dtype: Any) -> np.ndarray[Any, Any]:

@@ -1,8 +1,8 @@
 """CuPy's arrays and functions, on the driver's memory.
 
-CuPy's own functions run at once, behind what is queued on their stream; kernels, products and
-graphs are launches, which wait.  As in CuPy, an array of another device is refused, and none
-becomes a NumPy array by itself.
+CuPy's own functions run at once, behind what is queued on their stream.  Writes into an array
+and copies from the host wait in the queue, as kernels, products and graphs do.  As in CuPy, an
+array of another device is refused, and none becomes a NumPy array by itself.
 """
 
 from __future__ import annotations

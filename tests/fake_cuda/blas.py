@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import threading
 from contextlib import suppress
-from ctypes import c_double, c_float, c_int, c_size_t, c_void_p
+from ctypes import c_double, c_float, c_int, c_longlong, c_size_t, c_void_p
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +26,8 @@ STATUS = {
 
 _SOURCE = """
 #include <cstddef>
-typedef int (*Gemm)(int, void*, int, int, int, int, int, const void*, const void*, int,
-                    const void*, int, const void*, void*, int);
+typedef int (*Gemm)(int, void*, int, int, int, int, int, const void*, const void*, int, long long,
+                    const void*, int, long long, const void*, void*, int, long long, int);
 typedef int (*Stream)(void*, void*);
 typedef int (*Workspace)(void*, void*, size_t);
 static Gemm gemm;
@@ -36,22 +37,26 @@ extern "C" {
 void serve(Gemm g, Stream s, Workspace w) { gemm = g; stream = s; workspace = w; }
 int cublasSetStream_v2(void* handle, void* s) { return stream(handle, s); }
 int cublasSetWorkspace_v2(void* handle, void* p, size_t n) { return workspace(handle, p, n); }
-int cublasSgemm_v2(void* handle, int ta, int tb, int m, int n, int k, const float* alpha,
-                   const float* a, int lda, const float* b, int ldb, const float* beta,
-                   float* c, int ldc) {
-    return gemm(4, handle, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+#define GEMMS(letter, type)                                                                      \\
+int cublas##letter##gemm_v2(void* handle, int ta, int tb, int m, int n, int k, const type* alpha, \\
+        const type* a, int lda, const type* b, int ldb, const type* beta, type* c, int ldc) {     \\
+    return gemm(sizeof(type), handle, ta, tb, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c, ldc, \\
+                0, 1);                                                                            \\
+}                                                                                                 \\
+int cublas##letter##gemmStridedBatched(void* handle, int ta, int tb, int m, int n, int k,         \\
+        const type* alpha, const type* a, int lda, long long sa, const type* b, int ldb,          \\
+        long long sb, const type* beta, type* c, int ldc, long long sc, int count) {              \\
+    return gemm(sizeof(type), handle, ta, tb, m, n, k, alpha, a, lda, sa, b, ldb, sb, beta, c,    \\
+                ldc, sc, count);                                                                  \\
 }
-int cublasDgemm_v2(void* handle, int ta, int tb, int m, int n, int k, const double* alpha,
-                   const double* a, int lda, const double* b, int ldb, const double* beta,
-                   double* c, int ldc) {
-    return gemm(8, handle, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
+GEMMS(S, float)
+GEMMS(D, double)
 }
 """
 
 _GEMM = ctypes.CFUNCTYPE(
     c_int, c_int, c_void_p, c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int,
-    c_void_p, c_int, c_void_p, c_void_p, c_int,
+    c_longlong, c_void_p, c_int, c_longlong, c_void_p, c_void_p, c_int, c_longlong, c_int,
 )  # fmt: skip
 _STREAM = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p)
 _WORKSPACE = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
@@ -145,12 +150,10 @@ class Blas:
             self.driver.faults.append("a cuBLAS handle is used by two threads")
         return handle
 
-    def gemm(self, itemsize, number, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc) -> int:
-        """C = A B of columns, from addresses."""
+    def gemm(self, *arguments: Any) -> int:
+        """C = A B of columns, or of a stack of them, from addresses."""
         try:
-            return self._gemm(
-                itemsize, number, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc
-            )
+            return self._gemm(*arguments)
         except CUBLASError as error:  # no exception passes through C
             return next(status for status, name in STATUS.items() if name == str(error))
         except CUDARuntimeError:
@@ -159,7 +162,10 @@ class Blas:
             self.driver.faults.append(f"a product raised {error!r}")
             return EXECUTION_FAILED
 
-    def _gemm(self, itemsize, number, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc) -> int:
+    def _gemm(
+        self, itemsize, number, ta, tb, m, n, k, alpha, a, lda, sa, b, ldb, sb, beta, c, ldc, sc,
+        count,
+    ) -> int:  # fmt: skip
         driver, handle = self.driver, self._handle(number)
         if handle is None:
             return NOT_INITIALIZED
@@ -169,9 +175,14 @@ class Blas:
         assert kind.from_address(beta).value == 0.0
         dtype = np.dtype(f"f{itemsize}")
         shapes = ((k, m) if ta else (m, k)), ((n, k) if tb else (k, n)), (m, n)
-        steps = lda, ldb, ldc
+        steps, apart = (lda, ldb, ldc), (sa, sb, sc)
         if any(step < max(1, rows) for step, (rows, _) in zip(steps, shapes, strict=True)):
             return INVALID_VALUE
+        if count < 0 or min(apart) < 0:
+            return INVALID_VALUE
+        if count > 1 and sc < ldc * (n - 1) + m:
+            driver.faults.append("the results of a stack of products overlap")
+            return EXECUTION_FAILED
         stream = handle.stream
         if not stream.alive:
             driver.faults.append("a product on a destroyed stream")
@@ -179,8 +190,9 @@ class Blas:
         if stream.capture is not None and handle.workspace is None:
             driver.faults.append("cuBLAS allocates a workspace of its own in a graph")
         memory = []
-        for address, step, (rows, columns) in zip((a, b, c), steps, shapes, strict=True):
-            n_bytes = (step * (columns - 1) + rows) * itemsize
+        places = [*zip((a, b, c), steps, apart, shapes, strict=True)]
+        for address, step, stride, (rows, columns) in places:
+            n_bytes = (stride * (count - 1) + step * (columns - 1) + rows) * itemsize
             owner = driver.find(address, n_bytes) if address % itemsize == 0 else None
             if owner is None or owner.device != handle.device:
                 driver.faults.append("a product of what is no memory of its device")
@@ -197,11 +209,14 @@ class Blas:
             if workspace is not None:
                 driver.raw(workspace[0], 4096, np.uint8)[...] = 0xAA
             left, right, out = (
-                driver.raw(address, shape, dtype, (itemsize, step * itemsize))
-                for address, step, shape in zip((a, b, c), steps, shapes, strict=True)
-            )
+                driver.raw(
+                    address, (count, *shape), dtype,
+                    (stride * itemsize, itemsize, step * itemsize),
+                )
+                for address, step, stride, shape in places
+            )  # fmt: skip
             with np.errstate(all="ignore"):
-                product = np.matmul(left.T if ta else left, right.T if tb else right)
+                product = np.matmul(left.mT if ta else left, right.mT if tb else right)
             out[...] = product
 
         driver.submit(stream, Node("a product", run, tuple(memory)))

@@ -1,0 +1,80 @@
+"""Architectures: which network to build for a number of columns and a number of outputs.
+
+An estimator asks its architecture for a network once it knows both numbers.  An architecture
+of one's own is a function ``(n_in, n_out) -> Network``, or a subclass of `Architecture`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from portable_mlp.initializers import GlorotUniform
+from portable_mlp.layers import Layer
+from portable_mlp.network import Network, mlp
+from portable_mlp.schedules import Scheduled
+
+BuildNetwork = Callable[[int, int], Network]
+
+
+class Architecture(ABC):
+    """Base of the architectures that model files can hold."""
+
+    @abstractmethod
+    def __call__(self, n_in: int, n_out: int) -> Network:
+        """Build the network for rows of ``n_in`` columns and ``n_out`` logits."""
+
+
+@dataclass(frozen=True)
+class MLP(Architecture):
+    """Linear layers with activations between them, with scikit-learn's initial values.
+
+    Parameters
+    ----------
+    hidden_layer_sizes : tuple of int, default=(100,)
+    activation : str, Layer, or a sequence of one for each hidden layer, default="relu"
+    dropout : float in [0, 1), or Scheduled, default=0
+        Rate behind each hidden activation; a tuple has one for each member.
+    members : int, optional
+        An ensemble of so many networks, trained at once and apart: none sees what another has
+        learned, and the prediction is the mean of theirs (`Loss.pool`).
+    """
+
+    hidden_layer_sizes: tuple[int, ...] = (100,)
+    activation: str | Layer | tuple[str | Layer, ...] = "relu"
+    dropout: float | tuple[float, ...] | Scheduled = 0.0
+    members: int | None = None
+
+    def __call__(self, n_in: int, n_out: int) -> Network:
+        given = self.activation
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        each: Iterable[Any] = given if several else [given]  # type: ignore[assignment]
+        logistic = all(isinstance(a, str) and a == "logistic" for a in each)
+        init = GlorotUniform(2.0 if logistic else 6.0)
+        return mlp(
+            [n_in, *self.hidden_layer_sizes, n_out],
+            given,
+            dropout=self.dropout,
+            weight_init=init,
+            bias_init=init,
+            members=self.members,
+        )
+
+
+@dataclass(frozen=True)
+class Fixed(Architecture):
+    """One network, for the numbers of columns and outputs that it has.
+
+    Model files hold it in the place of a function.
+
+    Parameters
+    ----------
+    layers : tuple of Layer
+    """
+
+    layers: tuple[Layer, ...]
+
+    def __call__(self, n_in: int, n_out: int) -> Network:
+        return Network(self.layers)

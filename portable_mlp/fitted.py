@@ -1,0 +1,129 @@
+"""Fitted parameters: in the order of the network, and as scikit-learn's users know them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from portable_mlp.layers import Linear
+from portable_mlp.network import Network
+from portable_mlp.typing import Array
+
+OF_SCIKIT_LEARN = ("coefs_", "intercepts_", "layer_params_")
+
+
+class View(list[Array]):
+    """Some of a list's items; an item that is set here is set there, too.
+
+    Parameters
+    ----------
+    items : list
+    places : list of int
+        Which of them.
+    """
+
+    def __init__(self, items: list[Array], places: list[int]) -> None:
+        super().__init__(items[i] for i in places)
+        self._items = items
+        self._places = places
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        places = self._places[key]
+        pairs = zip(places, value, strict=True) if isinstance(key, slice) else [(places, value)]
+        for place, item in pairs:
+            self._items[place] = item
+        super().__setitem__(key, value)
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)  # a copy is a list of its own
+
+
+class Fitted:
+    """What a fit leaves, and what `coefs_` and its like show of it.
+
+    Attributes
+    ----------
+    network_ : Network
+        The layers, as they were fitted.
+    params_ : list of arrays
+        Their parameters, as ``network_.params`` describes them.
+    coefs_, intercepts_ : list of arrays
+        Of these, weights and biases of the linear layers.
+    layer_params_ : list of arrays
+        All others.
+    """
+
+    network_: Network
+    params_: list[Array]
+
+    @property
+    def coefs_(self) -> list[Array]:
+        return View(self.params_, places(self.network_, "coefs_"))
+
+    @coefs_.setter
+    def coefs_(self, arrays: Sequence[Array]) -> None:
+        self._replace("coefs_", arrays)
+
+    @property
+    def intercepts_(self) -> list[Array]:
+        return View(self.params_, places(self.network_, "intercepts_"))
+
+    @intercepts_.setter
+    def intercepts_(self, arrays: Sequence[Array]) -> None:
+        self._replace("intercepts_", arrays)
+
+    @property
+    def layer_params_(self) -> list[Array]:
+        return View(self.params_, places(self.network_, "layer_params_"))
+
+    @layer_params_.setter
+    def layer_params_(self, arrays: Sequence[Array]) -> None:
+        self._replace("layer_params_", arrays)
+
+    def _replace(self, name: str, arrays: Sequence[Array]) -> None:
+        params = list(self.params_)
+        for place, array in zip(places(self.network_, name), arrays, strict=True):
+            params[place] = array
+        self.params_ = params
+
+    def _adopt(self, network: Network, arrays: dict[str, list[Array]]) -> None:
+        """Take parameters that are given by the names of `OF_SCIKIT_LEARN`."""
+        params: list[Array] = [None] * len(network.params)
+        for name in OF_SCIKIT_LEARN:
+            for place, array in zip(places(network, name), arrays.get(name, ()), strict=True):
+                params[place] = array
+        self.network_, self.params_ = network, params
+
+    @property
+    def _first_coef(self) -> Array:
+        return self.params_[0]
+
+    def _params_for(self, network: Network) -> list[Array]:
+        """The fitted parameters, if a network has such ones.
+
+        Raises
+        ------
+        ValueError
+            If it has parameters of other shapes.
+        """
+        wanted = [param.shape for param in network.params]
+        shapes = [tuple(array.shape) for array in self.params_]
+        if wanted != shapes:
+            raise ValueError(
+                f"continuing needs the same layers: asked for are parameters of shapes {wanted},"
+                f" fitted are {shapes}"
+            )
+        return self.params_
+
+
+def places(network: Network, name: str) -> list[int]:
+    """Which parameters of a network an attribute of `OF_SCIKIT_LEARN` shows."""
+    found, start = [], 0
+    for layer in network.layers:
+        n = len(layer.params)
+        if isinstance(layer, Linear):
+            found += {"coefs_": [start], "intercepts_": [start + 1]}.get(name, [])
+        elif name == "layer_params_":
+            found += range(start, start + n)
+        start += n
+    return found
