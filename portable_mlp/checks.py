@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from portable_mlp.layers import Layer
 from portable_mlp.losses import CallableLoss, Loss, SquaredError
+from portable_mlp.members import PerMember
 from portable_mlp.network import Network
 from portable_mlp.schedules import Clock
 
@@ -63,7 +64,8 @@ def check_layer(
     points = [_frozen(a) for a in (x, *(drawn if params is None else params))]
     keys = [rng.randint(2**31)] * ("key" in layer.numbers)
     (values,) = Network((layer,)).per_step(Clock(0, 1, 0, 0), keys) or ((),)
-    noise = dict(zip(layer.numbers, values, strict=True))
+    arrays = (v.values if isinstance(v, PerMember) else v for v in values)
+    noise = dict(zip(layer.numbers, arrays, strict=True))
     where = f"{type(layer).__name__}"
 
     def output(values: list[Floats]) -> Floats:

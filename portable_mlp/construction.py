@@ -199,8 +199,10 @@ class Construction(Fitted, BaseEstimator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Pickles of version 0.1.0 have no network
         known = self.__dict__
+        for name, parameter in signature(type(self)).parameters.items():
+            known.setdefault(name, parameter.default)  # one that is newer than the pickle
+        # Those of version 0.1.0 have no network
         old = {name: known.pop(name) for name in OF_SCIKIT_LEARN if name in known}
         if old:
             self._adopt_plain(old)

@@ -159,7 +159,7 @@ def _graph(model: Any) -> _Graph:
         program, other = recorded(2), recorded(3)
         if _form(program) != _form(other):
             raise Unrecordable("what it computes depends on the number of rows")
-        writer = _Writer(program.inputs, params)
+        writer = _Writer(program.inputs, params, _shapes(program, other))
         for node in program.nodes:
             writer.write(node)
     except Unrecordable as reason:
@@ -176,6 +176,15 @@ def _graph(model: Any) -> _Graph:
         )
         outputs = [label, writer.node("Identity", probabilities, name="probabilities")]
     return _Graph("X", outputs, writer.nodes, writer.constants)
+
+
+def _shapes(program: Program, other: Program) -> dict[int, tuple[int | None, ...]]:
+    """The shapes of all nodes, None for what depends on the number of rows."""
+    pairs = zip((*program.inputs, *program.nodes), (*other.inputs, *other.nodes), strict=True)
+    return {
+        id(x): tuple(n if n == m else None for n, m in zip(x.shape, y.shape, strict=True))
+        for x, y in pairs
+    }
 
 
 def _form(program: Program) -> list[Any]:
@@ -205,9 +214,24 @@ _REDUCTIONS = {"sum": "ReduceSum", "prod": "ReduceProd", "max": "ReduceMax", "mi
 
 
 class _Writer:
-    """Writes the nodes of a program, operands first, as those of a graph."""
+    """Writes the nodes of a program, operands first, as those of a graph.
 
-    def __init__(self, inputs: tuple[Node, ...], params: list[NDArray[np.float32]]) -> None:
+    Parameters
+    ----------
+    inputs : tuple of Node
+        The parameters, and the rows.
+    params : list of array
+    shapes : dict
+        From `_shapes`.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Node, ...],
+        params: list[NDArray[np.float32]],
+        shapes: dict[int, tuple[int | None, ...]],
+    ) -> None:
+        self.shapes = shapes
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
         *own, x = inputs
@@ -274,12 +298,53 @@ class _Writer:
         return self.node("Log", self.node("Add", x, self.constant(np.ones((), node.dtype))))
 
     def _index(self, node: Node, x: str) -> str:
-        for axis, key in reversed(list(enumerate(node.attrs))):
+        (operand,) = node.operands
+        rest = operand.ndim - sum(key is not None and key is not ... for key in node.attrs)
+        whole = ("slice", None, None, None)
+        at = node.attrs.index(...) if ... in node.attrs else len(node.attrs)
+        keys = [*node.attrs[:at], *[whole] * rest, *node.attrs[at + 1 :]]
+        old = [key for key in keys if key is not None]  # one for each axis of the operand
+        for axis, key in enumerate(old):
+            if isinstance(key, tuple) and key != whole:
+                x = self._part(x, operand, axis, slice(*key[1:]))
+        for axis, key in reversed(list(enumerate(old))):
             if isinstance(key, int):
                 x = self.node("Gather", x, self.constant(np.int64(key)), axis=axis)
-            elif key != ("slice", None, None, None):
-                raise Unrecordable("it takes a part of an array")
-        return x
+        left = [key for key in keys if not isinstance(key, int)]
+        new = [axis for axis, key in enumerate(left) if key is None]
+        return self.node("Unsqueeze", x, self._ints(*new)) if new else x
+
+    def _part(self, x: str, operand: Node, axis: int, part: slice) -> str:
+        if self.shapes[id(operand)][axis] is None:
+            raise Unrecordable("it takes a part of the rows")
+        start, stop, step = part.indices(operand.shape[axis])
+        if step < 0:
+            raise Unrecordable("it reverses an axis")
+        ranges = (self._ints(n) for n in (start, stop, axis, step))
+        return self.node("Slice", x, *ranges)
+
+    def _ints(self, *values: int) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def _reshape(self, node: Node, x: str) -> str:
+        shape = self.shapes[id(node)]
+        if shape.count(None) > 1:
+            raise Unrecordable("it splits the rows over several axes")
+        return self.node("Reshape", x, self._ints(*(-1 if n is None else n for n in shape)))
+
+    def _broadcast(self, node: Node, x: str) -> str:
+        (operand,) = node.operands
+        shape, given = self.shapes[id(node)], self.shapes[id(operand)]
+        own = (1,) * (len(shape) - len(given)) + given
+        if any(n is None and m is not None for n, m in zip(shape, own, strict=True)):
+            raise Unrecordable("it repeats an array for each row")
+        # An axis that is there stays as long as it is
+        return self.node("Expand", x, self._ints(*(1 if n is None else n for n in shape)))
+
+    def _full(self, node: Node, *_: str) -> str:
+        if None in self.shapes[id(node)]:
+            raise Unrecordable("it makes an array of as many rows")
+        return self.constant(np.full(node.shape, node.operands[0], node.dtype))
 
 
 # ---------------------------------------------------------------- skl2onnx

@@ -11,7 +11,7 @@ changes and can be replayed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import product
 from math import isfinite, isnan, prod
 from typing import Any
 
@@ -44,6 +44,7 @@ from portable_mlp.engines.program import (
 from portable_mlp.engines.recording import Unrecordable
 
 _THREADS = 256  # of a block
+_MOST_PRODUCTS = 64  # calls for one product of stacks
 
 
 def compile_program(program: Program, n_donated: int) -> Kernels:
@@ -131,15 +132,39 @@ class _Writer(Fusion):
     def _write_product(self, x: Node) -> None:
         left, right = x.operands
         stack = x.shape[: x.ndim - (left.ndim > 1) - (right.ndim > 1)]
-        a = self._matrix(left, stack, row=True)
-        b = self._matrix(right, stack, row=False)
+        a, b = self._matrices(left, stack, row=True), self._matrices(right, stack, row=False)
         if not _in_pieces(a) or not _in_pieces(b):
             raise Unrecordable("it multiplies by a matrix with gaps in its rows and columns")
         shape = (*a.shape[:-1], b.shape[-1])
-        out = View(self.places[x], shape, row_strides(shape), x.dtype)
-        self.written.append(Product(a, b, out))
+        views = a, b, View(self.places[x], shape, row_strides(shape), x.dtype)
+        # Axes of the stack along which all three go on evenly are one
+        axes = [(1, (0, 0, 0))]
+        for n, *steps in zip(stack, *(view.strides for view in views), strict=False):
+            outer, before = axes[-1]
+            if before == tuple(n * step for step in steps) or outer == 1:
+                axes[-1] = outer * n, tuple(steps)
+            elif n > 1:
+                axes.append((n, tuple(steps)))
+        *others, (count, inner) = axes
+        if prod(n for n, _ in others) > _MOST_PRODUCTS:
+            raise Unrecordable("it multiplies a stack of matrices that lie in many places")
+        for at in product(*(range(n) for n, _ in others)):
+            parts = []
+            for number, view in enumerate(views):
+                start = sum(i * steps[number] for i, (_, steps) in zip(at, others, strict=True))
+                n_bytes = view.place.offset + start * x.dtype.itemsize
+                lead = ((count,), (inner[number],)) if stack else ((), ())
+                parts.append(
+                    View(
+                        Place(view.place.memory, n_bytes),
+                        (*lead[0], *view.shape[-2:]),
+                        (*lead[1], *view.strides[-2:]),
+                        view.dtype,
+                    )
+                )
+            self.written.append(Product(*parts))
 
-    def _matrix(self, x: Node, stack: Shape, *, row: bool) -> View:
+    def _matrices(self, x: Node, stack: Shape, *, row: bool) -> View:
         """An operand as a matrix, or as a stack of as many as the product has.
 
         Parameters
@@ -153,25 +178,14 @@ class _Writer(Fusion):
         place, shape, strides, dtype = self._view(x)
         if len(shape) == 1:
             (n,), (stride,) = shape, strides
-            shape, strides = (
-                ((1, n), (n * stride, stride)) if row else ((n, 1), (stride, n * stride))
-            )
+            whole = n * stride
+            shape, strides = ((1, n), (whole, stride)) if row else ((n, 1), (stride, whole))
         lead = len(shape) - 2
-        # What there is of the stack's axes; along the others a matrix stands again and again
-        sizes = (1,) * (len(stack) - lead) + shape[:lead]
-        steps = (0,) * (len(stack) - lead) + strides[:lead]
-        matrix, within = shape[lead:], strides[lead:]
-        axes = [
-            (n, step if size > 1 else 0)
-            for n, size, step in zip(stack, sizes, steps, strict=True) if n > 1
-        ]  # fmt: skip
-        if not stack:
-            return View(place, matrix, within, dtype)
-        for (_, outer), (n, inner) in pairwise(axes):
-            if outer != n * inner:
-                raise Unrecordable("it multiplies a stack of matrices whose distances differ")
-        step = axes[-1][1] if axes else 0
-        return View(place, (prod(stack), *matrix), (step, *within), dtype)
+        # Along an axis of the stack that it lacks, the same matrix stands again and again
+        steps = (0,) * (len(stack) - lead) + tuple(
+            step if n > 1 else 0 for n, step in zip(shape[:lead], strides[:lead], strict=True)
+        )
+        return View(place, (*stack, *shape[lead:]), (*steps, *strides[lead:]), dtype)
 
     def _view(self, x: Node) -> View:
         """Shape and strides of a view of an array that lies in memory row by row."""
