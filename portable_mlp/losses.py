@@ -3,7 +3,8 @@
 A loss defines ``per_row``: the loss ℓᵢ of each row and its derivative ∂ℓᵢ/∂zᵢ.  The
 base class turns that into the mean (or weighted mean) over the rows and its gradient,
 so the gradient is always that of the reported value.  To add a loss, subclass `Loss`
-and list it in `LOSSES`, where the tests look; `portable_mlp.check_loss` verifies one's own.
+and list it in `LOSSES`: `MLPRegressor`, command line and tests take their names from there.
+`portable_mlp.check_loss` verifies one's own.
 """
 
 from __future__ import annotations
@@ -26,9 +27,15 @@ class Loss(ABC):
     ----------
     link_name : str
         What turns logits into predictions: "identity", "logistic", "softmax", "exp".
+    for_labels : bool
+        Whether its targets are labels.
+    nonnegative : bool
+        Whether its targets must not be negative.
     """
 
     link_name: ClassVar[str] = "identity"
+    for_labels: ClassVar[bool] = False
+    nonnegative: ClassVar[bool] = False
 
     @abstractmethod
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
@@ -156,6 +163,7 @@ class BinaryCrossEntropy(Loss):
     label_smoothing: float = 0.0
     clipped: bool = False
     link_name: ClassVar[str] = "logistic"
+    for_labels = True
 
     def __post_init__(self) -> None:
         _check_smoothing(self.label_smoothing)
@@ -194,6 +202,7 @@ class SoftmaxCrossEntropy(Loss):
     label_smoothing: float = 0.0
     clipped: bool = False
     link_name: ClassVar[str] = "softmax"
+    for_labels = True
 
     def __post_init__(self) -> None:
         _check_smoothing(self.label_smoothing)
@@ -242,6 +251,7 @@ class Poisson(Loss):
     """
 
     link_name: ClassVar[str] = "exp"
+    nonnegative = True
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
         y = _match_shape(y, z, xp)
