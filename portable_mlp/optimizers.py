@@ -8,7 +8,8 @@ rate, corrections of the bias, momentum) come from ``coefficients``, which compu
 on the host in float64.
 
 To add one, subclass `Optimizer` and list it in `SOLVERS`: estimators, command line and tests
-take their names from there.  An instance needs no name to be a solver.
+take their names from there.  By name, its fields are set by an estimator's parameters of the
+same names.  An instance needs no name to be a solver.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ the negative validation score) after each epoch, and ``stalled`` is asked when t
 would stop for lack of progress.
 
 To add one, subclass `Schedule` and list it in `SCHEDULES`: estimators and command line take
-their names from there.  An instance needs no name.
+their names from there.  By name, its other fields than an estimator's parameters are as by
+default.  An instance needs no name.
 """
 
 from __future__ import annotations
