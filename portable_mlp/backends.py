@@ -305,6 +305,10 @@ BACKENDS: dict[str, type[NumPyBackend | CuPyBackend | TorchBackend | JaxBackend]
 }
 
 
+DEVICES = ("cpu", "gpu", "auto")
+DTYPES = ("float32", "float64")
+
+
 def get_backend(
     device: str | None = None, backend: str | None = None, like: Array = None
 ) -> Backend:
@@ -354,7 +358,7 @@ def get_backend(
 def check_names(device: str | None, backend: str | None) -> None:
     """Raise a ValueError if a name is unknown."""
     for argument, value, known in (
-        ("device", device, ("cpu", "gpu", "auto")),
+        ("device", device, DEVICES),
         ("backend", backend, tuple(BACKENDS)),
     ):
         if value is not None and value not in known:

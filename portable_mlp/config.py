@@ -12,14 +12,30 @@ from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 
 from portable_mlp.activations import ACTIVATIONS
+from portable_mlp.backends import BACKENDS, DEVICES, DTYPES
 from portable_mlp.data import BUNDLED, PENGUINS
+from portable_mlp.losses import LOSSES
+from portable_mlp.optimizers import SOLVERS
+from portable_mlp.schedules import SCHEDULES
 
 if TYPE_CHECKING:
-    _Bundled = str
     _Activation = str
+    _Backend = str
+    _Bundled = str
+    _Device = str
+    _Dtype = str
+    _Loss = str
+    _Schedule = str
+    _Solver = str
 else:
-    _Bundled = Literal[(*BUNDLED, PENGUINS.stem)]
     _Activation = Literal[tuple(ACTIVATIONS)]
+    _Backend = Literal[tuple(BACKENDS)]
+    _Bundled = Literal[(*BUNDLED, PENGUINS.stem)]
+    _Device = Literal[DEVICES]
+    _Dtype = Literal[DTYPES]
+    _Loss = Literal[tuple(name for name, loss in LOSSES.items() if not loss.for_labels)]
+    _Schedule = Literal[tuple(SCHEDULES)]
+    _Solver = Literal[tuple(SOLVERS)]
 
 _DATA = Group.create_ordered("Data")
 _NETWORK = Group.create_ordered("Network and training")
@@ -60,9 +76,9 @@ class Common:
 class Where:
     """Where to compute."""
 
-    device: Literal["cpu", "gpu", "auto"] | None = None
+    device: _Device | None = None
     """NumPy or CuPy; auto takes the GPU where there is one [default: cpu]."""
-    backend: Literal["numpy", "cupy", "torch", "jax"] | None = None
+    backend: _Backend | None = None
     """Another library to compute with."""
 
 
@@ -87,7 +103,7 @@ class Training:
     test_fraction: Annotated[float, Parameter(group=_DATA, validator=Number(gt=0, lt=1))] = 0.2
     """Share of the rows that is kept for the report."""
     scaling: Annotated[bool, Parameter(group=_DATA)] = True
-    """Scale inputs, and a regression's target, to unit variance."""
+    """Scale inputs to unit variance, and a regression's target where its loss allows it."""
 
     hidden: Annotated[
         tuple[int, ...],
@@ -103,12 +119,30 @@ class Training:
     """Widths of the hidden layers, such as 128,64."""
     activation: Annotated[_Activation, Parameter(group=_NETWORK)] = "relu"
     """Of the hidden layers."""
-    optimizer: Annotated[
-        Literal["adam", "adamw", "rmsprop", "sgd", "lbfgs"], Parameter(group=_NETWORK)
-    ] = "adam"
+    loss: Annotated[_Loss | None, Parameter(group=_NETWORK)] = None
+    """Of a regression [default: squared_error]; huber's delta is 1, in units of the scaled target
+    (unless --no-scaling)."""
+    class_weight: Annotated[Literal["none", "balanced"], Parameter(group=_NETWORK)] = "none"
+    """Of a classification; balanced: all rows of a class together weigh the same."""
+    label_smoothing: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lt=1))] = (
+        0.0
+    )
+    """Of a classification: share of each label that is spread over all classes."""
+    optimizer: Annotated[_Solver, Parameter(group=_NETWORK)] = "adam"
     """How the weights are updated."""
     learning_rate: Annotated[float, Parameter(group=_NETWORK, validator=Number(gt=0))] = 1e-3
     """Length of a step."""
+    schedule: Annotated[_Schedule, Parameter(group=_NETWORK)] = "constant"
+    """How the learning rate changes; invscaling and adaptive are for sgd."""
+    momentum: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lte=1))] = 0.9
+    """Of sgd."""
+    clip_norm: Annotated[float | None, Parameter(group=_NETWORK, validator=Number(gt=0))] = None
+    """Largest norm of a step's gradients."""
+    alpha: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0))] = 1e-4
+    """L2 penalty on the weights, in the loss."""
+    weight_decay: Annotated[float | None, Parameter(group=_NETWORK, validator=Number(gte=0))] = None
+    """Share of the parameters, times the learning rate, that each step takes away
+    [default: 0.01 for adamw, 0 for others]."""
     epochs: Annotated[int, _COUNT] = 200
     """Passes over the rows, at most."""
     batch_size: Annotated[int | None, _COUNT] = None
@@ -125,7 +159,7 @@ class Training:
     """Of all that is random."""
 
     where: Where = Where()
-    dtype: Annotated[Literal["float32", "float64"], Parameter(group=_WHERE)] = "float32"
+    dtype: Annotated[_Dtype, Parameter(group=_WHERE)] = "float32"
     """Of weights and arithmetic."""
 
     out: Annotated[Path, Parameter(group=_FILES)] = Path("runs/latest")

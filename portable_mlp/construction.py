@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields
 from functools import cache
 from inspect import signature
 from math import inf
@@ -17,17 +17,19 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 
 from portable_mlp.activations import lookup
 from portable_mlp.architectures import MLP
-from portable_mlp.backends import Backend
+from portable_mlp.backends import DTYPES, Backend
 from portable_mlp.callbacks import Callback, pausing
 from portable_mlp.fitted import OF_SCIKIT_LEARN, Fitted
 from portable_mlp.groups import check
 from portable_mlp.losses import SquaredError
 from portable_mlp.network import Network
-from portable_mlp.optimizers import SGD, AdamW, Optimizer, RMSprop, SklearnAdam, SklearnSGD
-from portable_mlp.schedules import Adaptive, InverseScaling, Schedule, Scheduled
+from portable_mlp.optimizers import SGD, SOLVERS, Adam, Optimizer, SklearnAdam, SklearnSGD
+from portable_mlp.schedules import SCHEDULES, Adaptive, InverseScaling, Schedule, Scheduled
 from portable_mlp.training import Trainer
 from portable_mlp.typing import Array
 from portable_mlp.warn import warn
+
+_OF_SGD = (InverseScaling, Adaptive)  # by name, as in scikit-learn; as objects, of every solver
 
 
 class Construction(Fitted, BaseEstimator):
@@ -54,7 +56,7 @@ class Construction(Fitted, BaseEstimator):
         "epsilon": [Interval(Real, 0, None, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), Options(Real, {inf})],
         "max_fun": [Interval(Integral, 1, None, closed="left")],
-        "dtype": [StrOptions({"float32", "float64"}), None],
+        "dtype": [StrOptions(set(DTYPES)), None],
         "dropout": [Interval(Real, 0, 1, closed="left"), Scheduled],
         "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
         "weight_decay": [Interval(Real, 0, None, closed="left"), Scheduled, None],
@@ -85,7 +87,7 @@ class Construction(Fitted, BaseEstimator):
                 raise ValueError(f"callbacks: expected instances of Callback, got {callback!r}")
         if self.solver == "lbfgs":
             given = {"dropout": bool(self.dropout), "clip_norm": self.clip_norm is not None}
-            given["a schedule"] = isinstance(self.learning_rate, Schedule)
+            given["a schedule"] = self._is_scheduled()
             given["weight_decay"] = self.weight_decay is not None
             given["scoring"] = self.scoring is not None
             given["treatments"] = self.treatments is not None
@@ -98,46 +100,45 @@ class Construction(Fitted, BaseEstimator):
                     UserWarning,
                 )
 
+    def _make(self, kind: type) -> Any:
+        """An object whose fields are set by the parameters of the same names."""
+        ahead = bool(self.momentum) and self.nesterovs_momentum
+        given = {**vars(self), "nesterov": ahead, "power": self.power_t}
+        names = (field.name for field in fields(kind))
+        return kind(**{name: given[name] for name in names if given.get(name) is not None})
+
     def _make_optimizer(self) -> Optimizer:
-        if isinstance(self.solver, Optimizer):
+        kind = lookup("solver", self.solver, SOLVERS, Optimizer)
+        if isinstance(kind, Optimizer):
             if self.weight_decay is not None:
-                raise ValueError(
-                    f"weight_decay is for a solver given by name: set it in {self.solver!r}"
-                )
-            return self.solver
-        moments = {"beta_1": self.beta_1, "beta_2": self.beta_2, "epsilon": self.epsilon}
-        build = {
-            "sgd": lambda: (
-                SklearnSGD(momentum=self.momentum, nesterov=self.nesterovs_momentum)
-                if self.momentum
-                else SGD()
-            ),
-            "adam": lambda: SklearnAdam(**moments),
-            "adamw": lambda: AdamW(**moments),
-            "rmsprop": lambda: RMSprop(epsilon=self.epsilon),
-            "lbfgs": lambda: SGD(),  # never stepped
-        }
-        optimizer: Optimizer = lookup("solver", self.solver, build, Optimizer)()
-        if self.weight_decay is None:
-            return optimizer
-        return replace(optimizer, weight_decay=self.weight_decay)
+                raise ValueError(f"weight_decay is for a solver given by name: set it in {kind!r}")
+            return kind
+        # Two names have conventions of scikit-learn's
+        if kind is SGD and self.momentum:
+            kind = SklearnSGD
+        elif kind is Adam:
+            kind = SklearnAdam
+        optimizer: Optimizer = SGD() if kind is None else self._make(kind)
+        return optimizer
+
+    def _is_scheduled(self) -> bool:
+        """Whether the learning rate follows a schedule that every solver with steps follows."""
+        if isinstance(self.learning_rate, str):
+            kind = SCHEDULES.get(self.learning_rate, Schedule)
+            return kind not in (Schedule, *_OF_SGD)
+        return isinstance(self.learning_rate, Schedule)
 
     def _make_schedule(self) -> Schedule:
-        named = {
-            "constant": Schedule(),
-            "invscaling": InverseScaling(self.power_t),
-            "adaptive": Adaptive(),
-        }
-        schedule: Schedule = lookup("learning_rate", self.learning_rate, named, Schedule)
-        if isinstance(self.learning_rate, str) and self.solver != "sgd":
-            if self.learning_rate != "constant":
-                warn(
-                    f"learning_rate={self.learning_rate!r} is for solver='sgd' and has no"
-                    f" effect with solver={self.solver!r}, as in scikit-learn; a schedule"
-                    " from portable_mlp.schedules works with every solver but 'lbfgs'",
-                    UserWarning,
-                )
+        kind = lookup("learning_rate", self.learning_rate, SCHEDULES, Schedule)
+        if kind in _OF_SGD and self.solver != "sgd":
+            warn(
+                f"learning_rate={self.learning_rate!r} is for solver='sgd' and has no"
+                f" effect with solver={self.solver!r}, as in scikit-learn; a schedule"
+                " from portable_mlp.schedules works with every solver but 'lbfgs'",
+                UserWarning,
+            )
             return Schedule()
+        schedule: Schedule = kind if isinstance(kind, Schedule) else self._make(kind)
         return schedule
 
     def _hidden(self) -> list[int]:

@@ -30,7 +30,6 @@ from portable_mlp.losses import (
     BinaryCrossEntropy,
     CallableLoss,
     Loss,
-    Poisson,
     SoftmaxCrossEntropy,
     SquaredError,
 )
@@ -70,9 +69,10 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         L2 penalty on the weights, divided by the rows of a batch.
     batch_size : int or "auto", default="auto"
         Rows of a batch; "auto" is min(200, n_samples).
-    learning_rate : {"constant", "invscaling", "adaptive"} or Schedule, default="constant"
-        The names are for solver="sgd"; an instance from `portable_mlp.schedules`
-        works with every solver but "lbfgs".
+    learning_rate : str or Schedule, default="constant"
+        A name of `portable_mlp.schedules.SCHEDULES`, or an instance, which brings its own
+        settings.  For every solver but "lbfgs"; "invscaling" and "adaptive" are, as names,
+        for solver="sgd".
     learning_rate_init : float > 0, default=0.001
     power_t : float >= 0, default=0.5
         Exponent of "invscaling".
@@ -498,16 +498,16 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
 
     def _learn_target(self, y: NDArray[Any], again: bool, incremental: bool) -> tuple[Loss, int]:
         """The loss, and the number of logits."""
-        names = ("squared_error", "poisson", "huber", "quantile")
-        loss = _chosen_loss(self.loss, {name: LOSSES[name] for name in names}, SquaredError())
-        if isinstance(loss, BinaryCrossEntropy | SoftmaxCrossEntropy):
+        named = {name: loss for name, loss in LOSSES.items() if not loss.for_labels}
+        loss = _chosen_loss(self.loss, named, SquaredError())
+        if loss.for_labels:
             raise ValueError(f"loss={loss!r} is for labels: use MLPClassifier")
         return loss, y.shape[1] if y.ndim == 2 else 1
 
     def _encode_target(self, y: NDArray[Any]) -> NDArray[np.float64]:
         """Targets, which are floating-point numbers."""
-        if isinstance(self._loss, Poisson) and (y < 0).any():
-            raise ValueError("y must not be negative for loss='poisson'")
+        if self._loss.nonnegative and (y < 0).any():
+            raise ValueError(f"y must not be negative for loss={self.loss!r}")
         return y
 
     @only_if(without_partial_fit)

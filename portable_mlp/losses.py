@@ -3,7 +3,8 @@
 A loss defines ``per_row``: the loss ℓᵢ of each row and its derivative ∂ℓᵢ/∂zᵢ.  The
 base class turns that into the mean (or weighted mean) over the rows and its gradient,
 so the gradient is always that of the reported value.  To add a loss, subclass `Loss`
-and list it in `LOSSES`, where the tests look; `portable_mlp.check_loss` verifies one's own.
+and list it in `LOSSES`: `MLPRegressor`, command line and tests take their names from there.
+`portable_mlp.check_loss` verifies one's own.
 """
 
 from __future__ import annotations
@@ -35,9 +36,15 @@ class Loss(ABC):
     ----------
     link_name : str
         What turns logits into predictions: "identity", "logistic", "softmax", "exp".
+    for_labels : bool
+        Whether its targets are labels.
+    nonnegative : bool
+        Whether its targets must not be negative.
     """
 
     link_name: ClassVar[str] = "identity"
+    for_labels: ClassVar[bool] = False
+    nonnegative: ClassVar[bool] = False
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -237,6 +244,7 @@ class BinaryCrossEntropy(_CrossEntropy):
     """
 
     link_name: ClassVar[str] = "logistic"
+    for_labels = True
 
     def per_row(
         self, z: Array, y: Array, xp: Namespace, label_smoothing: Any = None
@@ -274,6 +282,7 @@ class SoftmaxCrossEntropy(_CrossEntropy):
     """
 
     link_name: ClassVar[str] = "softmax"
+    for_labels = True
 
     def per_row(
         self, z: Array, y: Array, xp: Namespace, label_smoothing: Any = None
@@ -323,6 +332,7 @@ class Poisson(Loss):
     """
 
     link_name: ClassVar[str] = "exp"
+    nonnegative = True
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
         y = _match_shape(y, z, xp)

@@ -7,8 +7,9 @@ comes back.  Numbers that shall not cost a new compilation when they change (the
 rate, corrections of the bias, momentum) come from ``coefficients``, which computes them
 on the host in float64.
 
-To add one, subclass `Optimizer` and list it in `OPTIMIZERS`, where the tests look; an
-instance of it is a solver for the estimators, whose names for solvers are their own.
+To add one, subclass `Optimizer` and list it in `SOLVERS`: estimators, command line and tests
+take their names from there.  By name, its fields are set by an estimator's parameters of the
+same names.  An instance needs no name to be a solver.
 """
 
 from __future__ import annotations
@@ -330,9 +331,11 @@ def clip_by_global_norm(
     return [g * scale for g in grads]
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
+SOLVERS: dict[str, type[Optimizer] | None] = {
     "sgd": SGD,
     "adam": Adam,
     "adamw": AdamW,
     "rmsprop": RMSprop,
+    "lbfgs": None,  # it has no steps (`portable_mlp.lbfgs`)
 }
+OPTIMIZERS: dict[str, type[Optimizer]] = {n: kind for n, kind in SOLVERS.items() if kind}

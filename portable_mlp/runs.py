@@ -32,6 +32,7 @@ from portable_mlp.config import Training, settings_table, to_toml
 from portable_mlp.data import PENGUINS, bundled_table, is_array_file, read_table, split_target
 from portable_mlp.evaluation import Evaluation, Importance, evaluate, importances
 from portable_mlp.files import replacing
+from portable_mlp.losses import LOSSES
 from portable_mlp.pauses import deferred_interrupt
 from portable_mlp.persistence import read_metadata
 from portable_mlp.plots import figure
@@ -102,6 +103,11 @@ class Run:
     importances: list[Importance]
     seconds: float
     interrupted: bool
+
+    @property
+    def scaled_target(self) -> bool:
+        """Whether the network saw the target scaled."""
+        return _scales_target(self.settings, self.table)
 
 
 def read(settings: Training) -> Table:
@@ -216,6 +222,7 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     if resume and settings.checkpoint_every is None:
         raise ValueError(f"{settings.out} was begun without --checkpoint-every: begin anew")
     table = read(settings)
+    _check_task(settings, table)
     if _stops_early(settings) and len(table.y) <= 10:  # a tenth has to be two
         raise ValueError(f"{len(table.y)} rows are too few to hold some out: --no-early-stopping")
     say(
@@ -281,6 +288,27 @@ def train(settings: Training, *, resume: bool = False, say: Callable[[str], None
     return run
 
 
+def _check_task(settings: Training, table: Table) -> None:
+    """Raise a ValueError if something is set that is for the other kind of task."""
+    default, kinds = Training(), ("regression", "classification")
+    for name in ("loss",) if table.classify else ("class_weight", "label_smoothing"):
+        if getattr(settings, name) != getattr(default, name):
+            other, this = kinds if table.classify else kinds[::-1]
+            minimised = ", which minimises the cross-entropy" if table.classify else ""
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for a {other}: this is a {this} of"
+                f" {table.target}{minimised}"
+            )
+
+
+def _scales_target(settings: Training, table: Table) -> bool:
+    """Whether the target is scaled: it is a number that the loss takes as the output itself."""
+    if table.classify or not settings.scaling:
+        return False
+    loss = LOSSES[settings.loss or MLPRegressor().loss]
+    return loss.link_name == "identity" and not loss.nonnegative
+
+
 def _fit(
     settings: Training,
     table: Table,
@@ -290,7 +318,7 @@ def _fit(
 ) -> tuple[Any, list[Epoch], bool]:
     """The model, its history, and whether it was interrupted."""
     y, scaler = table.y, None
-    if settings.scaling and not table.classify:
+    if _scales_target(settings, table):
         scaler = StandardScaler()
         y = scaler.fit_transform(y.reshape(-1, 1).astype(np.float64))[:, 0]
         if settings.dtype == "float32" and abs(scaler.mean_[0]) > 1e5 * scaler.scale_[0]:
@@ -338,12 +366,23 @@ def _fit(
 
 
 def _new_model(settings: Training, table: Table) -> Any:
-    estimator = MLPClassifier if table.classify else MLPRegressor
+    estimator: Any = MLPRegressor
+    own: dict[str, Any] = {} if settings.loss is None else {"loss": settings.loss}
+    if table.classify:
+        estimator = MLPClassifier
+        own["label_smoothing"] = settings.label_smoothing
+        own["class_weight"] = None if settings.class_weight == "none" else settings.class_weight
     return estimator(
+        **own,
         hidden_layer_sizes=settings.hidden,
         activation=settings.activation,
         solver=settings.optimizer,
+        learning_rate=settings.schedule,
         learning_rate_init=settings.learning_rate,
+        momentum=settings.momentum,
+        clip_norm=settings.clip_norm,
+        alpha=settings.alpha,
+        weight_decay=settings.weight_decay,
         batch_size=_batch_size(settings, len(table.y)),
         dropout=settings.dropout,
         early_stopping=_stops_early(settings),
@@ -357,14 +396,15 @@ def _stops_early(settings: Training) -> bool:
     return settings.early_stopping and settings.optimizer != "lbfgs"
 
 
-def _log_score(model: Any, X: Any, y: NDArray[Any]) -> float:
-    """Mean log-likelihood of labels.
+def _log_score(model: Any, X: Any, y: NDArray[Any], sample_weight: Any = None) -> float:
+    """Mean log-likelihood of labels, weighted as in training.
 
     On few held-out rows accuracy changes too rarely to stop by, and scikit-learn's
     "neg_log_loss" wants every class among them.
     """
     logs = model.predict_log_proba(X)
-    return float(logs[np.arange(len(y)), np.searchsorted(model.classes_, y)].mean())
+    found = logs[np.arange(len(y)), np.searchsorted(model.classes_, y)]
+    return float(np.average(found, weights=sample_weight))
 
 
 def _batch_size(settings: Training, n_rows: int) -> int:
@@ -382,7 +422,9 @@ def _check_writable(folder: Path) -> None:
 def _check_same(settings: Training, table: Table, checkpoint: Path) -> None:
     """Raise a ValueError if a checkpoint is not of these settings, or of other data."""
     notes = read_metadata(checkpoint)["notes"]
-    then, now = notes["settings"], json.loads(json.dumps(settings_table(settings)))
+    # A run begun before an option was there had its default
+    then = settings_table(Training()) | notes["settings"]
+    now = json.loads(json.dumps(settings_table(settings)))
     changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     if changed - _MAY_CHANGE:
         raise ValueError(

@@ -4,6 +4,10 @@
 happens keeps its memory in ``state``: ``init`` makes it, ``observe`` sees the loss (or
 the negative validation score) after each epoch, and ``stalled`` is asked when the loop
 would stop for lack of progress.
+
+To add one, subclass `Schedule` and list it in `SCHEDULES`: estimators and command line take
+their names from there.  By name, its other fields than an estimator's parameters are as by
+default.  An instance needs no name.
 """
 
 from __future__ import annotations
@@ -124,12 +128,12 @@ class Step(Schedule):
 
     Parameters
     ----------
-    every : int >= 1
+    every : int >= 1, default=50
         Epochs.
     gamma : float >= 0, default=0.1
     """
 
-    every: int
+    every: int = 50
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
@@ -283,3 +287,14 @@ class Adaptive(Schedule):
         # Divided one by one, as there: a product of factors may round across 10⁻⁶
         rate = rate if state.rate is None else state.rate
         return None if rate <= 1e-6 else _Divided(state.factor / 5.0, rate / 5.0)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": Schedule,
+    "invscaling": InverseScaling,
+    "adaptive": Adaptive,
+    "step": Step,
+    "cosine": Cosine,
+    "one_cycle": OneCycle,
+    "reduce_on_plateau": ReduceOnPlateau,
+}

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from portable_mlp import BackendError, MLPClassifier, get_backend, mlp
+from portable_mlp.backends import BACKENDS, DEVICES
 from portable_mlp.data import load_bundled, read_csv
 from portable_mlp.initializers import HeNormal, Zeros
 from portable_mlp.losses import SoftmaxCrossEntropy
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-parser.add_argument("--device", choices=["cpu", "gpu", "auto"], help="NumPy or CuPy (default: cpu)")
-parser.add_argument("--backend", choices=["numpy", "cupy", "torch", "jax"])
+parser.add_argument("--device", choices=DEVICES, help="NumPy or CuPy (default: cpu)")
+parser.add_argument("--backend", choices=BACKENDS)
 parser.add_argument("--data", type=Path, help="CSV, last column the label (default: digits 0 to 3)")
 parser.add_argument("--recipe", choices=["plain", "better"], default="plain")
 parser.add_argument("--seed", type=int, default=0)

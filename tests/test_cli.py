@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from sklearn.model_selection import train_test_split
 
-from portable_mlp import load, save
+from portable_mlp import MLPClassifier, MLPRegressor, load, save
 from portable_mlp.cli import main
 from portable_mlp.data import PENGUINS, read_csv, read_table
+from portable_mlp.losses import LOSSES
 from portable_mlp.persistence import read_metadata
+from portable_mlp.schedules import SCHEDULES
 
 pl = pytest.importorskip("polars")
 pytest.importorskip("sklearn", minversion="1.9")
@@ -138,6 +140,86 @@ def test_the_command_in_the_report_repeats_the_run(tmp_path):
     assert program == "portable-mlp"
     run(*[str(tmp_path / "b") if word == str(tmp_path / "a") else word for word in words])
     assert_same_model(tmp_path / "a", tmp_path / "b")
+
+
+OPTIONS = {
+    "--optimizer": ("solver", "sgd"),
+    "--momentum": ("momentum", 0.5),
+    "--schedule": ("learning_rate", "one_cycle"),
+    "--alpha": ("alpha", 0.01),
+    "--weight-decay": ("weight_decay", 0.1),
+    "--clip-norm": ("clip_norm", 0.5),
+}
+OF_A_TASK = {
+    "sex": {
+        "--class-weight": ("class_weight", "balanced"),
+        "--label-smoothing": ("label_smoothing", 0.1),
+    },
+    "body_mass_g": {"--loss": ("loss", "huber")},
+}
+
+
+@pytest.mark.parametrize("target", OF_A_TASK)
+def test_options_of_training_reach_the_model(target, tmp_path):
+    options = {**OPTIONS, **OF_A_TASK[target]}
+    words = [str(word) for option, (_, value) in options.items() for word in (option, value)]
+    run(
+        "train",
+        "--data",
+        PENGUINS,
+        "--target",
+        target,
+        "--epochs",
+        8,
+        "--out",
+        tmp_path / "a",
+        *words,
+    )
+    params = load(tmp_path / "a/model.safetensors")[-1].get_params()
+    assert {name: params[name] for name, _ in options.values()} == dict(options.values())
+    page = (tmp_path / "a/report.html").read_text(encoding="utf-8")
+    _, *command = shlex.split(re.search("<pre>(.*?)</pre>", page)[1])
+    assert set(words) <= set(command)
+    for option, (_, value) in options.items():
+        assert f"<td>{option[2:].replace('-', '_')}</td><td>{value}</td>" in page
+    run("train", "--config", tmp_path / "a/config.toml", "--out", tmp_path / "b")
+    assert_same_model(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(("folder", "cls"), [("penguins", MLPClassifier), ("masses", MLPRegressor)])
+def test_options_default_to_those_of_the_estimators(folder, cls, request):
+    params = load(request.getfixturevalue(folder) / "model.safetensors")[-1].get_params()
+    names = {name for name, _ in [*OPTIONS.values(), *OF_A_TASK["sex"].values(), ("loss", None)]}
+    wanted = {name: value for name, value in cls().get_params().items() if name in names}
+    assert {name: params[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_by_name(schedule, tmp_path, capsys):
+    run("train", "--dataset", "iris", "--epochs", 60, "--patience", 60, "--optimizer", "sgd",
+        "--schedule", schedule, "--out", tmp_path)  # fmt: skip
+    assert "warning" not in capsys.readouterr().err
+    rates = pl.read_csv(tmp_path / "history.csv")["learning_rate"]
+    changes = schedule not in ("constant", "adaptive", "reduce_on_plateau")  # these may wait
+    assert (rates.n_unique() > 1) == changes
+
+
+def test_class_weights_count_in_the_score_that_is_watched(tmp_path):
+    train(tmp_path, "--class-weight", "balanced", "--dtype", "float64")
+    history = pl.read_csv(tmp_path / "history.csv")
+    np.testing.assert_allclose(history["validation_score"], -history["validation_loss"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if not loss.for_labels])
+def test_every_loss_predicts_in_the_units_of_the_target(loss, tmp_path, rng, capsys):
+    x = rng.standard_normal((600, 2))
+    np.savez(tmp_path / "t.npz", x=x, y=rng.poisson(20.0 * np.exp(0.5 * x[:, 0])))
+    run("train", "--data", tmp_path / "t.npz", "--target", "y", "--task", "regression",
+        "--loss", loss, "--learning-rate", 0.01, "--out", tmp_path / "run")  # fmt: skip
+    score = re.search(r"test  R² (\S+)", capsys.readouterr().out)[1]
+    assert float(score) > 0.6
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert ("target scaled to unit variance" in page) == (loss != "poisson")
 
 
 def test_help_names_every_command(capsys):
@@ -408,9 +490,25 @@ def test_what_a_resumed_run_cannot_change(tmp_path, capsys):
     run("train", "--data", table, "--epochs", 2, "--checkpoint-every", 0, "--out", tmp_path / "run")
     run("train", "--resume", tmp_path / "run", "--hidden", "5", code=2)
     assert "cannot change hidden" in capsys.readouterr().err
+    run("train", "--resume", tmp_path / "run", "--alpha", "0.1", "--momentum", 0.5, code=2)
+    assert "cannot change alpha, momentum" in capsys.readouterr().err
     table.write_text(table.read_text().replace("Adelie", "Adélie"), encoding="utf-8")
     run("train", "--resume", tmp_path / "run", code=2)
     assert "not the rows that the run began with" in capsys.readouterr().err
+
+
+def test_a_run_from_before_an_option_was_there_goes_on(tmp_path, monkeypatch):
+    from portable_mlp import runs
+
+    def without_alpha(path):
+        told = read_metadata(path)
+        del told["notes"]["settings"]["alpha"]
+        return told
+
+    train(tmp_path, "--checkpoint-every", 0)
+    monkeypatch.setattr(runs, "read_metadata", without_alpha)
+    run("train", "--resume", tmp_path, "--epochs", 9)
+    run("train", "--resume", tmp_path, "--epochs", 10, "--alpha", 0.1, code=2)
 
 
 def test_a_new_run_does_not_go_on_from_an_old_checkpoint(tmp_path):
@@ -488,6 +586,8 @@ def place(tmp_path, monkeypatch, penguins):
         "typo.toml": "epoch = 3\n",
         "table.toml": "[train]\nepochs = 3\n",
         "half.toml": "patience = 2.5\n",
+        "smooth.toml": "label_smoothing = 1.5\n",
+        "signs.csv": "x,body_mass_g\n" + "".join(f"{i},{i - 9.5}\n" for i in range(40)),
         "rare.csv": good + 2 * (lines[1].replace(",male", ",unknown") + "\n"),
     }
     for name, text in files.items():
@@ -506,6 +606,7 @@ def place(tmp_path, monkeypatch, penguins):
 
 
 TRAIN = "train --epochs 2 --out out --target sex --data"
+MASS = TRAIN.replace("sex", "body_mass_g")
 PREDICT = "predict penguins/model.safetensors --out out.csv --data"
 OTHER = "other.csv has other columns than expected; missing: species, island; extra: colour"
 ERRORS = [
@@ -539,6 +640,30 @@ ERRORS = [
     (f"{TRAIN} good.csv --hidden 8,2.5", "--hidden: '2.5' is not a whole number"),
     (f"{TRAIN} good.csv --learning-rate 1e30 --no-early-stopping", "training diverged"),
     (f"{TRAIN} good.csv --optimizer lbfgs --checkpoint-every 1", "lbfgs cannot go on"),
+    (f"{TRAIN} good.csv --optimizer lbfgs --schedule cosine", "'lbfgs' cannot take a schedule"),
+    (f"{TRAIN} good.csv --optimizer lbfgs --clip-norm 1", "'lbfgs' cannot take clip_norm"),
+    (f"{TRAIN} good.csv --optimizer lbfgs --weight-decay 1", "'lbfgs' cannot take weight_decay"),
+    (f"{TRAIN} good.csv --optimizer adamm", 'Did you mean "adam"'),
+    (f"{TRAIN} good.csv --schedule cosin", 'Did you mean "cosine"'),
+    (f"{TRAIN} good.csv --alpha -1", "--alpha"),
+    (f"{TRAIN} good.csv --alpha nan", "alpha"),
+    (f"{TRAIN} good.csv --weight-decay -1", "--weight-decay"),
+    (f"{TRAIN} good.csv --clip-norm 0", "--clip-norm"),
+    (f"{TRAIN} good.csv --momentum 1.5", "--momentum"),
+    (f"{TRAIN} good.csv --label-smoothing 1", "--label-smoothing"),
+    (f"{TRAIN} good.csv --class-weight balance", 'Did you mean "balanced"'),
+    (f"{TRAIN} good.csv --config smooth.toml", "label_smoothing.* Must be < 1"),
+    (f"{TRAIN} good.csv --loss hubert", 'Did you mean "huber"'),
+    (
+        f"{TRAIN} good.csv --loss huber",
+        "--loss is for a regression: this is a classification of sex, .* the cross-entropy",
+    ),
+    (
+        f"{MASS} good.csv --class-weight balanced",
+        "--class-weight is for a classification: this is a regression of body_mass_g$",
+    ),
+    (f"{MASS} good.csv --label-smoothing 0.1", "--label-smoothing is for"),
+    (f"{MASS} signs.csv --loss poisson", "y must not be negative for loss='poisson'"),
     (f"{TRAIN} good.csv --config bad.toml", "TOML"),
     (f"{TRAIN} good.csv --config typo.toml", "Did you mean --epochs"),
     (f"{TRAIN} good.csv --config table.toml", r"table.toml has a table \[train\]"),

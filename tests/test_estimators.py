@@ -346,6 +346,7 @@ BAD_PARAMETERS = [
     ({"backend": "tensorflow"}, "unknown backend 'tensorflow'"),
     ({"solver": "lbfgs", "dropout": 0.5}, "solver='lbfgs' cannot take dropout"),
     ({"solver": "lbfgs", "learning_rate": Cosine()}, "solver='lbfgs' cannot take a schedule"),
+    ({"solver": "lbfgs", "learning_rate": "cosine"}, "solver='lbfgs' cannot take a schedule"),
 ]
 
 

@@ -32,8 +32,8 @@ from portable_mlp import (
 from portable_mlp.backends import to_host
 from portable_mlp.layers import Layer, Param
 from portable_mlp.losses import Quantile
-from portable_mlp.optimizers import SGD, Adam, AdamW
-from portable_mlp.schedules import Cosine, ReduceOnPlateau
+from portable_mlp.optimizers import OPTIMIZERS, SGD, Adam, AdamW
+from portable_mlp.schedules import SCHEDULES, Cosine, ReduceOnPlateau
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -593,6 +593,19 @@ def test_why_training_ended(settings, reason):
     assert model.stop_reason_ == reason
     if model.solver != "lbfgs":
         assert model.init_model(X, Y).stop_reason_ is None
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("solver", OPTIMIZERS)
+def test_the_name_of_a_schedule_is_the_schedule(schedule, solver, recwarn):
+    model = classifier(solver=solver, learning_rate=schedule).fit(X, Y)
+    without = solver != "sgd" and schedule in ("invscaling", "adaptive")  # as in scikit-learn
+    assert without == any("has no effect" in str(w.message) for w in recwarn)
+    by_object = SCHEDULES["constant" if without else schedule]()
+    same(model, classifier(solver=solver, learning_rate=by_object).fit(X, Y))
 
 
 # ---------------------------------------------------------------- warnings
