@@ -180,6 +180,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
     """
 
     _metric = staticmethod(accuracy_score)
+    _learns_classes = True
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **MultilayerPerceptron._parameter_constraints,
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from math import inf, nan
 from numbers import Integral
@@ -19,7 +20,7 @@ from sklearn.metrics import check_scoring
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state, compute_sample_weight
 
-from portable_mlp.backends import NumPyBackend, backend_of, get_backend, move
+from portable_mlp.backends import Backend, NumPyBackend, backend_of, get_backend, move
 from portable_mlp.callbacks import Callback, Progress
 from portable_mlp.inference import Inference, Selection, logits
 from portable_mlp.lbfgs import fit_lbfgs
@@ -30,7 +31,8 @@ from portable_mlp.peer import (
     only_if,
     with_callbacks,
 )
-from portable_mlp.sources import ArraySource, Source, SparseSource, on_backend
+from portable_mlp.sources import ArraySource, CheckedSource, Source, SparseSource, on_backend
+from portable_mlp.steps import Batch
 from portable_mlp.training import State, StopReason, Trainer, Validate
 from portable_mlp.typing import Array
 from portable_mlp.validation import check_weights, check_X, check_y
@@ -42,7 +44,8 @@ Mode = Literal["fit", "partial", "continue", "init"]
 class _Rows(NamedTuple):
     """Checked rows: x where it is (or CSR), y as it came and as numbers, weights.
 
-    Of x, only the rows ``indices`` if given: it is never copied.
+    Of x, only the rows ``indices`` if given: it is never copied.  Where they come from a source
+    that is read, all this is of its first rows.
     """
 
     x: Any
@@ -50,6 +53,7 @@ class _Rows(NamedTuple):
     target: NDArray[Any]
     weights: NDArray[np.float64] | None
     indices: NDArray[np.intp] | None = None
+    read: Source | None = None
 
     def take(self, indices: NDArray[np.intp]) -> _Rows:
         weights = None if self.weights is None else self.weights[indices]
@@ -90,6 +94,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
     """What classifier and regressor share."""
 
     _target_dtype: ClassVar[type | None] = None  # labels may be anything
+    _learns_classes: ClassVar[bool] = False
     classes_: NDArray[Any]
 
     # -------------------------------------------------------- entry points
@@ -98,7 +103,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
     def fit(
         self,
         X: Any,
-        y: Any,
+        y: Any = None,
         sample_weight: Any = None,
         *,
         X_val: Any = None,
@@ -109,9 +114,9 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
 
         Parameters
         ----------
-        X : array-like or sparse matrix (n_samples, n_features)
+        X : array-like or sparse matrix (n_samples, n_features), or a `sources.Source`
             From any backend; computation follows it unless ``device`` or ``backend``
-            say otherwise.
+            say otherwise.  A source brings y and weights, too.
         y : array-like (n_samples,) or (n_samples, n_outputs)
             Labels (strings too), indicators of several labels, or real targets.
         sample_weight : array-like (n_samples,), optional
@@ -142,7 +147,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
     def continue_fit(
         self,
         X: Any,
-        y: Any,
+        y: Any = None,
         sample_weight: Any = None,
         *,
         n_iter: int | None = None,
@@ -242,6 +247,9 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         n_iter: int | None = None,
     ) -> Self:
         self._check_parameters()
+        read = X if isinstance(X, Source) else None
+        if read is not None:
+            X, y = self._look_into(read, y, sample_weight, validation[0])
         again = hasattr(self, "params_") and (
             mode in ("partial", "continue") or (mode == "fit" and self.warm_start)
         )
@@ -252,20 +260,22 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
         weights = check_weights(sample_weight, X, dtype)
         y = check_y(self, y, X, self._target_dtype)
-        self._loss, n_outputs = self._learn_target(y, again, mode == "partial")
+        known = read.targets() if read is not None and self._learns_classes else y
+        self._loss, n_outputs = self._learn_target(known, again, mode == "partial")
         target = self._encode_target(y)
         self.out_activation_ = self._loss.link_name
         network = self._network(X.shape[1], n_outputs)
         rng = check_random_state(self.random_state)
         params = self._params_for(network) if again else network.init(rng)
-        weights = self._class_weighted(y, weights, dtype, some=mode != "partial")
+        some = mode != "partial" and read is None  # a part may have none
+        weights = self._class_weighted(y, weights, dtype, some=some)
         if not issparse(X):
             with backend.scope(dtype):
                 X = move(X, backend, dtype)
         self.network_, self.n_outputs_ = network, n_outputs
         self.n_layers_ = network.n_linear + 1
         trainer = self._trainer(network, backend, dtype)
-        rows = _Rows(X, y, target, weights)
+        rows = _Rows(X, y, target, weights, read=read)
         held_out = self._check_validation(*validation, dtype)
         callbacks: list[Callback] = [Progress()] if self.verbose else []
         callbacks += self.callbacks or ()
@@ -297,6 +307,34 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         return self
 
     # -------------------------------------------------------- rows
+
+    def _look_into(
+        self, source: Source, y: Any, sample_weight: Any, X_val: Any
+    ) -> tuple[Any, NDArray[Any]]:
+        """The first rows of a source, which tell what kind they are."""
+        if y is not None or sample_weight is not None:
+            raise ValueError("a source brings y and the weights itself: do not pass them")
+        if self.solver == "lbfgs":
+            raise ValueError("solver='lbfgs' takes all rows at once: it cannot take a source")
+        if self.early_stopping and X_val is None:
+            raise ValueError("early_stopping on a source needs X_val and y_val: none is held out")
+        if getattr(self, "class_weight", None) == "balanced":
+            raise ValueError("class_weight='balanced' needs all rows at once: pass a dict")
+        source.begin(0, None)
+        part = next(iter(source.parts(1024)), None)
+        if part is None or source.n_rows < 1:
+            raise ValueError(f"{type(source).__name__}: a source without rows")
+        (x, y, *_), _ = part
+        return x, y
+
+    def _prepared(self, backend: Backend, dtype: str, data: Batch) -> Batch:
+        """Rows of a source, checked, on a backend."""
+        X = check_X(self, data.x, reset=False)
+        y = check_y(self, data.y, X, self._target_dtype)
+        weights = check_weights(data.weights, X, dtype, "the source's weights", some=False)
+        weights = self._class_weighted(y, weights, dtype, some=False)
+        x = X.toarray() if issparse(X) else move(X, backend, dtype)
+        return on_backend(x, self._encode_target(y), weights, backend, dtype)
 
     def _class_weighted(
         self,
@@ -405,7 +443,9 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             held_out = rows.take(held)
         source: Source
         with backend.scope(dtype):
-            if issparse(rows.x):
+            if rows.read is not None:
+                source = CheckedSource(rows.read, partial(self._prepared, backend, dtype))
+            elif issparse(rows.x):
                 parts = rows.x, rows.target, rows.weights
                 source = SparseSource(*parts, backend, dtype, used)
             else:

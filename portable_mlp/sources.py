@@ -1,20 +1,23 @@
-"""Sources: where the training loop takes its rows from.
+"""Sources: where the training loop takes its rows from, and in which order.
 
 The loop asks for all rows once an epoch and never indexes X itself, so a source may
-hold them in any form.  It hands out *parts*: arrays on the backend, and which of
-their rows in which order.
+hold them in any form, and read them when they are asked for.  It hands out *parts*: arrays,
+and which of their rows in which order.
+
+To train on rows from anywhere (a reader, a database), subclass `Source` and give an instance
+to ``fit`` in the place of X.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from portable_mlp.backends import Backend
+from portable_mlp.backends import Backend, to_host
 from portable_mlp.steps import Batch
 
 Part = tuple[Batch, NDArray[np.intp] | None]
@@ -26,24 +29,41 @@ class Source(ABC):
     Attributes
     ----------
     n_rows : int
+        Rows of an epoch.
     """
 
     n_rows: int
 
+    def begin(  # noqa: B027 (there need be no choice)
+        self, epoch: int, rng: np.random.RandomState | None
+    ) -> None:
+        """Choose the order of an epoch; the next ``parts`` are in it.
+
+        Where training goes on after a pause, the epochs that are done begin again, without
+        their parts: the order has to depend on the arguments, and on the epochs before, alone.
+
+        Parameters
+        ----------
+        epoch : int
+            From 0 in each run.
+        rng : RandomState or None
+            That of the run, to draw from; None where rows are not to be shuffled.
+        """
+
     @abstractmethod
-    def parts(self, batch_size: int, order: NDArray[np.intp] | None = None) -> Iterator[Part]:
-        """All rows once.
+    def parts(self, batch_size: int) -> Iterator[Part]:
+        """All rows of an epoch once.
 
         Parameters
         ----------
         batch_size : int
             Every part but the last has a multiple of so many rows.
-        order : array of int, optional
-            A permutation; the rows' own order if not given.
 
         Yields
         ------
         data : Batch
+            On the backend, for `Trainer.fit`.  For an estimator, x, y and weights as its
+            ``fit`` takes them; a tuple will do.
         rows : array of int, optional
             Rows of ``data`` in the order asked for, on the host; None: all, as they
             stand.
@@ -53,8 +73,51 @@ class Source(ABC):
         """The one batch that every epoch repeats, on the backend; None if they differ."""
         return None
 
+    def targets(self) -> NDArray[Any]:
+        """All targets, in any order: a classifier asks for them once, to learn the classes.
 
-class ArraySource(Source):
+        By default one pass over the rows.
+        """
+        self.begin(0, None)
+        return np.concatenate([
+            to_host(data[1]) if rows is None else to_host(data[1])[rows]
+            for data, rows in self.parts(1024)
+        ])  # fmt: skip
+
+
+class _Shuffled(Source):
+    """A source of rows that can be taken in any order: its order is drawn anew each epoch.
+
+    Parameters
+    ----------
+    n : int
+        Rows that there are.
+    rows : array of int, optional
+        Those to use, on the host; all if not given.
+    """
+
+    def __init__(self, n: int, rows: NDArray[np.intp] | None) -> None:
+        self._rows = rows
+        self._order: NDArray[np.intp] | None = None
+        self.n_rows = n if rows is None else len(rows)
+
+    def begin(self, epoch: int, rng: np.random.RandomState | None) -> None:
+        if rng is None:
+            self._order = None
+            return
+        if epoch == 0 or self._order is None:
+            self._order = np.arange(self.n_rows)
+        rng.shuffle(self._order)  # in place: scikit-learn's orders compose, too
+
+    @property
+    def chosen(self) -> NDArray[np.intp] | None:
+        """The rows to use, in this epoch's order; None if all, as they stand."""
+        if self._rows is None or self._order is None:
+            return self._order if self._rows is None else self._rows
+        return self._rows[self._order]
+
+
+class ArraySource(_Shuffled):
     """Rows of arrays in memory, as one part.
 
     Parameters
@@ -66,23 +129,18 @@ class ArraySource(Source):
     """
 
     def __init__(self, data: Batch, rows: NDArray[np.intp] | None = None) -> None:
+        super().__init__(data.x.shape[0], rows)
         self._data = data
-        self._rows = rows
-        self.n_rows = data.x.shape[0] if rows is None else len(rows)
 
-    def parts(self, batch_size: int, order: NDArray[np.intp] | None = None) -> Iterator[Part]:
-        if self._rows is not None:
-            order = self._rows if order is None else self._rows[order]
-        elif self.whole(batch_size) is not None:
-            order = None
-        yield self._data, order
+    def parts(self, batch_size: int) -> Iterator[Part]:
+        yield self._data, None if self.whole(batch_size) is not None else self.chosen
 
     def whole(self, batch_size: int) -> Batch | None:
         # A mean over all rows does not depend on their order
         return self._data if self._rows is None and batch_size >= self.n_rows else None
 
 
-class SparseSource(Source):
+class SparseSource(_Shuffled):
     """Rows of a sparse matrix, made dense and moved to the backend a batch at a time.
 
     Parameters
@@ -106,27 +164,74 @@ class SparseSource(Source):
         dtype: str,
         rows: NDArray[np.intp] | None = None,
     ) -> None:
+        super().__init__(x.shape[0], rows)
         self._host = x, y, weights
         self._backend = backend
         self._dtype = dtype
-        self._rows = np.arange(x.shape[0]) if rows is None else rows
-        self.n_rows = len(self._rows)
 
-    def parts(self, batch_size: int, order: NDArray[np.intp] | None = None) -> Iterator[Part]:
-        rows = self._rows if order is None else self._rows[order]
+    def parts(self, batch_size: int) -> Iterator[Part]:
+        rows = np.arange(self.n_rows) if self.chosen is None else self.chosen
         x, y, weights = self._host
         for start in range(0, self.n_rows, batch_size):
-            chosen = rows[start : start + batch_size]
+            some = rows[start : start + batch_size]
             yield (
                 on_backend(
-                    x[chosen].toarray(),
-                    y[chosen],
-                    None if weights is None else weights[chosen],
+                    x[some].toarray(),
+                    y[some],
+                    None if weights is None else weights[some],
                     self._backend,
                     self._dtype,
                 ),
                 None,
             )
+
+
+class CheckedSource(Source):
+    """A source whose parts are checked, and made what the training loop takes.
+
+    Parameters
+    ----------
+    source : Source
+    prepare : callable
+        From a part's data to what it is on the backend; raises a ValueError if it is not as
+        it must be.
+
+    Raises
+    ------
+    ValueError
+        From ``parts``: if they are not as many rows as the source says, or of other lengths or
+        shapes than they have to be.
+    """
+
+    def __init__(self, source: Source, prepare: Callable[[Batch], Batch]) -> None:
+        self._source = source
+        self._prepare = prepare
+        self.n_rows = source.n_rows
+
+    def begin(self, epoch: int, rng: np.random.RandomState | None) -> None:
+        self._source.begin(epoch, rng)
+
+    def parts(self, batch_size: int) -> Iterator[Part]:
+        seen, name = 0, type(self._source).__name__
+        first: tuple[Any, ...] = ()
+        for data, rows in self._source.parts(batch_size):
+            if seen % batch_size:
+                raise ValueError(
+                    f"{name}: a part that is not the last ends after {seen} rows, which are no"
+                    f" multiple of the batch size {batch_size}"
+                )
+            seen += data[0].shape[0] if rows is None else len(rows)
+            if seen > self.n_rows:
+                break
+            batch = self._prepare(Batch(*data))
+            form = tuple(None if a is None else a.shape[1:] for a in batch)
+            if form != (first := first or form):
+                raise ValueError(
+                    f"{name}: a part of x, y and weights of shapes (n, *{form}) after {first}"
+                )
+            yield batch, rows
+        if seen != self.n_rows:
+            raise ValueError(f"{name}: says n_rows={self.n_rows}, and gave {seen} in an epoch")
 
 
 def on_backend(x: Any, y: NDArray[Any], weights: Any, backend: Backend, dtype: str) -> Batch:

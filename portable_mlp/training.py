@@ -441,7 +441,7 @@ class _Run:
         trainer, source = self.trainer, self.source
         kind = ENGINES[trainer.backend.engine]
         self.engine = kind(trainer.backend, trainer.recipe, trainer.reduce)
-        self.order = np.arange(source.n_rows)
+        self.drawn = 0  # epochs of this run
         self.n_steps = ceil(source.n_rows / trainer.batch_size)
         self.whole = source.whole(trainer.batch_size)
         self.began = time.perf_counter()
@@ -514,9 +514,9 @@ class _Run:
         return hypers, rate
 
     def draw(self) -> list[tuple[int, ...]]:
-        """Bring the rows in their next order, and draw seeds for each step's random layers."""
-        if self.trainer.shuffle:
-            self.rng.shuffle(self.order)  # in place: scikit-learn's orders compose, too
+        """Have the rows brought in their next order, and draw seeds for random layers."""
+        self.source.begin(self.drawn, self.rng if self.trainer.shuffle else None)
+        self.drawn += 1
         n_random = self.trainer.network.n_random
         if not n_random:
             return [()] * self.n_steps
@@ -528,7 +528,7 @@ class _Run:
         size, pauses = trainer.batch_size, self.pauses
         steps, seen, loss = state.begun
         end = 0
-        for data, rows in source.parts(size, self.order if trainer.shuffle else None):
+        for data, rows in source.parts(size):
             start = end
             end += ceil((data.x.shape[0] if rows is None else len(rows)) / size)
             while steps < end:

@@ -459,8 +459,13 @@ class ByBatch(Source):
         self.n_rows = len(data.x)
         self.backend = backend
 
-    def parts(self, batch_size, order=None):
-        order = np.arange(self.n_rows) if order is None else order
+    def begin(self, epoch, rng):
+        if epoch == 0:
+            self.order = np.arange(self.n_rows)
+        rng.shuffle(self.order)
+
+    def parts(self, batch_size):
+        order = self.order
         for start in range(0, self.n_rows, batch_size):
             rows = self.backend.indices(order[start : start + batch_size])
             yield Batch(*(None if a is None else a[rows] for a in self.data)), None

@@ -705,7 +705,7 @@ def test_arrays_of_its_own_are_written_and_not_the_user_s(cuda):
     class Same(Source):
         n_rows = 10
 
-        def parts(self, batch_size, order=None):
+        def parts(self, batch_size):
             yield from ((part, None) for part in parts)
 
     state = trainer.start(trainer.params(arrays.leaves))
