@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from portable_mlp.layers import Linear
@@ -38,6 +38,34 @@ class View(list[Array]):
         return list, (list(self),)  # a copy is a list of its own
 
 
+class Shown:
+    """An attribute that shows some of the fitted parameters.
+
+    On a model that is not fitted it holds what it is given, to begin with.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        if model is None:
+            return self
+        if "params_" in vars(model):
+            return View(model.params_, places(model.network_, self.name))
+        if self.name not in model._held():
+            raise AttributeError(f"{type(model).__name__} is not fitted: it has no {self.name}")
+        return model._held()[self.name]
+
+    def __set__(self, model: Any, arrays: Sequence[Array]) -> None:
+        if "params_" not in vars(model):
+            model._held()[self.name] = arrays
+            return
+        params = list(model.params_)
+        for place, array in zip(places(model.network_, self.name), arrays, strict=True):
+            params[place] = array
+        model.params_ = params
+
+
 class Fitted:
     """What a fit leaves, and what `coefs_` and its like show of it.
 
@@ -55,38 +83,16 @@ class Fitted:
 
     network_: Network
     params_: list[Array]
+    coefs_ = Shown()
+    intercepts_ = Shown()
+    layer_params_ = Shown()
 
-    @property
-    def coefs_(self) -> list[Array]:
-        return View(self.params_, places(self.network_, "coefs_"))
+    def _held(self) -> dict[str, Sequence[Array]]:
+        """What was given before the first fit, by the names of `OF_SCIKIT_LEARN`."""
+        held: dict[str, Sequence[Array]] = vars(self).setdefault("_before", {})
+        return held
 
-    @coefs_.setter
-    def coefs_(self, arrays: Sequence[Array]) -> None:
-        self._replace("coefs_", arrays)
-
-    @property
-    def intercepts_(self) -> list[Array]:
-        return View(self.params_, places(self.network_, "intercepts_"))
-
-    @intercepts_.setter
-    def intercepts_(self, arrays: Sequence[Array]) -> None:
-        self._replace("intercepts_", arrays)
-
-    @property
-    def layer_params_(self) -> list[Array]:
-        return View(self.params_, places(self.network_, "layer_params_"))
-
-    @layer_params_.setter
-    def layer_params_(self, arrays: Sequence[Array]) -> None:
-        self._replace("layer_params_", arrays)
-
-    def _replace(self, name: str, arrays: Sequence[Array]) -> None:
-        params = list(self.params_)
-        for place, array in zip(places(self.network_, name), arrays, strict=True):
-            params[place] = array
-        self.params_ = params
-
-    def _adopt(self, network: Network, arrays: dict[str, list[Array]]) -> None:
+    def _adopt(self, network: Network, arrays: Mapping[str, Sequence[Array]]) -> None:
         """Take parameters that are given by the names of `OF_SCIKIT_LEARN`."""
         params: list[Array] = [None] * len(network.params)
         for name in OF_SCIKIT_LEARN:
@@ -104,8 +110,10 @@ class Fitted:
         Raises
         ------
         ValueError
-            If it has parameters of other shapes.
+            If it has parameters of other shapes, or another number of them.
         """
+        if "params_" not in vars(self):
+            self._adopt(network, self._held())
         wanted = [param.shape for param in network.params]
         shapes = [tuple(array.shape) for array in self.params_]
         if wanted != shapes:

@@ -250,7 +250,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
         read = X if isinstance(X, Source) else None
         if read is not None:
             X, y = self._look_into(read, y, sample_weight, validation[0])
-        again = hasattr(self, "params_") and (
+        again = hasattr(self, "coefs_") and (
             mode in ("partial", "continue") or (mode == "fit" and self.warm_start)
         )
         home = backend_of(X)

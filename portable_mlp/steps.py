@@ -269,16 +269,20 @@ def step(
     return arrays, (value, penalty)
 
 
-def first_half(recipe: Recipe, leaves: Params, batch: Batch, numbers: Any) -> Array:
+def first_half(
+    recipe: Recipe, leaves: Params, batch: Batch, numbers: Any, total: Any = None
+) -> Array:
     """`sums` as one vector: the leaves' gradients, the loss and, of weighted rows, Σ w.
 
-    The latter two are one number each, or one for each member.
+    The latter two are one number each, or one for each member: the weights, where each has rows
+    of its own.  With a ``total`` there is no
+    Σ w.
     """
     xp = recipe.xp
-    value, grads = sums(recipe, leaves, batch, numbers)
+    value, grads = sums(recipe, leaves, batch, numbers, total)
     # Not joined of leaves, which are joined themselves: each gradient is written once
     parts = [*(grads[i] for leaf in recipe.layout.leaves for i in leaf), value]
-    if batch.weights is not None:
+    if batch.weights is not None and total is None:
         parts.append(total_weight(batch.weights, xp))
     return xp.concat([xp.reshape(part, (-1,)) for part in parts])
 
@@ -296,7 +300,7 @@ def second_half(
     vector : array
     hyper : Hyper
     n : float, optional
-        The number of rows; of weighted ones, the vector's end counts.
+        The number of rows, or the sum of their weights; if not given, it is the vector's end.
     """
     xp, alphas, m = recipe.xp, hyper.alphas, recipe.n_losses
     grads, start = [], 0
@@ -308,9 +312,8 @@ def second_half(
     value = vector[start] if one else vector[start : start + m]
     penalty: Any = 0.0
     if recipe.has_penalty:
-        total: Any = n
-        if n is None:
-            total = vector[start + m] if one else vector[start + m :]
+        rest = vector.shape[0] - start - m  # one Σ w, or one of each member
+        total = n if n is not None else vector[-1] if rest == 1 else vector[start + m :]
         by_param = recipe.layout.unpack(grads, xp)
         penalty, grads = penalise(recipe, arrays.leaves, by_param, alphas, total)
     return descend(recipe, arrays, grads, hyper), (value, penalty)

@@ -920,6 +920,8 @@ def all_of_it(cuda, monkeypatch):
     backend = emulated_gpu()
     on_gpu(dropout=0.1)
     backend.synchronize()
+    stack = import_module("cupy").ones((2, 3, 3))
+    Cuda().multiply(stack, stack, stack.copy())
     for device in ("cpu", "gpu"):
         with suppress(BackendError):
             CuPyBackend.create(device)

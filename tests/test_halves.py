@@ -13,19 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engines import OPTIMIZERS, case, fit, run
 
+from portable_mlp import mlp
 from portable_mlp.backends import NumPyBackend, to_host
 from portable_mlp.engines import CaptureEngine, Engine, ReplayEngine, ScanEngine
 from portable_mlp.engines import replay as replay_module
+from portable_mlp.engines.base import Task
 from portable_mlp.engines.calls import lower
 from portable_mlp.engines.dialects import NumPyDialect
 from portable_mlp.engines.memory import Plan
-from portable_mlp.engines.program import specify
+from portable_mlp.engines.program import leaves, specify
 from portable_mlp.engines.recording import Recorder, record
 from portable_mlp.engines.verifier import verify
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import Adam
 from portable_mlp.schedules import Clock
+from portable_mlp.sources import ArraySource
 from portable_mlp.steps import NO_NUMBERS, Batch, first_half, second_half, sums, update, weight_of
+from portable_mlp.training import Trainer
 
 NUMPY = NumPyBackend()
 CLOCK = Clock(0, 10, 0, 0)
@@ -158,13 +162,97 @@ def test_whole_fits_take_it_too():
         np.testing.assert_array_equal(a, b)
 
 
-def test_engines_that_have_no_halves_say_so(request, cuda):
-    made = case(SquaredError(), Adam(), backend=get_target("cupy-emulated", request).backend)
-    with pytest.warns(RuntimeWarning, match="eagerly.*a step in two halves is not captured"):
-        got = run(lambda *a: CaptureEngine(*a, lambda vector: None), *made)
-    wanted = run(Engine, *made)
-    for a, b in zip(got[0], wanted[0], strict=True):
-        np.testing.assert_array_equal(to_host(a), to_host(b))
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("how", SETTINGS)
+def test_on_a_gpu(how, weighted, request, cuda):
+    """Two graphs a batch size, and what is in between on the device."""
+    backend = get_target("cupy-emulated", request).backend
+    turn = 2 * SETTINGS.index(how) + weighted
+    loss = [*LOSSES.values()][turn % len(LOSSES)]
+    optimizer = OPTIMIZERS[turn % len(OPTIMIZERS)]
+    made = case(loss, optimizer, backend=backend, weighted=weighted, **how)
+    before = cuda.counts["captures"]
+    (arrays, values), seen = halved(CaptureEngine, made)
+    assert len(seen) > len(values) == 12  # the first steps are checked
+    assert cuda.counts["captures"] - before == 2 * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted, wanted_values = run(CaptureEngine, *made)
+    np.testing.assert_allclose(values, wanted_values, rtol=1e-11)
+    for a, b in zip(arrays, wanted, strict=True):
+        np.testing.assert_allclose(to_host(a), to_host(b), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("members", [None, 3])
+@pytest.mark.parametrize("kind", [Engine, ReplayEngine, CaptureEngine])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_total_comes_from_outside(kind, weighted, members, request, cuda, monkeypatch):
+    """Of a part of the rows, and what others add, the step of all rows is made."""
+    monkeypatch.setattr(replay_module.RecordedEngine, "EAGER", 0)
+    on_gpu = kind is CaptureEngine
+    backend = get_target("cupy-emulated", request).backend if on_gpu else NUMPY
+    rng = np.random.RandomState(0)
+    x, y = rng.standard_normal((12, 4)), rng.randint(3, size=12).astype(np.int32)
+    weights = rng.uniform(0.1, 2.0, 12) if weighted else None
+    network = mlp([4, 5, 3], "tanh", members=members)
+    trainer = Trainer(
+        network, SoftmaxCrossEntropy(), Adam(), backend, "float64", 0.1, alpha=0.3, clip_norm=0.5
+    )
+    params = network.init(np.random.RandomState(1))
+    total = 12.0 if weights is None else float(weights.sum())
+
+    def batch(rows):
+        return Batch(
+            backend.asarray(x[rows]), backend.asarray(y[rows]),
+            None if weights is None else backend.asarray(weights[rows]),
+        )  # fmt: skip
+
+    hyper = [trainer.hyper(CLOCK, None)[0]]
+    with backend.scope("float64"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = first_half(
+            trainer.recipe, trainer.load(params), batch(slice(5, 12)), NO_NUMBERS, total
+        )
+
+        def reduce(vector):
+            vector += other
+
+        part = Task(batch(slice(0, 5)), None, 5, hyper, lambda: False, totals=[total])
+        mine = trainer.start(params).arrays
+        mine, values = kind(backend, trainer.recipe, reduce).run(mine, part)
+        whole = Task(batch(slice(0, 12)), None, 12, hyper, lambda: False)
+        wanted = trainer.start(params).arrays
+        wanted, wanted_values = Engine(backend, trainer.recipe).run(wanted, whole)
+    np.testing.assert_allclose(np.hstack(values[0]), np.hstack(wanted_values[0]), rtol=1e-13)
+    for a, b in zip([*leaves(mine)], [*leaves(wanted)], strict=True):
+        np.testing.assert_allclose(to_host(a), to_host(b), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("members", [3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_halves_of_members(members, weighted, monkeypatch):
+    monkeypatch.setattr(replay_module.RecordedEngine, "EAGER", 0)
+    rng = np.random.RandomState(0)
+    data = Batch(
+        rng.standard_normal((24, 4)), rng.standard_normal((24, 2)),
+        rng.uniform(size=24) if weighted else None,
+    )  # fmt: skip
+    network = mlp([4, 5, 2], "tanh", members=members)
+    found = []
+    for reduce in (None, lambda vector: None):
+        trainer = Trainer(
+            network, SquaredError(), Adam(), NUMPY, "float64", 0.1, alpha=0.3, batch_size=10,
+            reduce=reduce,
+        )  # fmt: skip
+        state = trainer.start(network.init(np.random.RandomState(1)))
+        trainer.fit(state, ArraySource(data), 5, np.random.RandomState(2))
+        found.append([*state.leaves, [epoch.loss for epoch in state.history]])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_jax_has_no_halves():
+    made = case(SquaredError(), Adam())
     with pytest.raises(ValueError, match="JAX compiles whole steps"):
         ScanEngine(NUMPY, made[0].recipe, lambda vector: None)
 

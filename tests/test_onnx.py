@@ -238,7 +238,8 @@ def test_every_operator_is_tried():
         (lambda x, xp: xp.trunc(x), "no operator for its trunc"),
         (lambda x, xp: x * x.shape[0], "depends on the number of rows"),
         (lambda x, xp: x if float(x[0, 0]) > 0 else -x, "value of an array"),
-        (lambda x, xp: xp.concat([x[:, 1:], x[:, :1]], axis=1), "a part of an array"),
+        (lambda x, xp: xp.concat([x[:, 1:], x[:, ::-1][:, :1]], axis=1), "reverses an axis"),
+        (lambda x, xp: x + x[:1, :], "a part of the rows"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:the step runs eagerly")

@@ -76,7 +76,7 @@ def check(model):
     assert type(made).__name__ == "AddedSolver"
     assert (made.alpha, made.beta_1) == (model.alpha, model.beta_1)
     assert type(model._make_schedule()).__name__ == "AddedSchedule"
-    assert "AddedActivation" in {type(layer).__name__ for layer in model._fitted_network().layers}
+    assert "AddedActivation" in {type(layer).__name__ for layer in model.network_.layers}
     assert isinstance(model, MLPClassifier) or type(model._loss).__name__ == "AddedLoss"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
+from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -54,6 +55,9 @@ class Task(NamedTuple):
         Asked between steps whether to end early.
     first : int, default=0
         Batches before this one have been done.
+    totals : sequence of float, optional
+        Where the batches are a part of larger ones, and a step is cut in two: the numbers of
+        rows, or sums of weights, of the whole ones; see `Loss.__call__`.
     """
 
     data: Batch
@@ -62,6 +66,7 @@ class Task(NamedTuple):
     hypers: Sequence[Hyper]
     stop: Callable[[], bool]
     first: int = 0
+    totals: Sequence[float] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -87,9 +92,10 @@ def flat(numbers: Any) -> tuple[Any, ...]:
     return tuple(x.values if isinstance(x, PerMember) else x for x in leaves(numbers))
 
 
-def table(hypers: Sequence[Hyper]) -> NDArray[np.float64]:
+def table(steps: Sequence[Any]) -> NDArray[np.float64]:
     """Return all numbers of several steps, a row each, in the order of `flat`."""
-    return np.array([np.concatenate([np.ravel(x) for x in flat(h)]) for h in hypers], np.float64)
+    rows = [[np.ravel(x) for x in flat(numbers)] for numbers in steps]
+    return np.array([np.concatenate(row) if row else [] for row in rows], np.float64)
 
 
 class Engine:
@@ -102,7 +108,7 @@ class Engine:
     reduce : callable, optional
         What is done to the vector between the two halves of each step, see `first_half`: it
         changes the vector in place.  The sums are divided by the weight of the engine's own
-        batch.  Without it, a step is one.
+        batch, unless a task has ``totals``.  Without it, a step is one.
     """
 
     name: ClassVar[str] = "eager"
@@ -128,8 +134,9 @@ class Engine:
             Loss and penalty of each step that was done.
         """
         losses, penalties = [], []
-        for batch, hyper in zip(self._batches(task), task.hypers[task.first :], strict=False):
-            arrays, (loss, penalty) = self._step(arrays, batch, hyper)
+        for number, batch in enumerate(self._batches(task), task.first):
+            total = None if task.totals is None else task.totals[number]
+            arrays, (loss, penalty) = self._step(arrays, batch, task.hypers[number], total)
             losses.append(loss)
             penalties.append(penalty)
             if task.stop():
@@ -137,15 +144,27 @@ class Engine:
         return arrays, self._fetch(losses, penalties)
 
     def _step(
-        self, arrays: Arrays, batch: Batch, hyper: Hyper
+        self, arrays: Arrays, batch: Batch, hyper: Hyper, total: float | None = None
     ) -> tuple[Arrays, tuple[Array, Array]]:
         hyper = self._numbers(hyper, arrays)
         if self.reduce is None:
             return step(self.recipe, arrays, batch, hyper)
-        vector = first_half(self.recipe, arrays.leaves, batch, hyper.forward)
+        vector = first_half(self.recipe, arrays.leaves, batch, hyper.forward, total)
         self.reduce(vector)
-        n = batch.x.shape[0] if batch.weights is None else None
-        return second_half(self.recipe, arrays, vector, hyper, n)
+        return second_half(self.recipe, arrays, vector, hyper, self._weight(batch, total))
+
+    def _weight(self, batch: Batch, total: float | None) -> float | None:
+        """What the second half of a step is told of the rows' weight; None if the vector tells."""
+        if total is not None or batch.weights is not None:
+            return total
+        return float(batch.x.shape[-2])
+
+    def _length(self, arrays: Arrays, batch: Batch, total: float | None) -> int:
+        """The length of the vector between the two halves."""
+        length: int = sum(prod(leaf.shape) for leaf in arrays.leaves) + self.recipe.n_losses
+        if batch.weights is not None and total is None:
+            length += prod(batch.weights.shape[:-1])
+        return length
 
     def _numbers(self, hyper: Hyper, arrays: Arrays) -> Hyper:
         """The numbers as the step takes them: those of members as arrays."""
@@ -268,7 +287,7 @@ def recorded(recipe: Recipe, arguments: Tree, part: str = WHOLE) -> tuple[Progra
     recipe : Recipe
     arguments : Tree
         Of a whole step (arrays, batch, hyper); of its first half (vector, leaves, batch,
-        numbers); of its second half (arrays, vector, hyper, n).
+        numbers, total); of its second half (arrays, vector, hyper, n).
     part : {"whole", "first", "second"}
     """
     recorder = Recorder()

@@ -11,15 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isfinite
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend, is_out_of_memory
 from portable_mlp.engines.base import (
     EPOCHS_AT_ONCE,
+    FIRST,
+    SECOND,
+    WHOLE,
     RecordedEngine,
     Reduce,
     Task,
@@ -33,34 +37,56 @@ from portable_mlp.engines.launches import Kernel, Kernels, View
 from portable_mlp.engines.program import leaves, specify
 from portable_mlp.engines.recording import Unrecordable
 from portable_mlp.engines.runtime import CaptureError, Cuda, Graph
-from portable_mlp.steps import Arrays, Batch, Hyper, Recipe, step
+from portable_mlp.steps import Arrays, Batch, Hyper, Recipe
 from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
 
 @dataclass
-class _Program:
-    """A step that can be repeated.
+class _Work:
+    """Launches that can be repeated.
 
     A graph holds addresses, and keeps no array alive: all that it points to lives as long as
-    the program, for ``work`` holds it.
+    this, for ``launch`` holds it.
 
     Attributes
     ----------
-    work : callable
+    launch : callable
         Launches kernel by kernel.
     graph : Graph, optional
         Of the same launches.
     """
 
-    work: Callable[[], None]
+    launch: Callable[[], None]
     graph: Graph | None = None
 
     def __call__(self) -> None:
-        if self.graph is None:
-            self.work()
-        else:
-            self.graph.launch()
+        if self.graph is not None:
+            try:
+                self.graph.launch()
+                return
+            except Exception as error:
+                # A graph that is not launched has changed nothing.  Of kernels, some may have
+                # run: what fails then is an error, for no step may be done twice
+                if not is_out_of_memory(error):
+                    raise
+                self.graph = None
+                _warn_of_kernels(error)
+        self.launch()
+
+
+@dataclass
+class _Program:
+    """A step that can be repeated: one work, or two with a reduction between them."""
+
+    works: list[_Work]
+    between: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        self.works[0]()
+        if self.between is not None:
+            self.between()
+            self.works[1]()
 
 
 @dataclass
@@ -77,8 +103,10 @@ class _Memory:
         Which of them.
     whole : bool
         Whether all data are one batch.
-    table, rows, losses, at : array
-        A step's numbers, row numbers of the data, values of each step, and the next step.
+    tables : list of array
+        A step's numbers; of a step in two halves, those of each.
+    rows, losses, at : array
+        Row numbers of the data, values of each step, and the next step.
     programs : dict
         By the number of rows.
     """
@@ -87,7 +115,7 @@ class _Memory:
     data: list[Array]
     own: bool
     whole: bool
-    table: Array
+    tables: list[Array]
     rows: Array
     losses: Array
     at: Array
@@ -116,8 +144,6 @@ class CaptureEngine(RecordedEngine):
         self._now: Any = None
 
     def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
-        if self.reduce is not None:
-            raise Unrecordable("a step in two halves is not captured")
         try:
             self._repeat(arrays, task, values)
         except Exception:
@@ -145,10 +171,10 @@ class CaptureEngine(RecordedEngine):
     def _prepare(self, arrays: Arrays, task: Task) -> None:
         """Put what an epoch's steps read where they read it."""
         to, given = self.backend.asarray, [a for a in task.data if a is not None]
-        n, order, hypers = task.n_rows, task.order, task.hypers
-        numbers = table(hypers)
-        # Graphs point into it: it has room for whatever may come
-        length = max(len(numbers), EPOCHS_AT_ONCE)
+        n, order = task.n_rows, task.order
+        numbers = self._tables(task)
+        # Graphs point into them: they have room for whatever may come
+        length = max(len(numbers[0]), EPOCHS_AT_ONCE)
         rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
         whole = order is None and n <= task.batch_size
         if self._cuda is None:
@@ -158,7 +184,7 @@ class CaptureEngine(RecordedEngine):
             self._arrays = arrays
         key = task.batch_size, whole, tuple((a.shape, str(a.dtype)) for a in given)
         now = self._memories.get(key)
-        if now is not None and (len(rows) > len(now.rows) or len(numbers) > len(now.table)):
+        if now is not None and (len(rows) > len(now.rows) or length > len(now.losses)):
             now = None
         known = now is not None and all(a is b for a, b in zip(given, now.given, strict=True))
         if now is not None and now.own and not known:
@@ -174,16 +200,31 @@ class CaptureEngine(RecordedEngine):
                 [_row_by_row(to(a, copy=True) if own else a, self.backend.xp) for a in given],
                 own,
                 whole,
-                to(np.zeros((length, numbers.shape[1]))),
+                [to(np.zeros((length, own.shape[1]))) for own in numbers],
                 to(rows, copy=True),
                 to(np.zeros((length, self.recipe.n_losses + 1))),
                 to(np.zeros(1, np.int32)),
             )
             self._memories[key] = now
         now.given = given
-        now.table[: len(numbers), ...] = to(numbers)
+        for mine, own_numbers in zip(now.tables, numbers, strict=True):
+            if own_numbers.size:
+                mine[: len(own_numbers), ...] = to(own_numbers)
         now.rows[: len(rows)] = to(rows)
         self._now = now
+
+    def _tables(self, task: Task) -> list[NDArray[np.float64]]:
+        """The numbers of each step, for each of its programs."""
+        if self.reduce is None:
+            return [table(task.hypers)]
+        sizes = [rows.stop - rows.start for rows in task._replace(first=0).batches()]
+        first, second = [], []
+        for number, hyper in enumerate(task.hypers):
+            total = None if task.totals is None else float(task.totals[number])
+            n = total if total is not None or task.data.weights is not None else sizes[number]
+            first.append((hyper.forward, total))
+            second.append((hyper, n))
+        return [table(first), table(second)]
 
     def _results(self, first: int, end: int) -> Values:
         found = self.backend.to_host(self._now.losses)[first:end].tolist()
@@ -194,43 +235,69 @@ class CaptureEngine(RecordedEngine):
     def _advance(self, arrays: Arrays, task: Task, number: int, rows: slice, hyper: Hyper) -> None:
         size = rows.stop - rows.start
         program = self._now.programs.get(size)
-        if program is None:
-            with _eager_for_want_of_memory():  # which leaves the arrays as they were
-                whole = self._now.whole
-                batch = task.data if whole else self._take(task.data, self._now.rows[rows])
-                work = self._bind(arrays, batch, task.batch_size, size, hyper)
-                self._now.programs[size] = self._checked(arrays, batch, hyper, number, work)
+        if program is not None:
+            program()
             return
-        try:
-            program()
-        except Exception as error:
-            # A graph that is not launched has changed nothing.  Of kernels, some may have run:
-            # what fails then is an error, for no step may be done twice
-            if program.graph is None or not is_out_of_memory(error):
-                raise
-            program.graph = None
-            _warn_of_kernels(error)
-            program()
+        with _eager_for_want_of_memory():  # which leaves the arrays as they were
+            whole = self._now.whole
+            batch = task.data if whole else self._take(task.data, self._now.rows[rows])
+            total = None if task.totals is None else float(task.totals[number])
+            program = self._bind(arrays, batch, task.batch_size, size, hyper, total)
+            self._check(arrays, batch, hyper, total, number, program)
+            self._now.programs[size] = program
 
     def _take(self, data: Batch, chosen: Array) -> Batch:
         take = self.backend.xp.take
         return Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
 
     def _bind(
-        self, arrays: Arrays, batch: Batch, batch_size: int, size: int, hyper: Hyper
-    ) -> Callable[[], None]:
-        """Allocate, and return the function that launches a step."""
-        backend, cuda = self.backend, self._cuda
-        assert cuda is not None
-        kernels = _kernels(self.recipe, Tree(specify((arrays, batch, hyper))))
-        now = self._now
+        self,
+        arrays: Arrays,
+        batch: Batch,
+        batch_size: int,
+        size: int,
+        hyper: Hyper,
+        total: float | None,
+    ) -> _Program:
+        """Allocate, and return the step, which is not captured yet."""
+        backend, now = self.backend, self._now
         rows = [a for a in batch if a is not None]
         buffers = now.data if now.whole else [_row_by_row(a, backend.xp) for a in rows]
+        own = [*leaves(arrays)]
+        gather = [] if now.whole else [self._gather(buffers, size, batch_size)]
+        if self.reduce is None:
+            arguments: Any = arrays, batch, hyper
+            calls = self._calls(WHOLE, arguments, [*own, *buffers], now.tables[0])
+            return _Program([_Work(_all_of([*gather, *calls]))])
+        n = self._weight(batch, total)
+        vector = backend.xp.zeros(
+            self._length(arrays, batch, total), dtype=arrays.leaves[0].dtype, device=backend.device
+        )
+        arguments = [vector], arrays.leaves, batch, hyper.forward, total
+        first = self._calls(FIRST, arguments, [vector, *arrays.leaves, *buffers], now.tables[0])
+        second = self._calls(SECOND, (arrays, vector, hyper, n), [*own, vector], now.tables[1])
+        works = [_Work(_all_of([*gather, *first])), _Work(_all_of(second))]
+        return _Program(works, partial(self.reduce, vector))
+
+    def _gather(self, buffers: list[Array], size: int, batch_size: int) -> Callable[[], None]:
+        """The launch that brings a batch's rows into buffers."""
+        now, cuda = self._now, self._cuda
+        assert cuda is not None
+        source, kernel = gather_kernel(list(specify(buffers)), size, batch_size)
+        pairs = [a for pair in zip(now.data, buffers, strict=True) for a in pair]
+        return partial(cuda.compile(source), kernel, [now.tables[0], now.at, now.rows, *pairs])
+
+    def _calls(
+        self, part: str, arguments: Any, given: list[Array], numbers: Array
+    ) -> list[Callable[[], None]]:
+        """The launches of a program, on its arguments' arrays and memory of its own."""
+        backend, cuda, now = self.backend, self._cuda, self._now
+        assert cuda is not None
+        kernels = _kernels(self.recipe, Tree(specify(arguments)), part)
         work = backend.xp.zeros(
             kernels.n_bytes, dtype=backend.dtype("uint8"), device=backend.device
         )
-        memories = [*leaves(arrays), *buffers, work]
-        common = [now.table, now.at]
+        memories = [*given, work]
 
         def at(view: View) -> Array:
             return cuda.array(memories[view.place.memory], view)
@@ -238,33 +305,34 @@ class CaptureEngine(RecordedEngine):
         for view, value in kernels.constants:
             at(view)[...] = value
         calls: list[Callable[[], None]] = []
-
-        def later(function: Callable[..., None], *arguments: Any) -> None:
-            calls.append(lambda: function(*arguments))
-
-        if not now.whole:
-            source, gather = gather_kernel(list(specify(buffers)), size, batch_size)
-            pairs = [a for pair in zip(now.data, buffers, strict=True) for a in pair]
-            arguments = [*common, now.rows, *pairs]
-            later(cuda.compile(source), gather, arguments)
         launch = cuda.compile(kernels.source)
         for number, each in enumerate(kernels.launches):
             if isinstance(each, Kernel):
-                last = [now.losses] if number == len(kernels.launches) - 1 else []
-                later(launch, each, [*common, *map(at, each.arguments), *last])
+                is_last = kernels.n_results and number == len(kernels.launches) - 1
+                last = [now.losses] if is_last else []
+                calls.append(
+                    partial(launch, each, [numbers, now.at, *map(at, each.arguments), *last])
+                )
             else:
-                later(cuda.multiply, at(each.left), at(each.right), at(each.out))
+                calls.append(partial(cuda.multiply, at(each.left), at(each.right), at(each.out)))
+        return calls
 
-        def launch_all() -> None:
-            for call in calls:
-                call()
+    def _check(
+        self,
+        arrays: Arrays,
+        batch: Batch,
+        hyper: Hyper,
+        total: float | None,
+        number: int,
+        program: _Program,
+    ) -> None:
+        """Capture the step, do it once, and compare that with the step itself.
 
-        return launch_all
-
-    def _checked(
-        self, arrays: Arrays, batch: Batch, hyper: Hyper, number: int, work: Callable[[], None]
-    ) -> _Program:
-        """Capture the work, do it once, and compare that with the step; undo it if they differ."""
+        Raises
+        ------
+        Unrecordable
+            If they differ, or it fails; nothing has been done then.
+        """
         backend = self.backend
         own = [*leaves(arrays)]
         before = [backend.asarray(a, copy=True) for a in own]
@@ -273,7 +341,7 @@ class CaptureEngine(RecordedEngine):
             [next(again) for _ in arrays.leaves],
             [tuple(next(again) for _ in m) for m in arrays.moments],
         )
-        wanted, wanted_values = step(self.recipe, copies, batch, self._numbers(hyper, arrays))
+        wanted, wanted_values = self._step(copies, batch, hyper, total)
 
         def undo() -> None:
             for a, old in zip(own, before, strict=True):
@@ -285,9 +353,10 @@ class CaptureEngine(RecordedEngine):
             backend.synchronize()  # what fails on the device is seen only then
 
         try:
-            attempt(work)  # loads the kernels, which cannot be while they are captured
+            attempt(program)  # loads the kernels, which cannot be while they are captured
             undo()
-            program = self._captured(work)
+            for work in program.works:
+                self._capture(work)
             attempt(program)
             alike = self._alike(number, wanted_values, [*leaves(wanted)], own, before)
         except Exception as failure:  # the compiler's, CUDA's, cuBLAS's: no common base
@@ -298,7 +367,6 @@ class CaptureEngine(RecordedEngine):
         if not alike:
             undo()
             raise Unrecordable("its kernels do not compute what the step computes")
-        return program
 
     def _alike(
         self,
@@ -326,14 +394,21 @@ class CaptureEngine(RecordedEngine):
                 return False
         return True
 
-    def _captured(self, work: Callable[[], None]) -> _Program:
-        """Return the work as a graph, or as it is."""
+    def _capture(self, work: _Work) -> None:
+        """Capture the work in a graph, if that can be."""
         assert self._cuda is not None
         try:
-            return _Program(work, self._cuda.capture(work))
+            work.graph = self._cuda.capture(work.launch)
         except CaptureError as reason:
             _warn_of_kernels(reason)
-            return _Program(work)
+
+
+def _all_of(calls: list[Callable[[], None]]) -> Callable[[], None]:
+    def launch() -> None:
+        for call in calls:
+            call()
+
+    return launch
 
 
 @contextmanager
@@ -360,7 +435,7 @@ def _row_by_row(a: Array, xp: Any) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _kernels(recipe: Recipe, arguments: Tree) -> Kernels:
+def _kernels(recipe: Recipe, arguments: Tree, part: str) -> Kernels:
     # Without memory, so that it can outlive a fit
-    program, roles = recorded(recipe, arguments)
+    program, roles = recorded(recipe, arguments, part)
     return compile_program(program, roles.donated)

@@ -312,7 +312,9 @@ class Fusion:
                     for i, flat in readers[x]
                 )
             )
-            if in_place:
+            # What is joined of parts has to find nothing there that is still read
+            joined = base.op == "concat" and not readers[x] and base.dtype == x.dtype
+            if in_place or (joined and base not in self.places):
                 self.places[base] = self.places[x]
             else:
                 moves.append((x, y))
@@ -384,7 +386,8 @@ class Fusion:
             total = max(total, start + size[key])
         for x, (home, offset) in self.homes.items():
             if home in self.places:
-                self.places[x] = Place(work, self.places[home].offset + offset)
+                there = self.places[home]
+                self.places[x] = Place(there.memory, there.offset + offset)
         return max(total, 1)
 
     def _is_local(self, base: Node, access: Access, i: int) -> bool:

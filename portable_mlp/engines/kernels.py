@@ -52,7 +52,8 @@ def compile_program(program: Program, n_donated: int) -> Kernels:
 
     Its outputs behind the donated ones have to be numbers or have one axis at most; they go to the
     row of the counter in a table of results, each one column or as many as it has elements,
-    which is the last kernel's last argument.  That kernel also increments the counter.
+    which is the last kernel's last argument.  That kernel also increments the counter; a
+    program without such outputs has none.
 
     Parameters
     ----------
@@ -385,7 +386,9 @@ class _Writer(Fusion):
         return repr(x)
 
     def _write_last(self) -> int:
-        """Write the kernel that leaves the results; return how many values they are."""
+        """Write the kernel that leaves the results, if there are any; return how many values."""
+        if not self.results:
+            return 0
         used: dict[str, View] = {}
         values: list[str] = []
         for y in self.results:

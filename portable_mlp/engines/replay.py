@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from ctypes import PyDLL
 from functools import lru_cache, partial
-from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -71,21 +70,23 @@ class ReplayEngine(RecordedEngine):
         # The longer batch first: its memory is enough for the shorter
         for size in (min(batch_size, n), n % batch_size or batch_size):
             if size not in self._programs:
-                self._bind(arrays, task.data, size, hypers[0])
+                self._bind(arrays, task, size)
         indices = None if task.order is None else self.backend.indices(task.order)
         given = [a for a in task.data if a is not None]
         gather = self.dialect.gather
+        totals = task.totals if self.reduce is not None else None
         found: Values = []
         finished = True
         begun = perf_counter()
-        for rows, hyper in zip(task.batches(), hypers[task.first :], strict=False):
+        for number, rows in enumerate(task.batches(), task.first):
             buffers, program = self._programs[rows.stop - rows.start]
             if indices is None:
                 batch = [a[rows] for a in given] if n > batch_size else given
             else:
                 chosen = indices[rows]
                 batch = [gather(a, chosen, b) for a, b in zip(given, buffers, strict=True)]
-            found.append(program(*batch, *flat(hyper)))
+            total = () if totals is None else (totals[number],)
+            found.append(program(*batch, *flat(hypers[number]), *total))
             if task.stop():
                 break
             if self._to_come and perf_counter() - begun > self.LOOK:
@@ -106,34 +107,36 @@ class ReplayEngine(RecordedEngine):
             p.done if p.begun else p.seconds > self.PATIENCE for p in waiting
         )
 
-    def _bind(self, arrays: Arrays, data: Batch, size: int, hyper: Hyper) -> None:
+    def _bind(self, arrays: Arrays, task: Task, size: int) -> None:
         """Make buffers for a batch of so many rows, and the function that does a step with it."""
         longest = max(self._programs, default=0)
         if size <= longest:
             buffers = [buffer[:size] for buffer in self._programs[longest][0]]
         else:
-            buffers = [self.dialect.buffer(a, size) for a in data if a is not None]
-        batch = Batch(*buffers)
-        self._programs[size] = buffers, self._bound(arrays, batch, hyper)
+            buffers = [self.dialect.buffer(a, size) for a in task.data if a is not None]
+        total = None if task.totals is None else float(task.totals[0])
+        bound = self._bound(arrays, Batch(*buffers), task.hypers[0], total)
+        self._programs[size] = buffers, bound
 
-    def _bound(self, arrays: Arrays, batch: Batch, hyper: Hyper) -> Callable[..., tuple[Any, ...]]:
-        """Return the function that does a step with a batch's arrays and numbers."""
+    def _bound(
+        self, arrays: Arrays, batch: Batch, hyper: Hyper, total: float | None
+    ) -> Callable[..., tuple[Any, ...]]:
+        """Return the function that does a step with a batch's arrays, numbers, and total."""
         own = list(leaves(arrays))
         reduce = self.reduce
         if reduce is None:
             return self._program(WHOLE, (arrays, batch, hyper), own)
-        n = None if batch.weights is not None else batch.x.shape[0]
-        length = sum(prod(leaf.shape) for leaf in arrays.leaves)
-        length += self.recipe.n_losses * (1 + (n is None))
-        vector = self.dialect.buffer(arrays.leaves[0].reshape(-1), length)
-        first = self._program(
-            FIRST, ([vector], arrays.leaves, batch, hyper.forward), [vector, *arrays.leaves]
+        n = self._weight(batch, total)
+        vector = self.dialect.buffer(
+            arrays.leaves[0].reshape(-1), self._length(arrays, batch, total)
         )
+        arguments = [vector], arrays.leaves, batch, hyper.forward, total
+        first = self._program(FIRST, arguments, [vector, *arrays.leaves])
         second = self._program(SECOND, (arrays, vector, hyper, n), [*own, vector])
         n_arrays = sum(a is not None for a in batch)
         # Of the numbers, these are the last
         forward = n_arrays + len(flat(hyper)) - len(flat(hyper.forward))
-        rest = () if n is None else (n,)
+        rest = () if n is None or total is not None else (n,)
 
         def program(*given: Any) -> tuple[Any, ...]:
             first(*given[:n_arrays], *given[forward:])
