@@ -320,7 +320,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Inference):
             raise ValueError("early_stopping on a source needs X_val and y_val: none is held out")
         if getattr(self, "class_weight", None) == "balanced":
             raise ValueError("class_weight='balanced' needs all rows at once: pass a dict")
-        source.begin(0, None)
+        source.begin(0, np.random.RandomState(0) if self.shuffle else None)
         part = next(iter(source.parts(1024)), None)
         if part is None or source.n_rows < 1:
             raise ValueError(f"{type(source).__name__}: a source without rows")

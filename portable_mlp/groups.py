@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 from numbers import Real
 from typing import Any
@@ -57,6 +58,11 @@ class Treatment:
             object.__setattr__(self, name, own)
         if self.schedule is not None and reacts(self.schedule):
             raise ValueError(f"a group's schedule must not react to the loss: {self.schedule!r}")
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether there is a number for each member."""
+        return isinstance(self.rate, tuple) or isinstance(self.decay, tuple)
 
 
 DEFAULT = Treatment()

@@ -94,6 +94,10 @@ class Network:
         """Number of layers that draw noise: the number of keys of a step."""
         return sum("key" in layer.numbers for layer in self.layers)
 
+    @cached_property
+    def _take_numbers(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.numbers)
+
     def per_step(self, clock: Clock, keys: Sequence[int]) -> Numbers:
         """The numbers of a step: of each layer that takes some, in order.
 
@@ -109,17 +113,16 @@ class Network:
         """
         drawn = iter(keys)
         found = []
-        for layer in self.layers:
+        for layer in self._take_numbers:
             others = [name for name in layer.numbers if name != "key"]
             values: dict[str, Any] = dict(zip(others, layer.per_step(clock), strict=True))
             if "key" in layer.numbers:
                 values["key"] = next(drawn)
-            if layer.numbers:
-                found.append(tuple(
-                    value if isinstance(value, PerMember)
-                    else int(value) if name in layer.whole else float(value)
-                    for name, value in ((name, values[name]) for name in layer.numbers)
-                ))  # fmt: skip
+            found.append(tuple(
+                value if isinstance(value, PerMember)
+                else int(value) if name in layer.whole else float(value)
+                for name, value in ((name, values[name]) for name in layer.numbers)
+            ))  # fmt: skip
         return tuple(found)
 
     @cached_property

@@ -47,7 +47,7 @@ class Source(ABC):
         epoch : int
             From 0 in each run.
         rng : RandomState or None
-            That of the run, to draw from; None where rows are not to be shuffled.
+            That of the run, to draw from; None with ``shuffle=False``.
         """
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Source(ABC):
 
         By default one pass over the rows.
         """
-        self.begin(0, None)
+        self.begin(0, np.random.RandomState(0))
         return np.concatenate([
             to_host(data[1]) if rows is None else to_host(data[1])[rows]
             for data, rows in self.parts(1024)

@@ -22,7 +22,7 @@ from portable_mlp.groups import Treatment, Treatments
 from portable_mlp.losses import Loss
 from portable_mlp.members import PerMember, each
 from portable_mlp.network import Network
-from portable_mlp.optimizers import Moments, Optimizer
+from portable_mlp.optimizers import Coefficients, Moments, Optimizer
 from portable_mlp.packing import Layout
 from portable_mlp.pauses import Pauses, deferred_interrupt
 from portable_mlp.schedules import Clock, Schedule, at
@@ -217,7 +217,11 @@ class Trainer:
             self.clip_norm,
         )
 
-    @property
+    @cached_property
+    def _loss_takes_numbers(self) -> bool:
+        return bool(self.loss.numbers)
+
+    @cached_property
     def alphas(self) -> tuple[float, ...]:
         """The L2 penalty of each group of penalised parameters."""
         return tuple(self.alpha * factor for factor in self.groups.penalties)
@@ -240,27 +244,43 @@ class Trainer:
             own = rate
             if treatment.schedule is not None:
                 own = treatment.schedule.rate(self.learning_rate, clock, None)
-            apart = isinstance(treatment.rate, tuple) or isinstance(treatment.decay, tuple)
-            members = self.network.members if apart else None
-            # Python's floats, whatever a schedule or an optimizer of one's own computes with
-            rates = [float(own * factor) for factor in each(treatment.rate, members, "rate")]
-            found = [self.optimizer.coefficients(clock.step + 1, r) for r in rates]
-            kept = [
-                1.0 - r * (decay * factor)
-                for r, factor in zip(rates, each(treatment.decay, members, "decay"), strict=True)
-            ]
-            coefficients.append(tuple(
-                PerMember([float(c) for c in column], ndim=2) if apart else float(column[0])
-                for column in zip(*found, strict=True)
-            ))  # fmt: skip
-            keeps.append(PerMember(kept, ndim=2) if apart else kept[0])
+            of = self._of_members if treatment.apart else self._of_all
+            found, keep = of(treatment, clock, own, decay)
+            coefficients.append(found)
+            keeps.append(keep)
         return Hyper(
             self.alphas,
             tuple(coefficients),
             tuple(keeps),
             self.network.per_step(clock, keys),
-            self.loss.per_step(clock),
+            self.loss.per_step(clock) if self._loss_takes_numbers else (),
         ), rate
+
+    def _of_all(
+        self, treatment: Any, clock: Clock, rate: float, decay: float
+    ) -> tuple[Coefficients, Any]:
+        """Coefficients, and the factor on the parameters before the rule."""
+        # Python's floats, whatever a schedule or an optimizer of one's own computes with
+        rate = float(rate * treatment.rate)
+        found = self.optimizer.coefficients(clock.step + 1, rate)
+        return tuple(map(float, found)), 1.0 - rate * (decay * treatment.decay)
+
+    def _of_members(
+        self, treatment: Treatment, clock: Clock, rate: float, decay: float
+    ) -> tuple[Coefficients, Any]:
+        """As `_of_all`, each for every member."""
+        rates, decays = (
+            each(factor, self.network.members, "") for factor in (treatment.rate, treatment.decay)
+        )
+        columns = [
+            self._of_all(replace(treatment, rate=r, decay=d), clock, rate, decay)
+            for r, d in zip(rates, decays, strict=True)
+        ]
+        found = zip(*(own for own, _ in columns), strict=True)
+        return (
+            tuple(PerMember(values, ndim=2) for values in found),
+            PerMember([keep for _, keep in columns], ndim=2),
+        )
 
     def start(self, params: Params) -> State:
         """The state before the first step; the parameters, from anywhere, are copied."""

@@ -252,6 +252,16 @@ def test_kept_the_reported_loss_is_clipped():
     assert exact.loss_curve_[0] > 2 * mine.loss_curve_[0]
 
 
+def test_an_activation_that_is_set_later():
+    theirs, mine = (model.fit(X, Y) for model in classifiers(activation="tanh"))
+    before = theirs.predict_proba(X), mine.predict_proba(X)
+    for model in (theirs, mine):
+        model.set_params(activation="relu")
+    assert not np.allclose(theirs.predict_proba(X), before[0])
+    assert np.array_equal(mine.predict_proba(X), before[1])
+    assert not np.allclose(mine.fit(X, Y).predict_proba(X), before[1])
+
+
 def test_kept_the_loss_reported_for_several_outputs_is_their_mean():
     """Though what is minimised is their sum."""
     params = {**PARAMS, "max_iter": 1, "alpha": 0.0, "batch_size": 120}
