@@ -524,7 +524,7 @@ def targets_of(loss: Any, X: Any, labels: Any) -> Any:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {}, "alpha": {"alpha": 0.1}, "dropout": {}, "clip_norm": {"clip_norm": 0.1},
-    "weights": {}, "ragged": {},
+    "weights": {}, "ragged": {}, "members": {"clip_norm": 0.1}, "halves": {"reduce": len},
 }  # fmt: skip
 
 
@@ -533,6 +533,7 @@ def trained(case: dict[str, Any], how: str, epochs: int = 40) -> list[Any]:
     import numpy as np
 
     from portable_mlp import get_backend, mlp
+    from portable_mlp.groups import Treatment
     from portable_mlp.losses import LOSSES
     from portable_mlp.sources import ArraySource
     from portable_mlp.steps import Batch
@@ -545,10 +546,13 @@ def trained(case: dict[str, Any], how: str, epochs: int = 40) -> list[Any]:
     backend = get_backend("cpu" if how == "NumPy" else "gpu")
     if how == "eager":
         backend.engine = "eager"
-    network = mlp((12, 16, 8, 3), case["activation"], dropout=0.1 if setting == "dropout" else 0.0)
+    members, drop, rate = None, 0.1 if setting == "dropout" else 0.0, 1.0
+    if setting == "members":  # stacks of matrices, and numbers of each member
+        members, drop, rate = 3, (0.0, 0.1, 0.3), (0.5, 1.0, 2.0)
+    network = mlp((12, 16, 8, 3), case["activation"], dropout=drop, members=members)
     trainer = Trainer(
         network, loss, case["rule"], backend, dtype, 1e-3, batch_size=40, tol=0.0,
-        patience=np.inf, **SETTINGS[setting],
+        patience=np.inf, treatments={"weight": Treatment(rate)}, **SETTINGS[setting],
     )  # fmt: skip
     rng = np.random.RandomState(0)
     state = trainer.start(network.init(rng))
