@@ -19,14 +19,14 @@ from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback
 from portable_mlp.engines import ENGINES, Engine, ReplayEngine, Task, base
 from portable_mlp.engines import replay as replay_module
-from portable_mlp.engines.base import RecordedEngine
+from portable_mlp.engines.base import RecordedEngine, Tree, recorded
 from portable_mlp.engines.calls import lower
 from portable_mlp.engines.compiler import compile_c
 from portable_mlp.engines.dialects import NumPyDialect, TorchDialect
 from portable_mlp.engines.memory import Plan
 from portable_mlp.engines.program import leaves, specify
 from portable_mlp.engines.recording import Recorder, Unrecordable, record
-from portable_mlp.engines.verifier import ProgramError, verify
+from portable_mlp.engines.verifier import ProgramError, verify, verify_plan
 from portable_mlp.losses import LOSSES, BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
 from portable_mlp.optimizers import SGD, Adam, AdamW, RMSprop, SklearnAdam, SklearnSGD
 from portable_mlp.schedules import Clock
@@ -585,3 +585,28 @@ def test_a_program_that_breaks_a_rule_is_no_reason_to_run_eagerly(monkeypatch):
     replay_module._prepare.cache_clear()
     with pytest.raises(ProgramError, match="tanh"):
         run(ReplayEngine, *case(SquaredError(), Adam()))
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_a_plan_that_overwrites_what_is_still_read_is_seen(loops):
+    """Each result is moved to where another lies that is read later: the planted bugs."""
+    trainer, arrays, batch = case(SoftmaxCrossEntropy(), Adam(), weighted=True, alpha=0.1)
+    arguments = Tree(specify((arrays, batch, hyper_of(trainer, 1))))
+    program, roles = recorded(trainer.recipe, arguments)
+
+    plan = Plan(program, roles.donated, NumPyDialect.block, loops=loops)
+    verify_plan(plan)
+    order = [x for segment in plan.segments for x in segment if x not in plan.registers]
+    written = {x: i for i, x in enumerate(order)}
+    read = {o.root: i for i, x in enumerate(order) for o in x.arrays}
+    seen = 0
+    for x, y in product(order, (*plan.given, *order)):
+        alive = written.get(y, -1) < written[x] < read.get(y, -1)
+        apart = plan.place[x][0] != plan.place[y][0] and not {x, y} & plan.homes.keys()
+        if alive and apart and y.n_bytes >= x.n_bytes:
+            right, plan.place[x] = plan.place[x], plan.place[y]
+            with pytest.raises(ProgramError, match="by now|is written over"):
+                verify_plan(plan)
+            plan.place[x] = right
+            seen += 1
+    assert seen > 50

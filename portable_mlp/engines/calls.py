@@ -33,6 +33,7 @@ from portable_mlp.engines.program import (
     Node,
     Program,
 )
+from portable_mlp.engines.verifier import verify_plan, verifying
 from portable_mlp.typing import Array
 
 
@@ -110,6 +111,8 @@ def lower(
     if dialect.numeric_masks:
         program = with_numeric_masks(program)
     plan = Plan(program, n_donated, dialect.block, n_resident=n_resident, loops=loops)
+    if verifying():
+        verify_plan(plan)
     writer = _Writer(plan, dialect)
     source = writer.source()
     return Replay(source, compile(source, "<replay>", "exec"), writer.loops.source)

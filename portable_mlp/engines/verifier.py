@@ -1,21 +1,25 @@
 """The rules of programs: what each operation's shape, data type and layout have to be.
 
 `verify` looks at a recorded program node by node.  It derives what each node should be from
-its operands alone, by NumPy's own rules, so it shares no code with what recorded them.  The
-tests run with it on (``PORTABLE_MLP_VERIFY=1``); it is off otherwise, for it takes about as
-long as recording.
+its operands alone, by NumPy's own rules, so it shares no code with what recorded them.
+`verify_plan` looks at where its results lie in memory, without the planner's reasons.  The
+tests run with both on (``PORTABLE_MLP_VERIFY=1``); they are off otherwise, for they take about
+as long as recording.
 """
 
 from __future__ import annotations
 
 import os
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from portable_mlp.engines.program import NUMBERS, REDUCTIONS, Node, Program, Shape
+
+if TYPE_CHECKING:
+    from portable_mlp.engines.memory import Plan
 
 
 class ProgramError(AssertionError):
@@ -65,6 +69,62 @@ def verify(program: Program, n_donated: int = 0, n_resident: int = 0) -> None:
     for y in program.outputs[:n_donated]:
         if y.root in resident:
             raise ProgramError(f"{_name(y)} is to stand where only is read")
+
+
+def verify_plan(plan: Plan) -> None:
+    """Check that what is read in memory is still what was written there.
+
+    Goes through a plan's results in order, and notes which array lies where.
+
+    Parameters
+    ----------
+    plan : Plan
+
+    Raises
+    ------
+    ProgramError
+    """
+    there: dict[Node, tuple[int, int, int]] = {}  # memory, and from which byte to which
+
+    def lies(x: Node) -> tuple[int, int, int]:
+        memory, start = plan.place[x]
+        scratch = memory < 0  # as long as a block: two arrays there are never apart
+        return memory, start, start + (1 if scratch else max(x.n_bytes, 1))
+
+    def overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+        return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+
+    def in_memory(x: Node) -> bool:
+        return not (x in plan.fixed or x in plan.passed or x in plan.registers)
+
+    def look(x: Node, reader: str) -> None:
+        if in_memory(x.root) and x.root not in there:
+            raise ProgramError(f"{reader} reads {_name(x.root)} where something else is by now")
+
+    there |= {x: lies(x) for x in plan.given}
+    for segment in plan.segments:
+        for x in segment:
+            for operand in x.arrays:
+                look(operand, _name(x))
+            if x in plan.registers:
+                continue
+            own = lies(x)
+            parts = {o.root for o in x.operands} if x.op == "concat" else set()
+            there = {y: at for y, at in there.items() if y in parts or not overlap(at, own)}
+            there[x] = own
+            # A segment goes on element by element: others of an array may still be needed
+            for reader in segment:
+                for operand in reader.arrays:
+                    moved = not (operand.contiguous and operand.size == x.size)
+                    read = operand.root in plan.place and operand.root is not x
+                    if moved and read and x.elementwise and overlap(lies(operand.root), own):
+                        raise ProgramError(
+                            f"{_name(x)} is written over {_name(operand.root)}, of which"
+                            f" {_name(reader)} reads other elements"
+                        )
+    for y in plan.program.outputs:
+        if isinstance(y, Node) and not y.is_number:
+            look(y, "an output")
 
 
 def _name(node: Node) -> str:
