@@ -159,16 +159,26 @@ def info(model: Path, *, common: Common = Common()) -> None:
     from portable_mlp.persistence import read_metadata
 
     told = read_metadata(model)
-    params, notes, classes = told["params"], told["notes"], told["classes"]
+    notes, classes = told["notes"], told["classes"]
     print(f"{told['estimator']} of portable_mlp {told['library_version']}, {told['format']}")
     what, epochs = "checkpoint" if told["checkpoint"] else "model", told["fitted"].get("n_iter_")
     print(f"a {what} after {epochs} epochs")
     if classes is not None:
         print(f"classes: {', '.join(map(str, classes))}")
-    shapes = {name: shape for name, shape in told["shapes"].items() if name.startswith("coefs")}
-    print(f"layers: {' '.join(f'{n}x{m}' for n, m in shapes.values())}, {params['activation']}")
+    shapes = [shape for name, shape in told["shapes"].items() if name.startswith("coefs.")]
+    before = (f"Linear {n}x{m}" for n, m in shapes)  # of files that have no network
+    print(f"layers: {', '.join([*map(_layer, told['network']), *before])}")
     for name, value in notes.items():
         print(f"{name}: {_shown(value)}")
+
+
+def _layer(layer: dict[str, Any]) -> str:
+    words = [layer["class"]]
+    if "n_in" in layer and "n_out" in layer:
+        words.append(f"{layer['n_in']}x{layer['n_out']}")
+    if layer.get("members"):
+        words.append(f"for {layer['members']} members")
+    return " ".join(words)
 
 
 def _shown(value: Any) -> str:

@@ -214,10 +214,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``format``, ``library_version``, ``estimator``; ``params`` and ``fitted`` as
-        they are written; ``classes`` and ``feature_names``, arrays or None; ``notes``;
-        ``preprocessing``, whether there is one; ``checkpoint``, whether training can
-        go on; and the arrays' ``shapes``.
+        ``format``, ``library_version``, ``estimator``; ``params``, ``fitted`` and ``network``
+        as they are written, the network as a list of layers, empty in files of the format
+        before; ``classes`` and ``feature_names``, arrays or None; ``notes``;
+        ``preprocessing``, whether there is one; ``checkpoint``, whether training can go on;
+        and the arrays' ``shapes``.
 
     Raises
     ------
@@ -228,6 +229,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         as_written = ("format", "library_version", "estimator", "params", "fitted", "notes")
         return {
             **{name: meta[name] for name in as_written},
+            "network": meta.get("network", []),
             **{name: _read_labels(contents, name) for name in _LABELS},
             "preprocessing": "preprocessing" in contents,
             "checkpoint": "state" in meta,

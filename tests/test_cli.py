@@ -314,6 +314,14 @@ def test_evaluate_and_info(penguins, capsys):
     assert "target: sex" in out
     assert "egg_date: date" in out
     assert "classes: female, male" in out
+    layers = [x for x in load(model)[-1].network_.layers if hasattr(x, "n_in")]
+    shapes = [f"Linear {x.n_in}x{x.n_out}" for x in layers]
+    assert f"layers: {', ReLU, '.join(shapes)}\n" in out
+
+
+def test_info_of_a_file_from_before_there_were_networks(capsys):
+    run("info", Path(__file__).parent / "data" / "format_2.safetensors")
+    assert "layers: Linear 3x5, Linear 5x4, Linear 4x3\n" in capsys.readouterr().out
 
 
 def test_evaluate_takes_labels_as_they_are(tmp_path, rng, capsys):
