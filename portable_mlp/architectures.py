@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from portable_mlp.initializers import GlorotUniform
 from portable_mlp.layers import Layer
@@ -33,7 +33,7 @@ class MLP(Architecture):
 
     Parameters
     ----------
-    hidden_layer_sizes : tuple of int, default=(100,)
+    hidden_layer_sizes : int or sequence of int, default=(100,)
     activation : str, Layer, or a sequence of one for each hidden layer, default="relu"
     dropout : float in [0, 1), or Scheduled, default=0
         Rate behind each hidden activation; a tuple has one for each member.
@@ -42,10 +42,19 @@ class MLP(Architecture):
         learned, and the prediction is the mean of theirs (`Loss.pool`).
     """
 
-    hidden_layer_sizes: tuple[int, ...] = (100,)
+    hidden_layer_sizes: int | tuple[int, ...] = (100,)
     activation: str | Layer | tuple[str | Layer, ...] = "relu"
     dropout: float | tuple[float, ...] | Scheduled = 0.0
     members: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = self.hidden_layer_sizes
+        given = {"hidden_layer_sizes": (sizes,) if isinstance(sizes, int) else tuple(sizes)}
+        for name in ("activation", "dropout"):  # hashable
+            value = getattr(self, name)
+            given[name] = tuple(value) if isinstance(value, list) else value
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, n_in: int, n_out: int) -> Network:
         given = self.activation
@@ -54,7 +63,7 @@ class MLP(Architecture):
         logistic = all(isinstance(a, str) and a == "logistic" for a in each)
         init = GlorotUniform(2.0 if logistic else 6.0)
         return mlp(
-            [n_in, *self.hidden_layer_sizes, n_out],
+            [n_in, *cast("tuple[int, ...]", self.hidden_layer_sizes), n_out],
             given,
             dropout=self.dropout,
             weight_init=init,
@@ -75,6 +84,9 @@ class Fixed(Architecture):
     """
 
     layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
 
     def __call__(self, n_in: int, n_out: int) -> Network:
         return Network(self.layers)

@@ -29,7 +29,11 @@ class View(list[Array]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         places = self._places[key]
-        pairs = zip(places, value, strict=True) if isinstance(key, slice) else [(places, value)]
+        if isinstance(key, slice):
+            value = list(value)
+            pairs = list(zip(places, value, strict=True))  # nothing is set if they do not match
+        else:
+            pairs = [(places, value)]
         for place, item in pairs:
             self._items[place] = item
         super().__setitem__(key, value)
@@ -41,7 +45,7 @@ class View(list[Array]):
 class Shown:
     """An attribute that shows some of the fitted parameters.
 
-    On a model that is not fitted it holds what it is given, to begin with.
+    On a model that is not fitted it holds what it is given to begin with, in ``_before``.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -52,13 +56,14 @@ class Shown:
             return self
         if "params_" in vars(model):
             return View(model.params_, places(model.network_, self.name))
-        if self.name not in model._held():
+        held = vars(model).get("_before", {})
+        if self.name not in held:
             raise AttributeError(f"{type(model).__name__} is not fitted: it has no {self.name}")
-        return model._held()[self.name]
+        return held[self.name]
 
     def __set__(self, model: Any, arrays: Sequence[Array]) -> None:
         if "params_" not in vars(model):
-            model._held()[self.name] = arrays
+            vars(model).setdefault("_before", {})[self.name] = arrays
             return
         params = list(model.params_)
         for place, array in zip(places(model.network_, self.name), arrays, strict=True):
@@ -87,11 +92,6 @@ class Fitted:
     intercepts_ = Shown()
     layer_params_ = Shown()
 
-    def _held(self) -> dict[str, Sequence[Array]]:
-        """What was given before the first fit, by the names of `OF_SCIKIT_LEARN`."""
-        held: dict[str, Sequence[Array]] = vars(self).setdefault("_before", {})
-        return held
-
     def _adopt(self, network: Network, arrays: Mapping[str, Sequence[Array]]) -> None:
         """Take parameters that are given by the names of `OF_SCIKIT_LEARN`."""
         params: list[Array] = [None] * len(network.params)
@@ -113,7 +113,7 @@ class Fitted:
             If it has parameters of other shapes, or another number of them.
         """
         if "params_" not in vars(self):
-            self._adopt(network, self._held())
+            self._adopt(network, vars(self).pop("_before", {}))
         wanted = [param.shape for param in network.params]
         shapes = [tuple(array.shape) for array in self.params_]
         if wanted != shapes:

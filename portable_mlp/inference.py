@@ -135,7 +135,11 @@ class Inference(Construction):
         with backend.scope(dtype):
             params = [move(p, backend, dtype) for p in params]
             part = Network(network.layers[:n_layers])
-            widest = max(max(p.shape[bool(p.members) :]) * (p.members or 1) for p in part.params)
+            # Elements of the widest activation, a row
+            widths = (
+                max(p.shape[bool(p.members) :], default=1) * (p.members or 1) for p in part.params
+            )
+            widest = max(widths, default=1)
             chunk = max(1, _CHUNK // widest)
             own = params[: len(part.params)]
             loss = None if n_layers else self._loss

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 from array_api_compat import device, size
@@ -254,7 +255,8 @@ def _threshold(rate: float) -> int:
 
 
 def _check_members(members: int | None) -> None:
-    if members is not None and members < 1:
+    whole = isinstance(members, Integral) and not isinstance(members, bool)
+    if members is not None and not (whole and members >= 1):
         raise ValueError(f"members must be at least 1, got {members!r}")
 
 

@@ -35,14 +35,21 @@ class Network:
         If a layer's input is not as wide as the output before it, or some layers or
         parameters are for other numbers of members than others.
     TypeError
-        If a layer still says ``random = True``, as layers once did.
+        If a layer cannot be hashed, or still says ``random = True``, as layers once did.
     """
 
     layers: tuple[Layer, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
         width: int | None = None
         for i, layer in enumerate(self.layers):
+            try:
+                hash(layer)  # compiled steps are found again by it
+            except TypeError as error:
+                raise TypeError(
+                    f"layer {i}, {layer}: its fields have to be hashable ({error})"
+                ) from error
             if getattr(layer, "random", False):
                 raise TypeError(f"layer {i}, {layer}: a random layer says numbers = ('key',)")
             n_in = getattr(layer, "n_in", None) or width

@@ -8,9 +8,11 @@ transformer; it rides along as the bytes of a skops file, which loads known type
 
 from __future__ import annotations
 
+import json
 import struct
 import warnings
 from dataclasses import fields, is_dataclass
+from functools import cache
 from io import BytesIO
 from math import prod
 from numbers import Real
@@ -257,6 +259,13 @@ def _describe(
         "notes": notes or {},
     }
     _check(model)
+    for name in ("params", "network", "loss"):
+        try:  # what cannot be read is not written
+            written = json.loads(json.dumps(meta[name]))
+            for value in written.values() if name == "params" else [written]:
+                _decode(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"a model file could not be read again: {error}") from error
     arrays: dict[str, NDArray[Any]] = {
         f"params.{i}": to_host(a) for i, a in enumerate(model.params_)
     }
@@ -401,7 +410,8 @@ def _encode(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {"dict": [[_encode(name, k), _encode(name, v)] for k, v in value.items()]}
     if is_dataclass(value) and _CLASSES.get(type(value).__name__) is type(value):
-        own = {field.name: getattr(value, field.name) for field in fields(cast(Any, value))}
+        names = [field.name for field in fields(cast(Any, value)) if field.init]
+        own = {name: getattr(value, name) for name in names}
         return {"class": type(value).__name__, **{k: _encode(name, v) for k, v in own.items()}}
     if isinstance(value, list | tuple):
         return [_encode(name, v) for v in value]
@@ -422,23 +432,35 @@ def _decode(value: Any) -> Any:
         return tuple(_decode(v) for v in value)
     if not isinstance(value, dict):
         return value
-    if "dict" in value:
+    if value.keys() == {"dict"}:
         return {_decode(k): _decode(v) for k, v in value["dict"]}
     cls = _CLASSES[value["class"]]
     given = {name: _decode(v) for name, v in value.items() if name != "class"}
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for field in fields(cast(Any, cls)):
-        if not _is_a(hints[field.name], given.get(field.name)):
+        if field.init and not _is_a(hints.get(field.name, Any), given.get(field.name)):
             raise ValueError(f"{cls.__name__} of {field.name}={given.get(field.name)!r}")
     return cls(**given)
 
 
 def _is_a(hint: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type; of what is in a tuple, any type will do."""
+    """Whether a value is of an annotated type; of what is in a tuple, any type will do.
+
+    So it does for annotations that are no types, such as literals.
+    """
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return any(_is_a(option, value) for option in get_args(hint))
-    return isinstance(value, Real if hint is float else origin or hint)
+    kind = Real if hint is float else origin or hint
+    return hint is Any or not isinstance(kind, type) or isinstance(value, kind)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls)
+    except NameError:  # of a class of one's own, names that are not there at run time
+        return {}
 
 
 # ---------------------------------------------------------------- labels

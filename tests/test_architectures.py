@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -462,6 +464,119 @@ def test_what_files_cannot_hold(tmp_path):
         register(other)
     with pytest.raises(ValueError, match="one number for all members"):
         AdamW(weight_decay=Scheduled((0.1, 0.2), Step(1)))
+
+
+@register
+@dataclass(frozen=True)
+class Noted(Tanh):
+    """Fields as people write them."""
+
+    anything: Any = 3
+    literal: Literal["a", "b"] | None = "a"
+    dict: int = 3  # a name that marks maps in files
+    derived: int = field(init=False, default=4)
+    callback: Callable[[int], int] | None = None
+    later: "NotThere" = 1.5  # noqa: F821, UP037 (imported for type checkers alone)
+
+
+@register
+@dataclass(frozen=True)
+class Careless(Tanh):
+    note: int = None
+
+
+def test_registered_classes_of_any_fields(tmp_path):
+    def chain(layer):
+        return lambda n_in, n_out: Network((Linear(n_in, 4), layer, Linear(4, n_out)))
+
+    model = MLPClassifier(architecture=chain(Noted()), max_iter=1).fit(X, LABELS)
+    again = load(save(model, tmp_path / "model"))
+    assert again.network_ == model.network_
+    assert np.array_equal(again.predict(X), model.predict(X))
+    model = MLPClassifier(architecture=chain(Careless()), max_iter=1).fit(X, LABELS)
+    with pytest.raises(TypeError, match="could not be read again: Careless of note=None"):
+        save(model, tmp_path / "model")
+
+
+@dataclass(frozen=True)
+class Scale(Layer):
+    """One number, or one for each member, without axes beside."""
+
+    members: int | None = None
+
+    @property
+    def params(self):
+        shape = () if self.members is None else (self.members,)
+        return (Param("scale", shape, lambda rng, s, i, o: np.ones(s), 1, 1, members=self.members),)
+
+    def _axes(self, p, xp):
+        return p[0] if self.members is None else p[0][:, None, None]
+
+    def forward(self, p, x, xp):
+        return x[()] * self._axes(p, xp), x
+
+    def backward(self, p, x, dy, xp):
+        return dy * self._axes(p, xp)
+
+    def gradients(self, p, x, dy, xp):
+        axes = (-2, -1)
+        return (xp.sum(dy * x, axis=axes),)
+
+
+@dataclass(frozen=True)
+class Odd(Layer):
+    """Sums and extremes along each axis, and parts without elements."""
+
+    def forward(self, p, x, xp):
+        m = xp.max(x, axis=-1, keepdims=True)
+        e = xp.exp(x - m)
+        y = e / xp.sum(e, axis=-1, keepdims=True)
+        turned = xp.concat([y[..., 2:], y[..., :2]], axis=-1)
+        return turned, y
+
+    def backward(self, p, y, dy, xp):
+        n = y.shape[-1] - 2
+        dy = xp.concat([dy[..., n:], dy[..., :n]], axis=-1)
+        return y * (dy - xp.sum(dy * y, axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("members", [None, 1, 3])
+@pytest.mark.parametrize("width", [2, 4, 20])
+@pytest.mark.parametrize("name", ["numpy", "numpy-loops", "torch", "jax", "cupy-emulated"])
+def test_layers_that_look_along_axes(name, width, members, request):
+    target = get_target(name, request)
+
+    def build(n_in, n_out):
+        first = () if members is None else (Repeat(members),)
+        return Network((
+            *first, Linear(n_in, width, members=members), Odd(), Scale(members),
+            Linear(width, n_out, members=members),
+        ))  # fmt: skip
+
+    settings = {"max_iter": 8, "batch_size": 25, "random_state": 0, "learning_rate_init": 0.05}
+    with get_target("numpy-eager", request).scope():
+        wanted = MLPClassifier(architecture=build, **settings).fit(X, LABELS)
+    with target.scope():
+        got = MLPClassifier(architecture=build, **settings).fit(target.array(X), LABELS)
+        probabilities = to_host(got.predict_proba(target.array(X)))
+    np.testing.assert_allclose(probabilities, wanted.predict_proba(X), rtol=0, atol=1e-10)
+
+
+def test_lists_where_tuples_are_meant():
+    network = Network([Linear(D, 4), Tanh(), Linear(4, K)])
+    model = MLPClassifier(architecture=Fixed(list(network.layers)), max_iter=20)
+    assert model.fit(X, LABELS).network_ == network
+    assert MLP([4], ["tanh"], [0.1, 0.2], 2) == MLP(4, ("tanh",), (0.1, 0.2), 2)
+
+    @dataclass(frozen=True)
+    class Listed(Tanh):
+        items: Any = field(default_factory=list)
+
+    with pytest.raises(TypeError, match="layer 1, .*Listed.*have to be hashable"):
+        Network((Linear(D, 4), Listed(), Linear(4, K)))
+    for members in (2.0, True, 0, "3"):
+        with pytest.raises(ValueError, match="members must be at least 1"):
+            MLP((4,), members=members)(D, K)
 
 
 def test_files_from_before_there_were_networks():

@@ -594,3 +594,25 @@ def test_memory_is_that_of_a_step():
     activations = n * width * depth * 8
     parameters = sum(a.nbytes for a in leaves(arrays.leaves))
     assert activations < built.n_bytes <= activations + 3 * n * width * 8 + parameters + 16384
+
+
+def test_a_result_that_is_part_of_a_vector_is_there_at_the_end(machine):
+    """Memory of the joined vector is not given to others before its part is returned."""
+
+    def function(xp, d, a, b):
+        part = xp.prod(a, axis=0, keepdims=True)
+        whole = xp.concat([part, b])
+        t = whole * 2.0
+        square = xp.matmul(t[:, None], t[None, :])
+        u = xp.tanh(xp.sum(xp.matmul(t[None, :], square)) + d[0])
+        big = xp.matmul(xp.reshape(t, (2, 2)), xp.reshape(t + 1.0, (2, 2)))
+        return [u], [part, xp.sum(xp.minimum(whole, whole)), xp.sum(big)]
+
+    d, a, b = [np.ones(3)], np.array([2.0, 3.0]), np.array([1.0, 2.0, 3.0])
+    recorder = Recorder()
+    arguments = specify((d, a, b))
+    program, _ = record(lambda *given: function(recorder, *given), recorder, arguments)
+    bound = OnDevice(kernels.compile_program(program, 1), [*d, a, b], [[0.0]])
+    bound.launch()
+    _, wanted = function(np, d, a, b)
+    np.testing.assert_allclose(bound.results.get()[0], np.hstack(wanted))

@@ -31,6 +31,7 @@ from portable_mlp.engines.program import (
     VIEWS,
     Node,
     Program,
+    Shape,
     parts_at_home,
 )
 from portable_mlp.engines.recording import Unrecordable
@@ -132,6 +133,8 @@ class Fusion:
         offset = 0
         last = 0
         for part in x.operands:
+            if not part.size:
+                continue
             self._need(part)
             if self.homes.get(part.root) != (x, offset * x.dtype.itemsize):
                 runs = part.shape[axis] * inner, x.shape[axis] * inner
@@ -201,7 +204,13 @@ class Fusion:
 
     def _rows(self, x: Node) -> int:
         """The number of rows, if each is a thread's; 0 if each element is."""
-        shape = long_axes(x.shape)
+        rows = self._rows_of(x.shape)
+        # A thread with a row of results would add up a row for each of them
+        several = x.op in REDUCTIONS and any(n not in (1, rows) for n in x.shape)
+        return 0 if several else rows
+
+    def _rows_of(self, shape: Shape) -> int:
+        shape = long_axes(shape)
         if len(shape) == 1:
             return shape[0] if shape[0] in self.long else 0
         if len(shape) != 2:
@@ -216,6 +225,8 @@ class Fusion:
         return linear(x.shape, indices)
 
     def _check_product(self, x: Node) -> None:
+        if any(not o.size for o in x.operands):
+            raise Unrecordable("it multiplies matrices without elements")
         if x.dtype not in (np.float32, np.float64) or any(o.dtype != x.dtype for o in x.operands):
             raise Unrecordable(f"it multiplies matrices of {x.dtype}")
         for root in (o.root for o in x.operands):
@@ -369,7 +380,7 @@ class Fusion:
             if launch.kind == "total":
                 live(("parts", launch.nodes[0]), 8 * n_blocks(launch), i, i)
         for base, _ in self._last_reads():
-            live(base, base.n_bytes, self.at.get(base, -1), end)
+            live(owner(base), owner(base).n_bytes, self.at.get(base, -1), end)
         work = len(self.arrays)
         total = 0
         placed: list[tuple[Any, int]] = []

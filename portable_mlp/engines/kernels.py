@@ -254,6 +254,8 @@ class _Writer(Fusion):
             )  # fmt: skip
 
     def _write_points(self, i: int, launch: Launch) -> None:
+        if not launch.points:
+            return
         used: dict[str, View] = {}
         lines: list[str] = []
         stores: list[str] = []

@@ -103,7 +103,8 @@ class Plan:
                 together = x.op not in REDUCTIONS
             else:
                 together = 0 < self.block < x.size and x.elementwise
-                together &= all(a.shape in ((), x.shape) for a in x.with_axes)
+                together &= all(a.shape in ((), x.shape) for a in x.arrays)
+                together &= len(x.arrays) == len(x.with_axes)  # numbers are not cut
             # Of a result, the same element: others are not there yet
             crossed = segments and any(a.root in segments[-1] and a.op in VIEWS for a in x.arrays)
             if together and chained == (loop, x.shape) and not crossed:

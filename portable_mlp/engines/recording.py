@@ -296,7 +296,7 @@ class Recorder:
 
     def mean(self, x: Traced, *, axis: Any = None, keepdims: bool = False) -> Traced:
         total = self.sum(x, axis=axis, keepdims=keepdims)
-        return self.elementwise("multiply", total, total.size / x.size)
+        return self.elementwise("divide", total, x.size // max(total.size, 1))
 
     def reshape(self, x: Traced, shape: Any, *, copy: bool | None = None) -> Traced:
         if x.is_number:
@@ -330,6 +330,8 @@ class Recorder:
 
     def index(self, x: Traced, key: Any) -> Traced:
         key = key if isinstance(key, tuple) else (key,)
+        if not key:
+            return x
         if not all(k is None or k is ... or isinstance(k, int | slice) for k in key):
             raise Unrecordable("it indexes by an array")
         shape = np.broadcast_to(0, x.shape)[key].shape
