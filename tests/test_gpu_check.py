@@ -122,7 +122,6 @@ def test_a_stage_that_hangs_or_dies_fails_and_keeps_what_it_found(does, told, tm
 def test_a_wrong_engine_fails_the_kit(planted, stages, tmp_path, cuda, monkeypatch):
     """Fallbacks and memory that is used after it was freed are no passes."""
     from portable_mlp.engines import CaptureEngine, cplusplus
-    from portable_mlp.engines.capture import _Program
 
     if planted == "kernels":
         monkeypatch.setitem(cplusplus.FUNCTIONS, "sqrt", "(1.5 * sqrt({0}))")
@@ -130,10 +129,12 @@ def test_a_wrong_engine_fails_the_kit(planted, stages, tmp_path, cuda, monkeypat
         assert "- **FAIL**: workload 2 runs as a graph" in found["paragraphs"]
     else:
 
-        def captured(self, work):
-            return _Program(lambda: None, self._cuda.capture(work))
+        def check(self, *arguments, original=CaptureEngine._check):
+            original(self, *arguments)
+            for work in arguments[-1].works:
+                work.launch = lambda: None
 
-        monkeypatch.setattr(CaptureEngine, "_captured", captured)
+        monkeypatch.setattr(CaptureEngine, "_check", check)
         found = ran(stages, tmp_path, stages.lifetimes)
         assert cuda.faults
         cuda.faults.clear()
