@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from portable_mlp.estimators import MLPRegressor as MLPRegressor
     from portable_mlp.layers import Layer as Layer
     from portable_mlp.losses import Loss as Loss
-    from portable_mlp.modelfile import ModelFileError as ModelFileError
     from portable_mlp.network import Network as Network
     from portable_mlp.network import mlp as mlp
-    from portable_mlp.onnx import to_onnx as to_onnx
     from portable_mlp.persistence import load as load
     from portable_mlp.persistence import register as register
     from portable_mlp.persistence import save as save
+    from portable_mlp.persistence.modelfile import ModelFileError as ModelFileError
+    from portable_mlp.persistence.onnx import to_onnx as to_onnx
     from portable_mlp.plots import LossCurveDisplay as LossCurveDisplay
     from portable_mlp.training import DivergenceError as DivergenceError
 
@@ -49,10 +49,10 @@ _HOME = {
     "MLPRegressor": "estimators",
     "Layer": "layers",
     "Loss": "losses",
-    "ModelFileError": "modelfile",
+    "ModelFileError": "persistence",
     "Network": "network",
     "mlp": "network",
-    "to_onnx": "onnx",
+    "to_onnx": "persistence.onnx",
     "load": "persistence",
     "register": "persistence",
     "save": "persistence",

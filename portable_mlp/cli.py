@@ -34,7 +34,7 @@ def _run(argv: list[str]) -> int:
     try:
         from cyclopts import CycloptsError
 
-        from portable_mlp.commands import app
+        from portable_mlp.app.commands import app
     except ModuleNotFoundError as error:
         return _fail(f"{error}: pip install 'portable_mlp[cli]'")
     with warnings.catch_warnings():

@@ -336,6 +336,6 @@ SOLVERS: dict[str, type[Optimizer] | None] = {
     "adam": Adam,
     "adamw": AdamW,
     "rmsprop": RMSprop,
-    "lbfgs": None,  # it has no steps (`portable_mlp.lbfgs`)
+    "lbfgs": None,  # it has no steps (`portable_mlp.training.lbfgs`)
 }
 OPTIMIZERS: dict[str, type[Optimizer]] = {n: kind for n, kind in SOLVERS.items() if kind}

@@ -220,7 +220,7 @@ class WithoutTrick(PortableMLP):
 
     def __init__(self, workload: Workload, dtype: str, trick: str) -> None:
         from portable_mlp.backends import NumPyBackend
-        from portable_mlp.engines import dialects, memory
+        from portable_mlp.engines.host import dialects, memory
 
         plan, dialect = memory.Plan, dialects.NumPyDialect
         if "loops" in trick:
@@ -525,7 +525,7 @@ class CapturedProducts(Products):
     """
 
     def __init__(self, workload: Workload, dtype: str) -> None:
-        from portable_mlp.engines.runtime import CaptureError, Cuda
+        from portable_mlp.engines.cuda.runtime import CaptureError, Cuda
 
         super().__init__(workload, dtype, "cupy")
         self.cuda = Cuda()  # kept: the graph points at its workspace

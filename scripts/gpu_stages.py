@@ -170,7 +170,7 @@ def environment(stage: Stage) -> None:
     """Versions, and which cuBLAS is loaded."""
     import cupy
 
-    from portable_mlp.engines.runtime import Cuda
+    from portable_mlp.engines.cuda.runtime import Cuda
 
     handle = cupy.cuda.Device().cublas_handle
     a = cupy.ones((2, 2))
@@ -207,8 +207,8 @@ def seam(stage: Stage) -> None:
     import cupy
     import numpy as np
 
-    from portable_mlp.engines.launches import Place, View
-    from portable_mlp.engines.runtime import CaptureError, Cuda
+    from portable_mlp.engines.cuda.launches import Place, View
+    from portable_mlp.engines.cuda.runtime import CaptureError, Cuda
 
     cuda, rng = Cuda(), np.random.RandomState(0)
     memory = cupy.arange(64, dtype=np.uint8)
@@ -411,7 +411,7 @@ def poisoning(cupy: Any, pool: Any) -> Callable[[int], Any]:
 @contextmanager
 def watched(**how: Any) -> Iterator[list[Any]]:
     """The engine's runtimes that are made meanwhile, with what they compiled and captured."""
-    from portable_mlp.engines import capture
+    from portable_mlp.engines.cuda import capture
 
     made: list[Any] = []
 

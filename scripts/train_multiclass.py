@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from portable_mlp import BackendError, MLPClassifier, get_backend, mlp
+from portable_mlp.app.table import load_bundled, read_csv
 from portable_mlp.backends import BACKENDS, DEVICES
-from portable_mlp.data import load_bundled, read_csv
 from portable_mlp.initializers import HeNormal, Zeros
 from portable_mlp.losses import SoftmaxCrossEntropy
 

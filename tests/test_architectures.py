@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from conftest import get_target
+from helpers.paths import DATA
+from helpers.targets import get_target
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
@@ -226,7 +227,7 @@ def test_goes_on_from_a_checkpoint(toy, tmp_path):
 
 @pytest.mark.parametrize("toy", TOYS)
 def test_exported(toy):
-    ours = pytest.importorskip("portable_mlp.onnx")
+    ours = pytest.importorskip("portable_mlp.persistence.onnx")
     ort = pytest.importorskip("onnxruntime")
     rows = X.astype(np.float32)
     for kind, y in (
@@ -249,7 +250,7 @@ def test_exported(toy):
 # ---------------------------------------------------------------- members, against one network
 
 
-OPTIMIZERS = [SGD(), SGD(momentum=0.9, weight_decay=0.1), AdamW(weight_decay=0.2), RMSprop()]
+RULES = [SGD(), SGD(momentum=0.9, weight_decay=0.1), AdamW(weight_decay=0.2), RMSprop()]
 TARGETS = {
     "softmax_cross_entropy": LABELS.astype(np.int32),
     "binary_cross_entropy": np.eye(K)[LABELS],
@@ -259,7 +260,7 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("optimizer", RULES, ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("loss", TARGETS)
 def test_each_member_is_a_network_alone(loss, optimizer, weighted):
     rates, decays, backend = (1.0, 0.3, 2.5), (1.0, 0.0, 4.0), get_backend()
@@ -272,7 +273,7 @@ def test_each_member_is_a_network_alone(loss, optimizer, weighted):
         )  # fmt: skip
         state = trainer.start(params)
         trainer.fit(state, ArraySource(batch), 8, np.random.RandomState(0))
-        return trainer.params(state.leaves), [epoch.loss for epoch in state.history]
+        return trainer.params(state.final_leaves), [epoch.loss for epoch in state.history]
 
     together = mlp([D, 6, K], "tanh", members=3)
     params = together.init(np.random.RandomState(0))
@@ -581,9 +582,8 @@ def test_lists_where_tuples_are_meant():
 
 
 def test_files_from_before_there_were_networks():
-    from pathlib import Path
 
-    folder = Path(__file__).parent / "data"
+    folder = DATA
     with np.load(folder / "format_2.npz") as known:
         x, y, probabilities, continued = (
             known[name] for name in ("X", "y", "probabilities", "continued")

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from conftest import TARGETS, get_target
-from test_engines import case, fit
+from helpers.steps import case, fit
+from helpers.targets import TARGETS, get_target
 
 from portable_mlp import Layer, MLPClassifier, Network, load, mlp, save
 from portable_mlp.activations import Tanh
 from portable_mlp.backends import NumPyBackend, to_host
-from portable_mlp.engines import replay as replay_module
-from portable_mlp.engines import scan
+from portable_mlp.engines import jax_scan
+from portable_mlp.engines.host import replay as replay_module
 from portable_mlp.groups import Treatment, Treatments
 from portable_mlp.initializers import Zeros
 from portable_mlp.layers import Dropout, Linear, Param
@@ -77,7 +77,7 @@ def trained(trainer, epochs=4, params=None):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # a fallback
         trainer.fit(state, source, epochs, rng)
-    return [to_host(p) for p in trainer.params(state.leaves)]
+    return [to_host(p) for p in trainer.params(state.final_leaves)]
 
 
 def trainer(optimizer=None, backend=NUMPY, network=NETWORK, dtype="float64", **settings):
@@ -204,12 +204,12 @@ def test_numbers_that_change_cost_no_new_program():
 
 def test_numbers_that_change_cost_no_new_program_on_jax(request):
     backend = get_target("jax", request).backend
-    scan._loop.cache_clear()
+    jax_scan._loop.cache_clear()
     optimizer = AdamW(weight_decay=Scheduled(0.3, Step(1, 0.5)))
     for rate in (0.5, 5.0):
         treatments = {**MOVING, "weight": Treatment(rate=rate)}
         trained(trainer(optimizer, backend, DEEP, treatments=treatments))
-    assert scan._loop.cache_info().currsize == 2
+    assert jax_scan._loop.cache_info().currsize == 2
 
 
 # ---------------------------------------------------------------- layout
@@ -364,7 +364,7 @@ def test_fits_that_go_on_keep_their_treatments(tmp_path):
     parts[0].fit(state, ArraySource(parts[2]), 2, rng)
     rng = np.random.RandomState(0)
     parts[0].fit(state, ArraySource(parts[2]), 4, rng)
-    for a, b in zip(whole, parts[0].params(state.leaves), strict=True):
+    for a, b in zip(whole, parts[0].params(state.final_leaves), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

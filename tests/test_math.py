@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.layers import ALL_LOSSES, LAYERS, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gradients import ALL_LOSSES, LAYERS, targets
 
 from portable_mlp import Network, functions, mlp
 from portable_mlp.activations import ELU

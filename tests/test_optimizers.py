@@ -323,7 +323,7 @@ def test_a_rule_of_ones_own_sees_its_own_settings(rule):
     for t in (trainer, replace(trainer, optimizer=SGD(), learning_rate=0.05)):
         state = t.start([np.ones((2, 1)), np.zeros(1)])
         t.fit(state, ArraySource(Batch(x, y)), 1, np.random.RandomState(0))
-        moved.append(t.params(state.leaves))
+        moved.append(t.params(state.final_leaves))
     np.testing.assert_array_equal(moved[0][0], moved[1][0])
     assert moved[0][0][0, 0] == 1.0 - 0.05 * 2.0
 

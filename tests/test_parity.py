@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import TARGETS, get_target
+from helpers.targets import TARGETS, get_target
 
 from portable_mlp import mlp
 from portable_mlp.backends import NumPyBackend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import get_target
+from helpers.targets import get_target
 from scipy.sparse import csr_array
 from sklearn.datasets import load_diabetes, load_iris
 

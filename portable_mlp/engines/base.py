@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
-from portable_mlp.engines.program import Program, leaves, rebuild
-from portable_mlp.engines.recording import Recorder, Unrecordable, record
-from portable_mlp.engines.verifier import ProgramError, verify, verifying
+from portable_mlp.engines.graph.program import Program, flatten, unflatten
+from portable_mlp.engines.graph.recording import Recorder, Unrecordable, record
+from portable_mlp.engines.graph.verifier import ProgramError, verify, verifying
 from portable_mlp.members import PerMember
 from portable_mlp.steps import (
     Arrays,
@@ -188,7 +188,7 @@ class Engine:
                 return x
             return self.backend.asarray(x.values, "int32" if x.dtype is int else kind)
 
-        numbers: Hyper = rebuild(hyper, map(here, leaves(hyper)))
+        numbers: Hyper = unflatten(hyper, map(here, flatten(hyper)))
         return numbers
 
     def _batches(self, task: Task) -> Iterator[Batch]:
@@ -262,7 +262,7 @@ class Tree:
 
     def __init__(self, tree: Any) -> None:
         self.tree = tree
-        self.leaves = tuple(leaves(tree))
+        self.leaves = tuple(flatten(tree))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tree) and self.leaves == other.leaves
@@ -303,7 +303,7 @@ def recorded(recipe: Recipe, arguments: Tree, part: str = WHOLE) -> tuple[Progra
     """
     recorder = Recorder()
     recipe = replace(recipe, xp=recorder)
-    count = [len(list(leaves(branch))) for branch in arguments.tree]
+    count = [len(list(flatten(branch))) for branch in arguments.tree]
 
     def first(vector: Array, *rest: Any) -> Array:
         return first_half(recipe, *rest)  # replaces what the vector was

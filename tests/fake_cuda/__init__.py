@@ -2,7 +2,7 @@
 
 `install` puts it in the place of CuPy.  The rules are in `driver`; `arrays` are CuPy's arrays,
 `blas` is a cuBLAS with its C functions, and `kernels` compiles CUDA C++ for the host.  The real
-`portable_mlp.backends.CuPyBackend` and `portable_mlp.engines.runtime.Cuda` run on it.
+`portable_mlp.backends.CuPyBackend` and `portable_mlp.engines.cuda.runtime.Cuda` run on it.
 """
 
 from __future__ import annotations

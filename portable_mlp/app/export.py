@@ -1,0 +1,122 @@
+"""A run's model as ONNX, its table's columns as inputs.
+
+Importing this module tells skl2onnx of the two parts of the preprocessing that it does
+not know.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.impute import MissingIndicator
+from sklearn.pipeline import Pipeline
+
+from portable_mlp import load
+from portable_mlp.persistence import read_metadata
+from portable_mlp.persistence.onnx import to_onnx
+from portable_mlp.preprocessing import DateParts
+
+from onnx import TensorProto  # isort: skip  # portable_mlp.persistence.onnx says what is missing
+from skl2onnx import update_registered_converter  # isort: skip
+from skl2onnx.common.data_types import (  # isort: skip
+    DoubleTensorType,
+    FloatTensorType,
+    StringTensorType,
+)
+
+_TYPES = {
+    "number": FloatTensorType,
+    "boolean": FloatTensorType,
+    "category": StringTensorType,
+    "date": DoubleTensorType,
+}
+
+
+def export_onnx(path: Path, out: Path) -> None:
+    """Write the model of a file, with its preprocessing, as ONNX.
+
+    Each column is an input (n, 1) of its name: numbers and booleans in float32, NaN where
+    one is missing; text, empty where it is missing; dates as days since 1970 in float64.
+    A model of arrays has one input, X (n, n_columns).
+    """
+    pipeline, notes = load(path), read_metadata(path)["notes"]
+    types = None
+    if isinstance(pipeline, Pipeline) and notes.get("by_name"):
+        used = {name: of for name, of in notes["columns"].items() if name not in notes["dropped"]}
+        if "" in used:
+            raise ValueError("a column has no name: ONNX needs one, so name it and train again")
+        types = [(name, _TYPES[kind]([None, 1])) for name, kind in used.items()]
+        _name_missing(pipeline[0])
+    to_onnx(pipeline, out, initial_types=types)
+
+
+def _name_missing(preprocessing: Any) -> None:
+    """Missing text is empty text: ONNX has no other."""
+    for name, encoder, _ in preprocessing.transformers_:
+        if name == "categories":
+            encoder.categories_ = [
+                np.array([category or "" for category in categories], dtype=object)
+                for categories in encoder.categories_
+            ]
+
+
+def _declare_missing(operator: Any) -> None:
+    operator.outputs[0].type = FloatTensorType(list(operator.inputs[0].type.shape))
+
+
+def _declare_dates(operator: Any) -> None:
+    rows, n = operator.inputs[0].type.shape
+    operator.outputs[0].type = DoubleTensorType([rows, n * (2 * len(DateParts.PERIODS) + 2)])
+
+
+class _OperatorWriter:
+    """Adds operators to a graph that is being made."""
+
+    def __init__(self, scope: Any, container: Any) -> None:
+        self._scope = scope
+        self._container = container
+
+    def __call__(self, op: str, *inputs: str, **attributes: Any) -> str:
+        output: str = self._scope.get_unique_variable_name("t")
+        self._container.add_node(op, list(inputs), [output], op_version=18, **attributes)
+        return output
+
+    def constant(self, kind: int, *values: float) -> str:
+        name: str = self._scope.get_unique_variable_name("c")
+        self._container.add_initializer(name, kind, [len(values)], list(values))
+        return name
+
+
+def _convert_missing(scope: Any, operator: Any, container: Any) -> None:
+    write = _OperatorWriter(scope, container)
+    missing = write("IsNaN", operator.inputs[0].full_name)
+    floats = write("Cast", missing, to=TensorProto.FLOAT)
+    container.add_node("Identity", [floats], [operator.outputs[0].full_name], op_version=16)
+
+
+def _convert_dates(scope: Any, operator: Any, container: Any) -> None:
+    write = _OperatorWriter(scope, container)
+    parts = []
+    for i, median in enumerate(operator.raw_operator.medians_):
+        column = write.constant(TensorProto.INT64, i)
+        given = write("Gather", operator.inputs[0].full_name, column, axis=1)
+        missing = write("IsNaN", given)
+        days = write("Where", missing, write.constant(TensorProto.DOUBLE, median), given)
+        parts.append(days)
+        for period in DateParts.PERIODS:
+            turns = write("Div", days, write.constant(TensorProto.DOUBLE, period))
+            # Whole turns are taken off in float64: what is left is enough in float32
+            rest = write("Cast", write("Sub", turns, write("Floor", turns)), to=TensorProto.FLOAT)
+            angle = write("Mul", rest, write.constant(TensorProto.FLOAT, 2 * np.pi))
+            for part in (write("Sin", angle), write("Cos", angle)):
+                parts.append(write("Cast", part, to=TensorProto.DOUBLE))
+        parts.append(write("Cast", missing, to=TensorProto.DOUBLE))
+    container.add_node("Concat", parts, [operator.outputs[0].full_name], op_version=13, axis=1)
+
+
+update_registered_converter(
+    MissingIndicator, "MissingIndicator", _declare_missing, _convert_missing
+)
+update_registered_converter(DateParts, "PortableMLPDateParts", _declare_dates, _convert_dates)

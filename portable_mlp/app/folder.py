@@ -1,0 +1,93 @@
+"""A run's folder: the files that it holds, and how they are written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from portable_mlp import save
+from portable_mlp.app.dataset import Dataset
+from portable_mlp.app.report import learning_curves, report
+from portable_mlp.app.run import Run
+from portable_mlp.app.settings import Settings, settings_table, to_toml
+from portable_mlp.callbacks import Epoch
+from portable_mlp.persistence import read_metadata
+from portable_mlp.persistence.files import replacing
+from portable_mlp.plots import figure
+
+MODEL, HISTORY, SETTINGS = "model.safetensors", "history.csv", "config.toml"
+CURVE, REPORT, CHECKPOINT = "learning_curve.png", "report.html", "checkpoint.safetensors"
+_MAY_CHANGE = {"epochs", "device", "backend", "checkpoint_every", "out"}
+"""Settings that a run may have changed when it is resumed."""
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder, or raise an OSError: before training, not after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def check_same(settings: Settings, data: Dataset, checkpoint: Path) -> None:
+    """Raise a ValueError if a checkpoint is not of these settings, or of other data."""
+    notes = read_metadata(checkpoint)["notes"]
+    # A run begun before an option was there had its default
+    then = settings_table(Settings()) | notes["settings"]
+    now = json.loads(json.dumps(settings_table(settings)))
+    changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
+    if changed - _MAY_CHANGE:
+        raise ValueError(
+            f"a run that goes on cannot change {', '.join(sorted(changed - _MAY_CHANGE))}"
+        )
+    other = [path for path, digest in data.digests.items() if notes["digests"].get(path) != digest]
+    if other:
+        raise ValueError(f"{', '.join(other)}: not the rows that the run began with")
+
+
+def write_settings(settings: Settings) -> None:
+    """Write the settings as a file for ``--config``."""
+    _write(settings.out / SETTINGS, to_toml(settings))
+
+
+def write_model(
+    settings: Settings, data: Dataset, preprocessing: Any, model: Any, history: Sequence[Epoch]
+) -> None:
+    """Write what training leaves: the model, its history and its settings."""
+    notes = {
+        "target": data.target,
+        "target_kind": data.target_kind,
+        "columns": data.kinds,
+        "dropped": data.dropped,
+        "by_name": data.by_name,
+        "settings": settings_table(settings),
+    }
+    save(model, settings.out / MODEL, preprocessing, notes=notes)
+    _write_history(settings.out / HISTORY, history)
+    write_settings(settings)
+
+
+def write_results(run: Run) -> None:
+    """Write what people look at: the learning curve and the report."""
+    out = run.settings.out
+    if run.history:
+        picture = figure(figsize=(7.0, 4.0), layout="constrained")
+        learning_curves(run, picture.subplots())
+        with replacing(out / CURVE) as beside:
+            picture.savefig(beside, dpi=150)
+    _write(out / REPORT, report(run))
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def _write_history(path: Path, history: Sequence[Epoch]) -> None:
+    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(Epoch._fields)
+        writer.writerows(history)

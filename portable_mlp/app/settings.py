@@ -1,0 +1,214 @@
+"""What can be set for a training run: one typed description for options and TOML files."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tomli_w
+from cyclopts import Group, Parameter, Token
+from cyclopts.validators import Number
+
+from portable_mlp.activations import ACTIVATIONS
+from portable_mlp.app.table import BUNDLED, PENGUINS
+from portable_mlp.backends import BACKENDS, DEVICES, DTYPES
+from portable_mlp.losses import LOSSES
+from portable_mlp.optimizers import SOLVERS
+from portable_mlp.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    _Activation = str
+    _Backend = str
+    _Bundled = str
+    _Device = str
+    _Dtype = str
+    _Loss = str
+    _Schedule = str
+    _Solver = str
+else:
+    _Activation = Literal[tuple(ACTIVATIONS)]
+    _Backend = Literal[tuple(BACKENDS)]
+    _Bundled = Literal[(*BUNDLED, PENGUINS.stem)]
+    _Device = Literal[DEVICES]
+    _Dtype = Literal[DTYPES]
+    _Loss = Literal[tuple(name for name, loss in LOSSES.items() if not loss.for_labels)]
+    _Schedule = Literal[tuple(SCHEDULES)]
+    _Solver = Literal[tuple(SOLVERS)]
+
+_DATA = Group.create_ordered("Data")
+_NETWORK = Group.create_ordered("Network and training")
+_WHERE = Group.create_ordered("Where to compute")
+_FILES = Group.create_ordered("What is kept")
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
+def whole(type_: Any, tokens: tuple[Token, ...]) -> int:
+    """The converter of an option that is an integer: cyclopts' own would round."""
+    return _integer(tokens[0].value)
+
+
+def _widths(type_: Any, tokens: tuple[Token, ...]) -> tuple[int, ...]:
+    return tuple(_integer(width) for token in tokens for width in token.value.split(",") if width)
+
+
+_COUNT = Parameter(group=_NETWORK, validator=Number(gte=1), converter=whole)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command takes."""
+
+    debug: Annotated[bool, Parameter(negative="")] = False
+    """Show where an error comes from."""
+
+
+@Parameter(name="*", group=_WHERE)
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where to compute."""
+
+    device: _Device | None = None
+    """NumPy or CuPy; auto takes the GPU where there is one [default: cpu]."""
+    backend: _Backend | None = None
+    """Another library to compute with."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A training run, from the files it reads to the folder it leaves."""
+
+    data: Annotated[
+        tuple[Path, ...],
+        Parameter(group=_DATA, consume_multiple=1, negative="", show_default=False),
+    ] = ()
+    """CSV, Parquet, .npy or .npz files with the same columns."""
+    dataset: Annotated[_Bundled, Parameter(group=_DATA)] = "digits"
+    """A bundled table, if no files are given."""
+    target: Annotated[str, Parameter(group=_DATA)] = "-1"
+    """The column to predict: its name, or its position from 0 (negative: from the end)."""
+    task: Annotated[Literal["auto", "classification", "regression"], Parameter(group=_DATA)] = (
+        "auto"
+    )
+    """auto: labels are text, booleans, and at most 20 different whole numbers."""
+    test_fraction: Annotated[float, Parameter(group=_DATA, validator=Number(gt=0, lt=1))] = 0.2
+    """Share of the rows that is kept for the report."""
+    scaling: Annotated[bool, Parameter(group=_DATA)] = True
+    """Scale inputs to unit variance, and a regression's target where its loss allows it."""
+
+    hidden: Annotated[
+        tuple[int, ...],
+        Parameter(
+            group=_NETWORK,
+            converter=_widths,
+            n_tokens=1,
+            accepts_keys=False,
+            negative="",
+            show_default=lambda widths: ",".join(map(str, widths)),
+        ),
+    ] = (100,)
+    """Widths of the hidden layers, such as 128,64."""
+    activation: Annotated[_Activation, Parameter(group=_NETWORK)] = "relu"
+    """Of the hidden layers."""
+    loss: Annotated[_Loss | None, Parameter(group=_NETWORK)] = None
+    """Of a regression [default: squared_error]; huber's delta is 1, in units of the scaled target
+    (unless --no-scaling)."""
+    class_weight: Annotated[Literal["none", "balanced"], Parameter(group=_NETWORK)] = "none"
+    """Of a classification; balanced: all rows of a class together weigh the same."""
+    label_smoothing: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lt=1))] = (
+        0.0
+    )
+    """Of a classification: share of each label that is spread over all classes."""
+    optimizer: Annotated[_Solver, Parameter(group=_NETWORK)] = "adam"
+    """How the weights are updated."""
+    learning_rate: Annotated[float, Parameter(group=_NETWORK, validator=Number(gt=0))] = 1e-3
+    """Length of a step."""
+    schedule: Annotated[_Schedule, Parameter(group=_NETWORK)] = "constant"
+    """How the learning rate changes; invscaling and adaptive are for sgd."""
+    momentum: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lte=1))] = 0.9
+    """Of sgd."""
+    clip_norm: Annotated[float | None, Parameter(group=_NETWORK, validator=Number(gt=0))] = None
+    """Largest norm of a step's gradients."""
+    alpha: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0))] = 1e-4
+    """L2 penalty on the weights, in the loss."""
+    weight_decay: Annotated[float | None, Parameter(group=_NETWORK, validator=Number(gte=0))] = None
+    """Share of the parameters, times the learning rate, that each step takes away
+    [default: 0.01 for adamw, 0 for others]."""
+    epochs: Annotated[int, _COUNT] = 200
+    """Passes over the rows, at most."""
+    batch_size: Annotated[int | None, _COUNT] = None
+    """Rows in a step [default: a hundredth of all, from 32 to 1024]."""
+    dropout: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lt=1))] = 0.0
+    """Share of hidden units that is left out of a step at random."""
+    early_stopping: Annotated[bool, Parameter(group=_NETWORK)] = True
+    """Hold out a tenth of the training rows, and keep the weights that are best on them."""
+    patience: Annotated[int, _COUNT] = 20
+    """Epochs without progress before training stops."""
+    seed: Annotated[
+        int, Parameter(group=_NETWORK, validator=Number(gte=0, lt=2**32), converter=whole)
+    ] = 0
+    """Of all that is random."""
+
+    where: Where = Where()
+    dtype: Annotated[_Dtype, Parameter(group=_WHERE)] = "float32"
+    """Of weights and arithmetic."""
+
+    out: Annotated[Path, Parameter(group=_FILES)] = Path("runs/latest")
+    """The run's folder: model, history, settings, report."""
+    checkpoint_every: Annotated[float | None, Parameter(group=_FILES, validator=Number(gte=0))] = (
+        None
+    )
+    """Seconds between checkpoints, from which --resume goes on."""
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether rows are held out to stop by: L-BFGS has no epochs to stop after."""
+        return self.early_stopping and self.optimizer != "lbfgs"
+
+
+def settings_table(settings: Settings) -> dict[str, Any]:
+    """The settings as TOML has them; what is not set is left out."""
+    table: dict[str, Any] = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, Where):
+            table |= {f.name: getattr(value, f.name) for f in fields(value)}
+        elif isinstance(value, tuple):
+            table[field.name] = [v if isinstance(v, int) else str(v) for v in value]
+        else:
+            table[field.name] = str(value) if isinstance(value, Path) else value
+    return {name: value for name, value in table.items() if value is not None}
+
+
+def to_toml(settings: Settings) -> str:
+    """A file for ``--config``."""
+    return tomli_w.dumps(settings_table(settings))
+
+
+def to_command(settings: Settings) -> str:
+    """The command line that repeats a run: whatever is not as it is by default."""
+    default = settings_table(Settings())
+    words = ["portable-mlp", "train"]
+    for name, value in settings_table(settings).items():
+        if value == default.get(name):
+            continue
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif name == "hidden":
+            words += [f"--{option}", ",".join(map(str, value))]
+        else:
+            words += [
+                f"--{option}",
+                *(map(str, value) if isinstance(value, list) else [str(value)]),
+            ]
+    return shlex.join(words)

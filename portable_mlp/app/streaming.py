@@ -1,0 +1,201 @@
+"""Predictions for tables of any length: a chunk is read, predicted and written at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+from polars.io.plugins import register_io_source
+from sklearn.pipeline import Pipeline
+
+from portable_mlp import load
+from portable_mlp.app.evaluation import Evaluation, evaluate
+from portable_mlp.app.table import read_chunks, split_target
+from portable_mlp.backends import is_out_of_memory
+from portable_mlp.persistence import read_metadata
+from portable_mlp.persistence.files import replacing
+from portable_mlp.preprocessing import model_input
+from portable_mlp.training.pauses import deferred_interrupt
+
+_NUMBERS = 2**18  # in a chunk of the table
+
+
+class Stored(NamedTuple):
+    """A model, and what it learned from.
+
+    Attributes
+    ----------
+    pipeline : Pipeline
+    target, target_kind : str
+    kinds : dict
+        Of the columns it was given, by name.
+    used : list of str
+        Those that it looks at.
+    by_name : bool
+    """
+
+    pipeline: Any
+    target: str
+    target_kind: str
+    kinds: dict[str, str]
+    used: list[str]
+    by_name: bool
+
+
+def load_stored(path: Path, device: str | None, backend: str | None) -> Stored:
+    """Load a model that a training run left, to compute on a device.
+
+    Raises
+    ------
+    ValueError
+        If it is no such model: the file is damaged, or it was saved by other means and
+        does not say which columns it takes.
+    """
+    notes = read_metadata(path)["notes"] or {}
+    pipeline = load(path)
+    if "columns" not in notes:
+        raise ValueError(f"{path} does not say which columns it takes: load it from Python")
+    model = pipeline[-1] if isinstance(pipeline, Pipeline) else pipeline
+    model.set_params(device=device, backend=backend)
+    used = [name for name in notes["columns"] if name not in notes["dropped"]]
+    return Stored(
+        pipeline, notes["target"], notes["target_kind"], notes["columns"], used, notes["by_name"]
+    )
+
+
+def predict_file(
+    stored: Stored,
+    data: Sequence[Path],
+    out: Path,
+    *,
+    chunk_rows: int | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Predict the rows of files, in their order.
+
+    Parameters
+    ----------
+    stored : Stored
+    data : sequence of path
+    out : path
+        Parquet, or CSV, by its name: the column "prediction", and for a classification
+        one of probabilities for each class.
+    chunk_rows : int, optional
+        A quarter of a million numbers if not given.  It is halved when memory runs out.
+    say : callable
+        Is told when it is.
+    """
+    if out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{out}: predictions are written as .csv or .parquet")
+    wanted = {name: kind for name, kind in stored.kinds.items()
+              if name in stored.used or not stored.by_name}  # fmt: skip
+    rows = chunk_rows or max(1, _NUMBERS // len(wanted))
+
+    def chunks(*_: Any) -> Iterator[pl.DataFrame]:
+        predict = _Halving(stored, rows, say)
+        for chunk in read_chunks(data, wanted, rows, [*stored.kinds, stored.target]):
+            yield from predict(chunk)
+
+    ahead = chunks()
+    first = next(ahead, None)
+    if first is None:
+        raise ValueError(f"{', '.join(map(str, data))}: there are no rows")
+
+    failures: list[Exception] = []
+
+    def every(*_: Any) -> Iterator[pl.DataFrame]:
+        yield first
+        try:
+            for part in ahead:
+                if interrupted.is_set():
+                    return
+                yield part
+        except Exception as error:
+            failures.append(error)  # Polars has errors of its own
+            raise
+
+    lazy = register_io_source(every, schema=first.schema)
+    with replacing(out) as beside, deferred_interrupt() as interrupted:
+        try:
+            _sink(lazy.sink_csv if out.suffix == ".csv" else lazy.sink_parquet, beside)
+        except pl.exceptions.PolarsError as error:
+            raise (failures[0] if failures else OSError(f"{out}: {error}")) from error
+        if interrupted.is_set():  # Polars may take it for the end of the rows
+            raise KeyboardInterrupt
+
+
+def _sink(sink: Callable[[Path], Any], path: Path) -> None:
+    """Write a lazy frame; Ctrl-C is a KeyboardInterrupt."""
+    try:
+        sink(path)
+    except KeyboardInterrupt:
+        # Polars raises one, and passes the signal on to Python, which raises another: here,
+        # and not while the first is cleaned up after
+        try:  # noqa: SIM105  # suppress is a call itself, and would meet it
+            time.sleep(0)
+        except KeyboardInterrupt:
+            pass
+        raise
+
+
+def evaluate_file(stored: Stored, data: Sequence[Path]) -> Evaluation:
+    """Compare predictions with the target in files, which are read whole.
+
+    Raises
+    ------
+    ValueError
+        If the files have no target, lack a column, or hold labels that the model does
+        not know.
+    """
+    kinds = stored.kinds | {stored.target: stored.target_kind}
+    frame = pl.concat(list(read_chunks(data, kinds, None)))
+    if not frame.height:
+        raise ValueError(f"{', '.join(map(str, data))}: there are no rows")
+    X, y, _ = split_target(frame, stored.target, ", ".join(map(str, data)))
+    classes = getattr(stored.pipeline, "classes_", None)
+    if classes is not None:
+        unknown = np.setdiff1d(y.astype(str) if classes.dtype.kind == "U" else y, classes)
+        if unknown.size:
+            raise ValueError(f"labels that the model does not know: {', '.join(map(str, unknown))}")
+        y = y.astype(classes.dtype)
+    return evaluate(stored.pipeline, X, y, by_name=stored.by_name)
+
+
+class _Halving:
+    """Predictions for a table, of fewer rows at a time each time memory runs out."""
+
+    def __init__(self, stored: Stored, rows: int, say: Callable[[str], None]) -> None:
+        self._stored = stored
+        self._rows = rows
+        self._say = say
+
+    def __call__(self, X: pl.DataFrame) -> Iterator[pl.DataFrame]:
+        done = 0
+        while done < X.height:
+            part = X.slice(done, self._rows)
+            try:
+                predicted = _predict(self._stored, part)
+            except Exception as error:
+                if not is_out_of_memory(error) or self._rows == 1:
+                    raise
+                self._rows = max(1, min(self._rows, part.height) // 2)
+                self._say(f"out of memory: going on with {self._rows} rows at a time")
+                continue
+            yield predicted
+            done += part.height
+
+
+def _predict(stored: Stored, X: pl.DataFrame) -> pl.DataFrame:
+    given = model_input(X, stored.by_name)
+    pipeline = stored.pipeline
+    if isinstance(pipeline, Pipeline):
+        given, pipeline = pipeline[:-1].transform(given), pipeline[-1]
+    columns = {"prediction": pl.Series(pipeline.predict(given))}
+    if hasattr(pipeline, "predict_proba"):
+        for label, p in zip(pipeline.classes_, pipeline.predict_proba(given).T, strict=True):
+            columns[f"probability of {label}"] = pl.Series(p)
+    return pl.DataFrame(columns)

@@ -1,0 +1,256 @@
+"""Training as the command line does it: from settings to a run, whose folder is written."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import ceil
+from threading import Event
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from portable_mlp import Checkpoint, MLPClassifier, MLPRegressor, get_backend, load
+from portable_mlp.app import folder
+from portable_mlp.app.dataset import Dataset, read
+from portable_mlp.app.evaluation import evaluate, importances
+from portable_mlp.app.run import Run, scales_target
+from portable_mlp.app.settings import Settings, settings_table
+from portable_mlp.backends import is_out_of_memory
+from portable_mlp.callbacks import Callback, Epoch, Progress
+from portable_mlp.preprocessing import make_preprocessing, model_input, nearly_numbers
+from portable_mlp.training.pauses import deferred_interrupt
+from portable_mlp.typing import Array
+
+
+def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None] = print) -> Run:
+    """Train as the settings say, and write the run's folder.
+
+    Parameters
+    ----------
+    settings : Training
+    resume : bool, default=False
+        Go on from the checkpoint in the folder, if there is one.
+    say : callable
+        Is told what happens.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If interrupted before there was a model.  After that the run is written as far
+        as it came; it is ``interrupted``.
+    """
+    began = time.perf_counter()
+    if settings.optimizer == "lbfgs" and settings.checkpoint_every is not None:
+        raise ValueError("--checkpoint-every is for the other optimizers: lbfgs cannot go on")
+    if resume and settings.checkpoint_every is None:
+        raise ValueError(f"{settings.out} was begun without --checkpoint-every: begin anew")
+    data = read(settings)
+    _check_task(settings, data)
+    if settings.stops_early and len(data.y) <= 10:  # a tenth has to be two
+        raise ValueError(f"{len(data.y)} rows are too few to hold some out: --no-early-stopping")
+    say(
+        f"{'classification' if data.classify else 'regression'} of {data.target}:"
+        f" {len(data.y)} rows to train on, {len(data.y_test)} to test, {len(data.used)} columns"
+    )
+    if data.dropped:
+        say("dropped: " + ", ".join(f"{name} ({why})" for name, why in data.dropped.items()))
+    rows = pl.concat([data.X, data.X_test]).select(data.used)
+    for name, values in nearly_numbers(rows).items():
+        say(f"{name}: taken as text, for not all values are numbers: {', '.join(values)}")
+    get_backend(settings.where.device, settings.where.backend)
+    folder.check_writable(settings.out)
+    preprocessing = make_preprocessing(
+        data.X, data.used, scale=settings.scaling, by_name=data.by_name
+    )
+    numbers = preprocessing.fit_transform(model_input(data.X, data.by_name))
+    model, history, interrupted = _fit(settings, data, numbers, resume, say)
+    if interrupted and not history:
+        raise KeyboardInterrupt
+
+    with deferred_interrupt() as late:  # what took hours is not lost in its last second
+        folder.write_model(settings, data, preprocessing, model, history)
+    if late.is_set():
+        raise KeyboardInterrupt
+    pipeline = make_pipeline(preprocessing, model)
+    test = data.X_test, data.y_test
+    run = Run(
+        settings,
+        data,
+        pipeline,
+        history,
+        evaluate(pipeline, data.X, data.y, by_name=data.by_name),
+        evaluate(pipeline, *test, by_name=data.by_name),
+        importances(pipeline, *test, data.used, by_name=data.by_name, seed=settings.seed),
+        time.perf_counter() - began,
+        interrupted,
+    )
+    folder.write_results(run)
+    for name, scores in (("train", run.training.scores()), ("test ", run.test.scores())):
+        metric, value = next(iter(scores.items()))
+        say(f"{name} {metric} {value:.4f}")
+    say(f"model:          {settings.out / folder.MODEL}")
+    if history:
+        say(f"learning curve: {settings.out / folder.CURVE}")
+    say(f"report:         {settings.out / folder.REPORT}")
+    return run
+
+
+def _check_task(settings: Settings, data: Dataset) -> None:
+    """Raise a ValueError if something is set that is for the other kind of task."""
+    default, kinds = Settings(), ("regression", "classification")
+    for name in ("loss",) if data.classify else ("class_weight", "label_smoothing"):
+        if getattr(settings, name) != getattr(default, name):
+            other, this = kinds if data.classify else kinds[::-1]
+            minimised = ", which minimises the cross-entropy" if data.classify else ""
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for a {other}: this is a {this} of"
+                f" {data.target}{minimised}"
+            )
+
+
+def _fit(
+    settings: Settings,
+    data: Dataset,
+    numbers: NDArray[Any],
+    resume: bool,
+    say: Callable[[str], None],
+) -> tuple[Any, list[Epoch], bool]:
+    """The model, its history, and whether it was interrupted."""
+    y, scaler = data.y, None
+    if scales_target(settings, data):
+        scaler = StandardScaler()
+        y = scaler.fit_transform(y.reshape(-1, 1).astype(np.float64))[:, 0]
+        if settings.dtype == "float32" and abs(scaler.mean_[0]) > 1e5 * scaler.scale_[0]:
+            say(f"{data.target} varies little around {scaler.mean_[0]:.5g}: use --dtype float64")
+    checkpoint = settings.out / folder.CHECKPOINT
+    if resume and checkpoint.exists():
+        folder.check_same(settings, data, checkpoint)
+        model = load(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)  # another run's is none of this
+        model = _new_model(settings, data)
+    history = _History(model._state.history if hasattr(model, "_state") else ())
+    watching: list[Callback] = [history, Progress(full=True)]
+    if settings.checkpoint_every is not None:
+        folder.write_settings(settings)  # for --resume
+        notes = {"settings": settings_table(settings), "digests": data.digests}
+        watching.append(Checkpoint(checkpoint, settings.checkpoint_every, notes=notes))
+    model.set_params(
+        callbacks=watching,
+        max_iter=settings.epochs,
+        device=settings.where.device,
+        backend=settings.where.backend,
+        scoring=_log_score if data.classify and settings.stops_early else None,
+    )
+    with _named_shortage(settings, len(y)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "Training interrupted")
+        if settings.optimizer == "lbfgs":
+            # The other solvers see to interrupts themselves
+            with deferred_interrupt() as event:
+                watching.append(_StopWhen(event))
+                model.fit(numbers, y)
+                interrupted = event.is_set()
+        else:
+            model.continue_fit(numbers, y)  # on a new model, it begins
+            interrupted = model.stop_reason_ == "interrupted"
+    model.set_params(callbacks=None, scoring=None)
+    if scaler is not None:
+        # y = mean + scale · ŷ is linear: the output layer can do it itself
+        real = model.coefs_[-1].dtype.type
+        model.coefs_[-1] *= real(scaler.scale_[0])
+        model.intercepts_[-1] *= real(scaler.scale_[0])
+        model.intercepts_[-1] += real(scaler.mean_[0])
+    return model, history.epochs, interrupted
+
+
+def _new_model(settings: Settings, data: Dataset) -> Any:
+    estimator: Any = MLPRegressor
+    own: dict[str, Any] = {} if settings.loss is None else {"loss": settings.loss}
+    if data.classify:
+        estimator = MLPClassifier
+        own["label_smoothing"] = settings.label_smoothing
+        own["class_weight"] = None if settings.class_weight == "none" else settings.class_weight
+    return estimator(
+        **own,
+        hidden_layer_sizes=settings.hidden,
+        activation=settings.activation,
+        solver=settings.optimizer,
+        learning_rate=settings.schedule,
+        learning_rate_init=settings.learning_rate,
+        momentum=settings.momentum,
+        clip_norm=settings.clip_norm,
+        alpha=settings.alpha,
+        weight_decay=settings.weight_decay,
+        batch_size=_batch_size(settings, len(data.y)),
+        dropout=settings.dropout,
+        early_stopping=settings.stops_early,
+        n_iter_no_change=settings.patience,
+        random_state=settings.seed,
+        dtype=settings.dtype,
+    )
+
+
+def _log_score(model: Any, X: Any, y: NDArray[Any], sample_weight: Any = None) -> float:
+    """Mean log-likelihood of labels, weighted as in training.
+
+    On few held-out rows accuracy changes too rarely to stop by, and scikit-learn's
+    "neg_log_loss" wants every class among them.
+    """
+    logs = model.predict_log_proba(X)
+    found = logs[np.arange(len(y)), np.searchsorted(model.classes_, y)]
+    return float(np.average(found, weights=sample_weight))
+
+
+def _batch_size(settings: Settings, n_rows: int) -> int:
+    used = n_rows - ceil(0.1 * n_rows) if settings.stops_early else n_rows
+    return min(settings.batch_size or min(max(n_rows // 100, 32), 1024), used)
+
+
+# ------------------------------------------------------------------ while it runs
+
+
+class _History(Callback):
+    """All epochs, those before a checkpoint included."""
+
+    def __init__(self, before: Sequence[Epoch]) -> None:
+        self.epochs = list(before)
+
+    def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> None:
+        self.epochs.append(epoch)
+
+
+class _StopWhen(Callback):
+    """Stops after the epoch in which an event is set."""
+
+    def __init__(self, event: Event) -> None:
+        self._event = event
+
+    def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool:
+        return self._event.is_set()
+
+
+@contextmanager
+def _named_shortage(settings: Settings, n_rows: int) -> Iterator[None]:
+    """When memory runs out, say what to lower."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"out of memory in training: lower --batch-size (now {_batch_size(settings, n_rows)})"
+            f" or --hidden (now {','.join(map(str, settings.hidden))}), or use --device cpu"
+        ) from error

@@ -1,0 +1,1 @@
+"""A recorded step on a CUDA device: kernels, and the graph of their launches."""

@@ -1,0 +1,441 @@
+"""The engine of CUDA devices: a step captured once in a graph, replayed for each batch.
+
+What a step launches never changes.  The kernels (`portable_mlp.engines.cuda.kernels`) read the
+rows of their batch, and the numbers of the step, from the place that a counter on the device
+points to, and leave the loss there.  So the host launches a step by one call, and reads the
+losses after the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from math import isfinite
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portable_mlp.backends import Backend, is_out_of_memory
+from portable_mlp.engines.base import (
+    EPOCHS_AT_ONCE,
+    FIRST,
+    SECOND,
+    WHOLE,
+    RecordedEngine,
+    Reduce,
+    Task,
+    Tree,
+    Values,
+    recorded,
+    table,
+)
+from portable_mlp.engines.cuda.kernels import compile_program, gather_kernel
+from portable_mlp.engines.cuda.launches import Kernel, Kernels, View
+from portable_mlp.engines.cuda.runtime import CaptureError, Cuda, Graph
+from portable_mlp.engines.graph.program import flatten, specify
+from portable_mlp.engines.graph.recording import Unrecordable
+from portable_mlp.steps import Arrays, Batch, Hyper, Recipe
+from portable_mlp.typing import Array
+from portable_mlp.warn import warn
+
+
+@dataclass
+class _Work:
+    """Launches that can be repeated.
+
+    A graph holds addresses, and keeps no array alive: all that it points to lives as long as
+    this, for ``launch`` holds it.
+
+    Attributes
+    ----------
+    launch : callable
+        Launches kernel by kernel.
+    graph : Graph, optional
+        Of the same launches.
+    """
+
+    launch: Callable[[], None]
+    graph: Graph | None = None
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            try:
+                self.graph.launch()
+                return
+            except Exception as error:
+                # A graph that is not launched has changed nothing.  Of kernels, some may have
+                # run: what fails then is an error, for no step may be done twice
+                if not is_out_of_memory(error):
+                    raise
+                self.graph = None
+                _warn_of_kernels(error)
+        self.launch()
+
+
+@dataclass
+class _Program:
+    """A step that can be repeated: one work, or two with a reduction between them."""
+
+    works: list[_Work]
+    between: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        self.works[0]()
+        if self.between is not None:
+            self.between()
+            self.works[1]()
+
+
+@dataclass
+class _Memory:
+    """What the programs for data of one shape point at: graphs hold pointers, not arrays.
+
+    Attributes
+    ----------
+    given : list of array
+        The data that came last.
+    data : list of array
+        Where it is: the same, or arrays of our own.
+    own : bool
+        Which of them.
+    whole : bool
+        Whether all data are one batch.
+    tables : list of array
+        A step's numbers; of a step in two halves, those of each.
+    rows, losses, at : array
+        Row numbers of the data, values of each step, and the next step.
+    programs : dict
+        By the number of rows.
+    """
+
+    given: list[Array]
+    data: list[Array]
+    own: bool
+    whole: bool
+    tables: list[Array]
+    rows: Array
+    losses: Array
+    at: Array
+    programs: dict[int, _Program] = field(default_factory=dict)
+
+
+class CaptureEngine(RecordedEngine):
+    """Repeats a captured step.
+
+    The first replay on batches of a size is compared with the step itself.  What cannot be
+    captured is launched kernel by kernel; what differs, cannot be recorded, or needs more
+    memory than there is, runs as the step itself.  A warning says which, and why.
+    """
+
+    name = "capture"
+
+    _SHAPES = 4  # of data, to hold programs for: a reader's batches, and its last
+    # Relative to the step's change, in the Euclidean norm
+    _TOLERANCE: ClassVar[dict[str, float]] = {"float32": 1e-2, "float64": 1e-6}
+
+    def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
+        super().__init__(backend, recipe, reduce)
+        self._cuda: Cuda | None = None
+        self._arrays: Arrays | None = None
+        self._memories: dict[Any, _Memory] = {}
+        self._now: Any = None
+
+    def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
+        try:
+            self._repeat(arrays, task, values)
+        except Exception:
+            # The step itself needs the memory
+            self._memories.clear()
+            self._cuda = self._arrays = self._now = None
+            raise
+
+    def _repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
+        done = task.first
+        with _eager_for_want_of_memory():
+            self._prepare(arrays, task)
+            self._now.at[...] = done
+        try:
+            for rows, hyper in zip(task.batches(), task.hypers[done:], strict=False):
+                self._advance(arrays, task, done, rows, hyper)
+                done += 1
+                if task.stop():
+                    break
+        finally:
+            values += self._results(task.first, done)
+
+    # ------------------------------------------------------------ an epoch
+
+    def _prepare(self, arrays: Arrays, task: Task) -> None:
+        """Put what an epoch's steps read where they read it."""
+        to, given = self.backend.asarray, [a for a in task.data if a is not None]
+        n, order = task.n_rows, task.order
+        numbers = self._tables(task)
+        # Graphs point into them: they have room for whatever may come
+        length = max(len(numbers[0]), EPOCHS_AT_ONCE)
+        rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
+        whole = order is None and n <= task.batch_size
+        if self._cuda is None:
+            self._cuda = Cuda()
+        if arrays is not self._arrays:
+            self._memories.clear()
+            self._arrays = arrays
+        key = task.batch_size, whole, tuple((a.shape, str(a.dtype)) for a in given)
+        now = self._memories.get(key)
+        if now is not None and (len(rows) > len(now.rows) or length > len(now.losses)):
+            now = None
+        known = now is not None and all(a is b for a, b in zip(given, now.given, strict=True))
+        if now is not None and now.own and not known:
+            for mine, a in zip(now.data, given, strict=True):
+                mine[...] = a
+        elif now is None or not known:
+            # Data that changes from call to call comes into arrays of our own
+            own = now is not None
+            if now is None and len(self._memories) == self._SHAPES:
+                self._memories.clear()
+            now = _Memory(
+                given,
+                [_row_by_row(to(a, copy=True) if own else a, self.backend.xp) for a in given],
+                own,
+                whole,
+                [to(np.zeros((length, own.shape[1]))) for own in numbers],
+                to(rows, copy=True),
+                to(np.zeros((length, self.recipe.n_losses + 1))),
+                to(np.zeros(1, np.int32)),
+            )
+            self._memories[key] = now
+        now.given = given
+        for mine, own_numbers in zip(now.tables, numbers, strict=True):
+            if own_numbers.size:
+                mine[: len(own_numbers), ...] = to(own_numbers)
+        now.rows[: len(rows)] = to(rows)
+        self._now = now
+
+    def _tables(self, task: Task) -> list[NDArray[np.float64]]:
+        """The numbers of each step, for each of its programs."""
+        if self.reduce is None:
+            return [table(task.hypers)]
+        sizes = [rows.stop - rows.start for rows in task._replace(first=0).batches()]
+        first, second = [], []
+        for number, hyper in enumerate(task.hypers):
+            total = None if task.totals is None else float(task.totals[number])
+            n = total if total is not None or task.data.weights is not None else sizes[number]
+            first.append((hyper.forward, total))
+            second.append((hyper, n))
+        return [table(first), table(second)]
+
+    def _results(self, first: int, end: int) -> Values:
+        found = self.backend.to_host(self._now.losses)[first:end].tolist()
+        return [self._pair(row) for row in found]
+
+    # ------------------------------------------------------------ a step
+
+    def _advance(self, arrays: Arrays, task: Task, number: int, rows: slice, hyper: Hyper) -> None:
+        size = rows.stop - rows.start
+        program = self._now.programs.get(size)
+        if program is not None:
+            program()
+            return
+        with _eager_for_want_of_memory():  # which leaves the arrays as they were
+            whole = self._now.whole
+            batch = task.data if whole else self._take(task.data, self._now.rows[rows])
+            total = None if task.totals is None else float(task.totals[number])
+            program = self._bind(arrays, batch, task.batch_size, size, hyper, total)
+            self._check(arrays, batch, hyper, total, number, program)
+            self._now.programs[size] = program
+
+    def _take(self, data: Batch, chosen: Array) -> Batch:
+        take = self.backend.xp.take
+        return Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
+
+    def _bind(
+        self,
+        arrays: Arrays,
+        batch: Batch,
+        batch_size: int,
+        size: int,
+        hyper: Hyper,
+        total: float | None,
+    ) -> _Program:
+        """Allocate, and return the step, which is not captured yet."""
+        backend, now = self.backend, self._now
+        rows = [a for a in batch if a is not None]
+        buffers = now.data if now.whole else [_row_by_row(a, backend.xp) for a in rows]
+        own = [*flatten(arrays)]
+        gather = [] if now.whole else [self._gather(buffers, size, batch_size)]
+        if self.reduce is None:
+            arguments: Any = arrays, batch, hyper
+            calls = self._calls(WHOLE, arguments, [*own, *buffers], now.tables[0])
+            return _Program([_Work(_all_of([*gather, *calls]))])
+        n = self._weight(batch, total)
+        vector = backend.xp.zeros(
+            self._length(arrays, batch, total), dtype=arrays.leaves[0].dtype, device=backend.device
+        )
+        arguments = [vector], arrays.leaves, batch, hyper.forward, total
+        first = self._calls(FIRST, arguments, [vector, *arrays.leaves, *buffers], now.tables[0])
+        second = self._calls(SECOND, (arrays, vector, hyper, n), [*own, vector], now.tables[1])
+        works = [_Work(_all_of([*gather, *first])), _Work(_all_of(second))]
+        return _Program(works, partial(self.reduce, vector))
+
+    def _gather(self, buffers: list[Array], size: int, batch_size: int) -> Callable[[], None]:
+        """The launch that brings a batch's rows into buffers."""
+        now, cuda = self._now, self._cuda
+        assert cuda is not None
+        source, kernel = gather_kernel(list(specify(buffers)), size, batch_size)
+        pairs = [a for pair in zip(now.data, buffers, strict=True) for a in pair]
+        return partial(cuda.compile(source), kernel, [now.tables[0], now.at, now.rows, *pairs])
+
+    def _calls(
+        self, part: str, arguments: Any, given: list[Array], numbers: Array
+    ) -> list[Callable[[], None]]:
+        """The launches of a program, on its arguments' arrays and memory of its own."""
+        backend, cuda, now = self.backend, self._cuda, self._now
+        assert cuda is not None
+        kernels = _kernels(self.recipe, Tree(specify(arguments)), part)
+        work = backend.xp.zeros(
+            kernels.n_bytes, dtype=backend.dtype("uint8"), device=backend.device
+        )
+        memories = [*given, work]
+
+        def at(view: View) -> Array:
+            return cuda.array(memories[view.place.memory], view)
+
+        for view, value in kernels.constants:
+            at(view)[...] = value
+        calls: list[Callable[[], None]] = []
+        launch = cuda.compile(kernels.source)
+        for number, each in enumerate(kernels.launches):
+            if isinstance(each, Kernel):
+                is_last = kernels.n_results and number == len(kernels.launches) - 1
+                last = [now.losses] if is_last else []
+                calls.append(
+                    partial(launch, each, [numbers, now.at, *map(at, each.arguments), *last])
+                )
+            else:
+                calls.append(partial(cuda.multiply, at(each.left), at(each.right), at(each.out)))
+        return calls
+
+    def _check(
+        self,
+        arrays: Arrays,
+        batch: Batch,
+        hyper: Hyper,
+        total: float | None,
+        number: int,
+        program: _Program,
+    ) -> None:
+        """Capture the step, do it once, and compare that with the step itself.
+
+        Raises
+        ------
+        Unrecordable
+            If they differ, or it fails; nothing has been done then.
+        """
+        backend = self.backend
+        own = [*flatten(arrays)]
+        before = [backend.asarray(a, copy=True) for a in own]
+        again = iter([backend.asarray(a, copy=True) for a in own])
+        copies = Arrays(
+            [next(again) for _ in arrays.leaves],
+            [tuple(next(again) for _ in m) for m in arrays.moments],
+        )
+        wanted, wanted_values = self._step(copies, batch, hyper, total)
+
+        def undo() -> None:
+            for a, old in zip(own, before, strict=True):
+                a[...] = old
+            self._now.at[...] = number
+
+        def attempt(action: Callable[[], None]) -> None:
+            action()
+            backend.synchronize()  # what fails on the device is seen only then
+
+        try:
+            attempt(program)  # loads the kernels, which cannot be while they are captured
+            undo()
+            for work in program.works:
+                self._capture(work)
+            attempt(program)
+            alike = self._alike(number, wanted_values, [*flatten(wanted)], own, before)
+        except Exception as failure:  # the compiler's, CUDA's, cuBLAS's: no common base
+            undo()
+            if is_out_of_memory(failure):
+                raise
+            raise Unrecordable(f"its kernels fail: {failure}") from failure
+        if not alike:
+            undo()
+            raise Unrecordable("its kernels do not compute what the step computes")
+
+    def _alike(
+        self,
+        number: int,
+        wanted_values: tuple[Array, Array],
+        wanted: list[Array],
+        got: list[Array],
+        before: list[Array],
+    ) -> bool:
+        """Compare the arrays and values after a step with those wanted, on the device."""
+        norm = self.backend.xp.linalg.vector_norm
+        dtype = str(got[0].dtype)
+        tolerance, eps = self._TOLERANCE[dtype], float(np.finfo(dtype).eps)
+        host = self.backend.to_host
+        each = (np.ravel(host(v) if hasattr(v, "shape") else v) for v in wanted_values)
+        values = np.concatenate([*each])
+        found = np.concatenate([*map(np.ravel, self._results(number, number + 1)[0])])
+        if not np.allclose(found, values, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return False
+        for w, g, b in zip(wanted, got, before, strict=True):
+            norms = self.backend.fetch([norm(g - w), norm(w - b), norm(w)])
+            error, change, size = norms.tolist()
+            # Where the step overflows, the kernels may do so differently
+            if isfinite(size) and not error <= tolerance * change + 10 * eps * size:
+                return False
+        return True
+
+    def _capture(self, work: _Work) -> None:
+        """Capture the work in a graph, if that can be."""
+        assert self._cuda is not None
+        try:
+            work.graph = self._cuda.capture(work.launch)
+        except CaptureError as reason:
+            _warn_of_kernels(reason)
+
+
+def _all_of(calls: list[Callable[[], None]]) -> Callable[[], None]:
+    def launch() -> None:
+        for call in calls:
+            call()
+
+    return launch
+
+
+@contextmanager
+def _eager_for_want_of_memory() -> Iterator[None]:
+    """Make a want of memory a reason to run the step itself."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise Unrecordable(f"there is not enough memory for a graph: {error}") from error
+        raise
+
+
+def _warn_of_kernels(reason: Exception) -> None:
+    warn(
+        f"the step is launched kernel by kernel, without a CUDA graph: {reason}",
+        RuntimeWarning,
+    )
+
+
+def _row_by_row(a: Array, xp: Any) -> Array:
+    """The array, laid out row by row; itself, if it is."""
+    return xp.reshape(xp.reshape(a, (-1,)), a.shape)
+
+
+@lru_cache(maxsize=64)
+def _kernels(recipe: Recipe, arguments: Tree, part: str) -> Kernels:
+    # Without memory, so that it can outlive a fit
+    program, roles = recorded(recipe, arguments, part)
+    return compile_program(program, roles.donated)

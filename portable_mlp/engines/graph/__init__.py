@@ -1,0 +1,1 @@
+"""A step as a program: recorded, verified, and the expressions that its values are written in."""

@@ -1,0 +1,113 @@
+"""Which element of one array goes with which of another, as text for a kernel or a loop.
+
+An element is named by its number in memory, row by row, and where they are known by its
+indices: expressions of the variables that it runs through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+from portable_mlp.engines.graph.program import Node, Shape
+
+
+class Access(NamedTuple):
+    """Which element of an array: its number, and its indices where they are known."""
+
+    flat: str
+    indices: tuple[str, ...] | None = None
+
+
+def row_strides(shape: Shape) -> Shape:
+    """Elements from one to the next along each axis, of an array that lies row by row."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _term(text: str) -> str:
+    return text if text.isalnum() else f"({text})"
+
+
+def linear(shape: Shape, indices: Sequence[str]) -> Access:
+    """The element at these indices."""
+    terms = [
+        index if stride == 1 else f"{_term(index)} * {stride}"
+        for index, stride, n in zip(indices, row_strides(shape), shape, strict=True)
+        if index != "0" and n > 1
+    ]
+    return Access(" + ".join(terms) or "0", tuple(indices))
+
+
+def indices_of(shape: Shape, access: Access) -> tuple[str, ...]:
+    """The indices of an element of an array of this shape."""
+    if access.indices is not None and len(access.indices) == len(shape):
+        return access.indices
+    found = []
+    whole = prod(shape)
+    for n, stride in zip(shape, row_strides(shape), strict=True):
+        index = access.flat if stride == 1 else f"{_term(access.flat)} / {stride}"
+        if n * stride != whole:  # something stands before it
+            index = f"{_term(index)} % {n}"
+        found.append("0" if n == 1 else index)
+    return tuple(found)
+
+
+def broadcast(operand: Node, shape: Shape, access: Access) -> Access:
+    """The operand's element that goes with an element of the result."""
+    if operand.shape == shape:
+        return access
+    indices = indices_of(shape, access)[len(shape) - operand.ndim :]
+    return linear(
+        operand.shape,
+        ["0" if n == 1 else i for n, i in zip(operand.shape, indices, strict=True)],
+    )
+
+
+def through(x: Node, access: Access) -> Access:
+    """The element of what a view looks at."""
+    (operand,) = x.operands
+    if x.op == "reshape":
+        kept = [i for n, i in zip(x.shape, access.indices or (), strict=False) if n > 1]
+        if access.indices and long_axes(x.shape) == long_axes(operand.shape):
+            rest = iter(kept)
+            return Access(access.flat, tuple("0" if n == 1 else next(rest) for n in operand.shape))
+        return Access(access.flat)
+    if x.op == "broadcast":
+        return broadcast(operand, x.shape, access)
+    indices = indices_of(x.shape, access)
+    if x.op == "permute":
+        (axes,) = x.attrs
+        return linear(operand.shape, [indices[axes.index(axis)] for axis in range(x.ndim)])
+    given = iter(indices)
+    found = []
+    for n, key in zip(operand.shape, keys(x, next_new=lambda: next(given)), strict=True):
+        if isinstance(key, int):
+            found.append(str(key % n))
+            continue
+        start, _, step = slice(*key[1:]).indices(n)
+        index = next(given)
+        index = index if step == 1 else f"{_term(index)} * {step}"
+        found.append(index if start == 0 else f"{index} + {start}")
+    return linear(operand.shape, found)
+
+
+def keys(x: Node, next_new: Any) -> Iterator[Any]:
+    """Of an index, the key of each axis of the operand; ``next_new`` for each new axis."""
+    (operand,) = x.operands
+    n_given = sum(key is not None and key is not ... for key in x.attrs)
+    whole = ("slice", None, None, None)
+    attrs = x.attrs if ... in x.attrs else (*x.attrs, ...)
+    for key in attrs:
+        if key is None:
+            next_new()
+        elif key is ...:
+            for _ in range(operand.ndim - n_given):
+                yield whole
+        else:
+            yield key
+
+
+def long_axes(shape: Shape) -> Shape:
+    """A shape without the axes of length one."""
+    return tuple(n for n in shape if n > 1)

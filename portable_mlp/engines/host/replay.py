@@ -1,0 +1,227 @@
+"""The engine of NumPy and torch: a recorded step, repeated into fixed buffers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from ctypes import PyDLL
+from functools import lru_cache, partial
+from time import perf_counter
+from typing import Any
+
+from portable_mlp.backends import Backend
+from portable_mlp.engines.base import (
+    FIRST,
+    SECOND,
+    WHOLE,
+    RecordedEngine,
+    Reduce,
+    Task,
+    Tree,
+    Values,
+    flat,
+    recorded,
+)
+from portable_mlp.engines.graph.program import flatten, specify
+from portable_mlp.engines.host import compiler
+from portable_mlp.engines.host.dialects import DIALECTS
+from portable_mlp.engines.host.python_source import Replay, lower
+from portable_mlp.steps import Arrays, Batch, Hyper, Recipe
+from portable_mlp.typing import Array
+from portable_mlp.warn import warn
+
+
+class ReplayEngine(RecordedEngine):
+    """Makes the calls of `portable_mlp.engines.host.python_source`.
+
+    Where there is a C compiler and training has gone on for a while, it compiles the loops
+    of `portable_mlp.engines.host.loops` in the background, and goes over to them between two
+    steps: they give the same bits.  See `compiler.when` for how to decide otherwise.
+    """
+
+    name = "replay"
+
+    PATIENCE = 0.25  # seconds of training in all fits that take the same step
+    LOOK = 0.05  # seconds from one look at what is compiled to the next
+
+    def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
+        super().__init__(backend, recipe, reduce)
+        self.dialect = DIALECTS[backend.name](backend)
+        self._when = compiler.when() if self.dialect.loops else "never"
+        self._to_come: list[_Prepared] = []
+        self._arrays: Arrays | None = None
+        self._programs: dict[int, tuple[list[Array], Callable[..., tuple[Any, ...]]]] = {}
+
+    def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
+        first, finished = task.first, False
+        while not finished:
+            task = task._replace(first=first + len(values))
+            finished = self._stretch(arrays, task, values)
+
+    def _stretch(self, arrays: Arrays, task: Task, values: Values) -> bool:
+        """Some of the steps, up to where others may be better; whether they were the last."""
+        if arrays is not self._arrays or self._goes_over():
+            self._programs.clear()
+            self._to_come.clear()
+            self.dialect.release()  # to write a program takes about as much memory as to run it
+            self._arrays = arrays
+        n, batch_size, hypers = task.n_rows, task.batch_size, task.hypers
+        # The longer batch first: its memory is enough for the shorter
+        for size in (min(batch_size, n), n % batch_size or batch_size):
+            if size not in self._programs:
+                self._bind(arrays, task, size)
+        indices = None if task.order is None else self.backend.indices(task.order)
+        given = [a for a in task.data if a is not None]
+        gather = self.dialect.gather
+        totals = task.totals if self.reduce is not None else None
+        found: Values = []
+        finished = True
+        begun = perf_counter()
+        for number, rows in enumerate(task.batches(), task.first):
+            buffers, program = self._programs[rows.stop - rows.start]
+            if indices is None:
+                batch = [a[rows] for a in given] if n > batch_size else given
+            else:
+                chosen = indices[rows]
+                batch = [gather(a, chosen, b) for a, b in zip(given, buffers, strict=True)]
+            total = () if totals is None else (totals[number],)
+            found.append(program(*batch, *flat(hypers[number]), *total))
+            if task.stop():
+                break
+            if self._to_come and perf_counter() - begun > self.LOOK:
+                finished = False
+                break
+        if self.backend.name != "numpy":  # there they are numbers already
+            losses, penalties = zip(*found, strict=True)
+            found = self._fetch(list(losses), list(penalties))
+        values += found
+        for prepared in self._to_come:
+            prepared.seconds += perf_counter() - begun
+        return finished
+
+    def _goes_over(self) -> bool:
+        """Whether all that is bound has served its time: it is to be compiled, or has been."""
+        waiting = self._to_come
+        return bool(waiting) and all(
+            p.done if p.begun else p.seconds > self.PATIENCE for p in waiting
+        )
+
+    def _bind(self, arrays: Arrays, task: Task, size: int) -> None:
+        """Make buffers for a batch of so many rows, and the function that does a step with it."""
+        longest = max(self._programs, default=0)
+        if size <= longest:
+            buffers = [buffer[:size] for buffer in self._programs[longest][0]]
+        else:
+            buffers = [self.dialect.buffer(a, size) for a in task.data if a is not None]
+        total = None if task.totals is None else float(task.totals[0])
+        bound = self._bound(arrays, Batch(*buffers), task.hypers[0], total)
+        self._programs[size] = buffers, bound
+
+    def _bound(
+        self, arrays: Arrays, batch: Batch, hyper: Hyper, total: float | None
+    ) -> Callable[..., tuple[Any, ...]]:
+        """Return the function that does a step with a batch's arrays, numbers, and total."""
+        own = list(flatten(arrays))
+        reduce = self.reduce
+        if reduce is None:
+            return self._program(WHOLE, (arrays, batch, hyper), own)
+        n = self._weight(batch, total)
+        vector = self.dialect.buffer(
+            arrays.leaves[0].reshape(-1), self._length(arrays, batch, total)
+        )
+        arguments = [vector], arrays.leaves, batch, hyper.forward, total
+        first = self._program(FIRST, arguments, [vector, *arrays.leaves])
+        second = self._program(SECOND, (arrays, vector, hyper, n), [*own, vector])
+        n_arrays = sum(a is not None for a in batch)
+        # Of the numbers, these are the last
+        forward = n_arrays + len(flat(hyper)) - len(flat(hyper.forward))
+        rest = () if n is None or total is not None else (n,)
+
+        def program(*given: Any) -> tuple[Any, ...]:
+            first(*given[:n_arrays], *given[forward:])
+            reduce(vector)
+            return second(*given[n_arrays:], *rest)
+
+        return program
+
+    def _program(
+        self, part: str, arguments: Any, given: list[Array]
+    ) -> Callable[..., tuple[Any, ...]]:
+        """Bind a program that may be compiled: now, later, or not."""
+        prepared = _prepare(self.recipe, self.backend.name, Tree(specify(arguments)), part)
+        if self._when == "now":
+            prepared.compile()
+            prepared.wait()
+        elif self._when == "later" and prepared.seconds > self.PATIENCE:
+            prepared.compile()
+        replay, library = prepared.calls, None
+        if self._when != "never":
+            if prepared.done:
+                replay, library = prepared.best
+            else:
+                self._to_come.append(prepared)
+        return replay.bind(given, self.dialect, library)
+
+
+class _Prepared:
+    """A step as calls, and as calls with loops when they are compiled.
+
+    Without buffers, so that it can outlive a fit.
+
+    Attributes
+    ----------
+    seconds : float
+        That it has been repeated for as calls.
+    """
+
+    def __init__(self, recipe: Recipe, dialect: str, arguments: Tree, part: str) -> None:
+        program, roles = recorded(recipe, arguments, part)
+        lowered = partial(
+            lower, program, roles.donated, DIALECTS[dialect], n_resident=roles.resident
+        )
+        self.calls = lowered()
+        self.seconds = 0.0
+        self._to_loop: Callable[[], Replay] | None = partial(lowered, loops=True)
+        self._looped: tuple[Replay, Future[PyDLL]] | None = None
+
+    def compile(self) -> None:
+        """Begin to compile the loops, if that has not been done."""
+        to_loop = self._to_loop  # another thread may set it
+        if to_loop is not None:
+            replay = to_loop()
+            self._looped = replay, compiler.compile_beside(replay.loops)
+            self._to_loop = None  # the program goes
+
+    def wait(self) -> None:
+        """Until they are compiled, or it is known why not, which is told."""
+        if self._looped is not None and (error := self._looped[1].exception()):
+            warn(f"the step runs without loops in C: {error}", RuntimeWarning)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the compiler has been asked."""
+        return self._looped is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing better to come."""
+        return self._looped is not None and self._looped[1].done()
+
+    @property
+    def best(self) -> tuple[Replay, PyDLL | None]:
+        """What there is, once it is ``done``, and what to bind it with."""
+        if self._looped is None or self._looped[1].exception():
+            return self.calls, None
+        replay, library = self._looped
+        return replay, library.result()
+
+
+@lru_cache(maxsize=64)
+def _prepare(recipe: Recipe, dialect: str, arguments: Tree, part: str) -> _Prepared:
+    return _Prepared(recipe, dialect, arguments, part)
+
+
+# Nobody goes on in a forked process with what its parent's threads compile
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_prepare.cache_clear)

@@ -1,0 +1,485 @@
+"""Fitting: from rows and parameters to fitted attributes, in all the ways that there are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from inspect import signature
+from math import inf, nan
+from numbers import Integral
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import check_scoring
+from sklearn.utils import check_random_state
+
+from portable_mlp.backends import NumPyBackend, backend_of, get_backend, move
+from portable_mlp.callbacks import Callback, Progress
+from portable_mlp.estimators.inference import Selection, logits
+from portable_mlp.estimators.input_checks import check_weights, check_X, check_y
+from portable_mlp.estimators.preparation import Preparation, Rows
+from portable_mlp.estimators.sklearn_compat import (
+    CallbackSupportMixin,
+    FitCallbacks,
+    PeerInternals,
+    only_if,
+    with_callbacks,
+)
+from portable_mlp.sources import ArraySource, CheckedSource, Source, SparseSource, on_backend
+from portable_mlp.training import State, StopReason, Trainer, Validate
+from portable_mlp.training.lbfgs import fit_lbfgs
+from portable_mlp.typing import Array
+from portable_mlp.warn import warn
+
+Mode = Literal["fit", "partial", "continue", "init"]
+
+
+def _without_steps(model: Any) -> str | None:
+    if model.solver == "lbfgs":
+        return "only available for stochastic optimizers: lbfgs is not stochastic"
+    return None
+
+
+def without_partial_fit(model: Any) -> str | None:
+    """Why a model cannot be fitted in parts; None if it can."""
+    if model.early_stopping:
+        return "partial_fit does not support early_stopping=True"
+    if getattr(model, "class_weight", None) == "balanced":
+        return (
+            "class_weight='balanced' needs all rows at once: for partial_fit compute the"
+            " weights with sklearn.utils.class_weight.compute_class_weight and pass a dict"
+        )
+    return _without_steps(model)
+
+
+_OF_EPOCHS = {
+    "_state", "loss_curve_", "best_loss_",
+    "validation_loss_curve_", "validation_scores_", "best_validation_score_",
+}  # fmt: skip
+"""Attributes that L-BFGS does not set."""
+
+
+def _takes_weights(scorer: Any) -> bool:
+    """Whether a scorer, or the metric that it is made of, has weights of rows."""
+    return "sample_weight" in signature(getattr(scorer, "_score_func", scorer)).parameters
+
+
+class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
+    """What classifier and regressor share."""
+
+    _target_dtype: ClassVar[type | None] = None  # labels may be anything
+    _learns_classes: ClassVar[bool] = False
+    classes_: NDArray[Any]
+
+    # -------------------------------------------------------- entry points
+
+    @with_callbacks
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> Self:
+        """Fit the network to X and y.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix (n_samples, n_features), or a `sources.Source`
+            From any backend; computation follows it unless ``device`` or ``backend``
+            say otherwise.  A source brings y and weights, too.
+        y : array-like (n_samples,) or (n_samples, n_outputs)
+            Labels (strings too), indicators of several labels, or real targets.
+        sample_weight : array-like (n_samples,), optional
+            Not negative, not all zero.
+        X_val, y_val, sample_weight_val : array-like, optional
+            Rows to validate on after each epoch, instead of a share of X where
+            ``early_stopping`` is on; their curves are kept in any case.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the data is not as it must be; the model is unchanged.
+        DivergenceError
+            If training leads to NaN or infinite values; the model is unchanged.  With
+            early stopping it is a RuntimeWarning instead, and the best weights are kept.
+        BackendError
+            If the device or backend asked for cannot be used.
+        """
+        validation = X_val, y_val, sample_weight_val
+        return self._guarded(X, y, sample_weight, "fit", validation=validation)
+
+    @only_if(_without_steps)
+    @with_callbacks
+    def continue_fit(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        n_iter: int | None = None,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> Self:
+        """Go on exactly where the last call stopped, up to ``max_iter`` epochs in all.
+
+        Weights, the optimizer's moments, the random generator, the schedule and early
+        stopping go on as if training had never stopped: with ``max_iter=n + m``, one
+        ``fit`` and ``continue_fit`` of n and of m epochs give the same model.  (A warm
+        start, as in scikit-learn, seeds the generator and the moments anew.)  On a
+        model that is not fitted it begins.
+
+        Parameters
+        ----------
+        X, y, sample_weight, X_val, y_val, sample_weight_val
+            As in the call that is continued; see `fit`.
+        n_iter : int, optional
+            Epochs to do now; all that ``max_iter`` leaves, if not given.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        UnavailableError
+            An AttributeError and a ValueError: with ``solver="lbfgs"``, which has no steps
+            to go on with.
+        ValueError, DivergenceError, BackendError
+            As `fit`; also if the last call stopped in the middle of an epoch over other rows,
+            or had other layers.
+        """
+        if n_iter is not None and not (isinstance(n_iter, Integral) and n_iter >= 1):
+            raise ValueError(f"n_iter must be at least 1, an integer, got {n_iter!r}")
+        validation = X_val, y_val, sample_weight_val
+        return self._guarded(X, y, sample_weight, "continue", n_iter=n_iter, validation=validation)
+
+    def init_model(self, X: Any, y: Any) -> Self:
+        """Draw the initial weights that ``fit`` would start from, and do not train.
+
+        What the model predicts then is what it begins with; `continue_fit`,
+        `partial_fit`, and ``fit`` with ``warm_start`` go on from there.
+
+        Parameters
+        ----------
+        X : array-like (n_samples, n_features)
+        y : array-like (n_samples,) or (n_samples, n_outputs)
+            All classes have to occur.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError, BackendError
+            As `fit`.
+        """
+        return self._guarded(X, y, None, "init")
+
+    # -------------------------------------------------------- steps of all of them
+
+    def _guarded(self, X: Any, y: Any, sample_weight: Any, mode: Mode, **how: Any) -> Self:
+        context = None
+        told = hasattr(self, "_skl_callbacks") or hasattr(self, "_parent_callback_ctx")
+        if told and mode in ("fit", "continue"):
+            # Outside of what is undone on an error: callbacks are torn down after it
+            context = self._init_callback_context(max_subtasks=self.max_iter)
+        with self._unchanged_on_error():
+            return self._fit(X, y, sample_weight, mode, context, **how)
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        # Attributes are replaced, never altered in place, so references are enough
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            for name in vars(self).keys() - before.keys():
+                delattr(self, name)
+            for name, value in before.items():
+                setattr(self, name, value)
+            raise
+
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        mode: Mode,
+        context: Any = None,
+        *,
+        validation: tuple[Any, Any, Any] = (None, None, None),
+        n_iter: int | None = None,
+    ) -> Self:
+        self._check_parameters()
+        read = X if isinstance(X, Source) else None
+        if read is not None:
+            X, y = self._look_into(read, y, sample_weight, validation[0])
+        again = hasattr(self, "coefs_") and (
+            mode in ("partial", "continue") or (mode == "fit" and self.warm_start)
+        )
+        home = backend_of(X)
+        backend = get_backend(self.device, self.backend, like=X)
+        as_given = X, y
+        X = check_X(self, X, reset=not again)
+        dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
+        weights = check_weights(sample_weight, X, dtype)
+        y = check_y(self, y, X, self._target_dtype)
+        known = read.targets() if read is not None and self._learns_classes else y
+        self._loss, n_outputs = self._learn_target(known, again, mode == "partial")
+        target = self._encode_target(y)
+        self.out_activation_ = self._loss.link_name
+        network = self._network(X.shape[1], n_outputs)
+        rng = check_random_state(self.random_state)
+        params = self._params_for(network) if again else network.init(rng)
+        some = mode != "partial" and read is None  # a part may have none
+        weights = self._class_weighted(y, weights, dtype, some=some)
+        if not issparse(X):
+            with backend.scope(dtype):
+                X = move(X, backend, dtype)
+        self.network_, self.n_outputs_ = network, n_outputs
+        self.n_layers_ = network.n_linear + 1
+        trainer = self._trainer(network, backend, dtype)
+        rows = Rows(X, y, target, weights, read=read)
+        held_out = self._check_validation(*validation, dtype)
+        callbacks: list[Callback] = [Progress()] if self.verbose else []
+        callbacks += self.callbacks or ()
+        if context is not None:
+            callbacks.append(FitCallbacks(self, context, *as_given))
+        if self.solver == "lbfgs" and mode != "init":
+            params, fitted = self._run_lbfgs(trainer, params, rows, callbacks)
+            for name in vars(self).keys() & _OF_EPOCHS:  # those of an earlier fit
+                delattr(self, name)
+        else:
+            state = self._state_to_go_on(trainer, params, again, mode)
+            del params  # copied: training would hold them for nothing
+            if mode == "init":
+                state.generator = rng.get_state()
+                fitted = self._curves(state, 0)
+            else:
+                fitted = self._run_epochs(
+                    trainer, state, rows, rng, mode, callbacks, held_out, n_iter
+                )
+            params = trainer.params(state.final_leaves)
+        with backend.scope(dtype):
+            if home == backend:
+                kept = [backend.asarray(p, copy=True) for p in params]
+            else:
+                kept = [move(p, home, dtype) for p in params]
+        fitted["params_"] = kept
+        for name, value in fitted.items():
+            setattr(self, name, value)
+        return self
+
+    # -------------------------------------------------------- solvers
+
+    def _run_lbfgs(
+        self, trainer: Trainer, params: list[Array], rows: Rows, callbacks: list[Callback]
+    ) -> tuple[list[Array], dict[str, Any]]:
+        backend, dtype = trainer.backend, trainer.dtype
+        with backend.scope(dtype):
+            if issparse(rows.x) and not isinstance(backend, NumPyBackend):
+                raise ValueError(f"solver='lbfgs' takes sparse X on NumPy only, not on {backend!r}")
+            x = rows.x.astype(dtype, copy=False) if issparse(rows.x) else None
+            data = on_backend(
+                np.empty((0, 0)) if x is not None else rows.x,
+                rows.target,
+                rows.weights,
+                backend,
+                dtype,
+            )
+        params, loss, n_iter, reason, message = fit_lbfgs(
+            trainer,
+            params,
+            data if x is None else data._replace(x=x),
+            max_iter=self.max_iter,
+            max_fun=self.max_fun,
+            callbacks=callbacks,
+        )
+        if reason in ("max_epochs", "failed"):
+            warn(
+                f"lbfgs failed to converge after {n_iter} iteration(s): {message}."
+                " Increase max_iter, or scale the data.",
+                ConvergenceWarning,
+            )
+        return params, {"loss_": loss, "n_iter_": n_iter, "t_": 0, "stop_reason_": reason}
+
+    def _run_epochs(
+        self,
+        trainer: Trainer,
+        state: State,
+        rows: Rows,
+        rng: np.random.RandomState,
+        mode: Mode,
+        callbacks: list[Callback],
+        held_out: Rows | None,
+        n_iter: int | None,
+    ) -> dict[str, Any]:
+        """Train, changing the state; returns fitted attributes."""
+        if mode == "continue" and state.generator is not None:
+            rng = np.random.RandomState()
+            rng.set_state(state.generator)
+        else:
+            state.generator = rng.get_state()
+        backend, dtype = trainer.backend, trainer.dtype
+        used = None
+        if self.early_stopping and held_out is None:
+            used, held = self._split(rows, rng)
+            held_out = rows.take(held)
+        source: Source
+        with backend.scope(dtype):
+            if rows.read is not None:
+                source = CheckedSource(rows.read, partial(self._prepared, backend, dtype))
+            elif issparse(rows.x):
+                parts = rows.x, rows.target, rows.weights
+                source = SparseSource(*parts, backend, dtype, used)
+            else:
+                source = ArraySource(
+                    on_backend(rows.x, rows.target, rows.weights, backend, dtype), used
+                )
+        if self.batch_size != "auto" and self.batch_size > source.n_rows:
+            warn(
+                "Got `batch_size` less than 1 or larger than sample size."
+                f" It is going to be clipped to {source.n_rows}",
+                UserWarning,
+            )
+        # Epochs of the history that are not of this fit
+        before = len(state.history) if mode != "continue" else len(state.history) - state.done
+        whole = 1 if mode == "partial" else self.max_iter
+        reason = trainer.fit(
+            state,
+            source,
+            whole if n_iter is None else min(whole, state.done + n_iter),
+            rng,
+            validate=None if held_out is None else self._validation(trainer, held_out),
+            early_stopping=self.early_stopping,
+            callbacks=callbacks,
+            planned_epochs=self.max_iter,
+            model=lambda now: self._view(
+                self._curves(now, before) | {"params_": trainer.params(now.final_leaves)}
+            ),
+        )
+        if reason == "interrupted":
+            warn("Training interrupted by user.", UserWarning)
+        if reason == "max_epochs" and mode != "partial" and state.done == self.max_iter:
+            warn(
+                f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and"
+                " the optimization hasn't converged yet.",
+                ConvergenceWarning,
+            )
+        return self._curves(state, before, reason)
+
+    def _state_to_go_on(
+        self, trainer: Trainer, params: list[Array], again: bool, mode: Mode
+    ) -> State:
+        state = trainer.start(params)
+        old: State | None = getattr(self, "_state", None) if again else None
+        if old is None:
+            if again and mode in ("partial", "continue"):
+                warn(
+                    "the model has no state of training to go on with (it was fitted by L-BFGS, or"
+                    " loaded from a file that Checkpoint did not write): the optimizer's moments,"
+                    " the random generator and the schedule start anew"
+                )
+            return state
+        if mode == "partial":
+            return replace(trainer.resume(old, state).cut_short(), done=0)
+        if mode == "continue":
+            new = trainer.resume(old, state)
+            if old.watched == "score" and self.early_stopping and old.arrays.leaves:
+                # The fitted parameters are the best ones; training goes on from the last
+                new.best_leaves = new.arrays.leaves
+                backend = trainer.backend
+                with backend.scope(trainer.dtype):
+                    last = trainer.load([move(p, backend) for p in old.last_params])
+                new.arrays = new.arrays._replace(leaves=last)
+            return new
+        # A warm start forgets the moments and the schedule
+        return replace(
+            state,
+            rows=old.cut_short().rows,
+            watched=old.watched,
+            best=old.best,
+            stalled_for=old.stalled_for,
+            history=list(old.history),
+        )
+
+    def _curves(
+        self, state: State, before: int, reason: StopReason | None = None
+    ) -> dict[str, Any]:
+        """Fitted attributes that tell of the training."""
+        history = state.history
+        losses = [epoch.loss for epoch in history]
+        validated = bool(history) and (
+            self.early_stopping or not np.isnan(history[-1].validation_loss)
+        )
+        early = self.early_stopping
+        return {
+            "_state": state.without_final_leaves(),
+            "loss_": losses[-1] if losses else inf,
+            "loss_curve_": losses,
+            "n_iter_": len(losses) - before,
+            "stop_reason_": reason,
+            "t_": state.cut_short().rows,
+            "best_loss_": None if early else state.best,
+            "validation_loss_curve_": (
+                [epoch.validation_loss for epoch in history] if validated else None
+            ),
+            "validation_scores_": (
+                [epoch.validation_score for epoch in history] if validated else None
+            ),
+            "best_validation_score_": -state.best if early else None,
+        }
+
+    def _validation(self, trainer: Trainer, rows: Rows) -> Validate:
+        """Score and loss of held-out rows as a function of the parameters."""
+        backend, network, xp = trainer.backend, trainer.network, trainer.backend.xp
+        with backend.scope(trainer.dtype):
+            moved = rows.x if issparse(rows.x) else move(rows.x, backend, trainer.dtype)
+            x = Selection(moved, rows.indices)
+            _, target, weights = on_backend(
+                np.empty((0, 0)), rows.target, rows.weights, backend, trainer.dtype
+            )
+        scorer = None if self.scoring is None else check_scoring(self, self.scoring)
+        weighs = rows.weights is not None and scorer is not None and _takes_weights(scorer)
+        given = {"sample_weight": rows.weights} if weighs else {}
+        chunk = -(-trainer.batch_size // 2)  # beside what training holds
+
+        def validate(params: list[Array]) -> tuple[float, float]:
+            z = logits(network, params, x, backend, trainer.dtype, chunk, trainer.loss)
+            (loss,) = backend.fetch([trainer.loss(z, target, xp, weights)[0]]).tolist()
+            loss = trainer.reported(loss)
+            # Where e to the power of z overflows, the prediction is infinite
+            if not bool(xp.all(xp.isfinite(trainer.loss.link(z, xp)))):
+                return nan, loss
+            if scorer is not None:
+                view = self._view({"params_": params})
+                view._results_on_host = True
+                return float(scorer(view, x.rows(0, x.n_rows), rows.y, **given)), loss
+            got = backend.to_host(self._decide(z, trainer.loss, xp))
+            got = got.reshape(rows.target.shape)
+            return float(self._metric(rows.target, got, sample_weight=rows.weights)), loss
+
+        return validate
+
+    def _view(self, fitted: dict[str, Any]) -> Self:
+        """A copy with other fitted attributes."""
+        view = copy.copy(self)
+        for name, value in fitted.items():
+            setattr(view, name, value)
+        return view

@@ -1,0 +1,138 @@
+"""Parameters as JSON: plain values, and instances of classes that are known by name."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from functools import cache
+from numbers import Real
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from portable_mlp import (
+    activations,
+    architectures,
+    groups,
+    initializers,
+    layers,
+    losses,
+    optimizers,
+    schedules,
+)
+from portable_mlp.architectures import Architecture
+from portable_mlp.groups import Treatment
+from portable_mlp.layers import Layer
+from portable_mlp.losses import Loss
+from portable_mlp.optimizers import Optimizer
+from portable_mlp.schedules import Schedule, Scheduled
+
+C = TypeVar("C")
+
+_KINDS = (Architecture, Layer, Loss, Optimizer, Schedule, Scheduled, Treatment)
+_CLASSES: dict[str, Any] = {
+    name: value
+    for module in (activations, architectures, groups, layers, losses, optimizers, schedules)
+    for name, value in vars(module).items()
+    if isinstance(value, type) and issubclass(value, _KINDS)
+} | {name: value for name, value in vars(initializers).items() if is_dataclass(value)}
+
+
+def register(cls: C) -> C:
+    """Let model files hold instances of a class of one's own; a decorator.
+
+    Who loads such a file has to register the class before.  A file names the class, and holds
+    the values of its fields.
+
+    Parameters
+    ----------
+    cls : type
+        A dataclass; its fields hold plain values, or objects that files can hold.
+
+    Returns
+    -------
+    type
+        The same class.
+
+    Raises
+    ------
+    TypeError
+        If it is no dataclass.
+    ValueError
+        If another class has its name.
+    """
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise TypeError(f"only dataclasses can be registered, got {cls!r}")
+    known: Any = _CLASSES.setdefault(cls.__name__, cls)
+    # A cell of a notebook that runs again defines the same class anew
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"a class of the name {cls.__name__} is registered: {known}")
+    _CLASSES[cls.__name__] = cls
+    return cls
+
+
+def encode(name: str, value: Any) -> Any:
+    """Return a parameter's value as JSON has it; raises a TypeError if JSON cannot hold it."""
+    if name == "callbacks" or (name == "scoring" and callable(value)):
+        return None  # of the training, not of the model
+    if isinstance(value, dict):
+        return {"dict": [[encode(name, k), encode(name, v)] for k, v in value.items()]}
+    if is_dataclass(value) and _CLASSES.get(type(value).__name__) is type(value):
+        names = [field.name for field in fields(cast(Any, value)) if field.init]
+        own = {name: getattr(value, name) for name in names}
+        return {"class": type(value).__name__, **{k: encode(name, v) for k, v in own.items()}}
+    if isinstance(value, list | tuple):
+        return [encode(name, v) for v in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.random.RandomState):
+        return None
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(
+        f"{name}={value!r} cannot be written to a model file:"
+        " it takes plain values and this library's own objects"
+    )
+
+
+def decode(value: Any) -> Any:
+    """Return the value that `encode` was given, its lists as tuples.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If it names a class that is not known, or fields that the class does not take.
+    """
+    if isinstance(value, list):
+        return tuple(decode(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"dict"}:
+        return {decode(k): decode(v) for k, v in value["dict"]}
+    cls = _CLASSES[value["class"]]
+    given = {name: decode(v) for name, v in value.items() if name != "class"}
+    hints = _hints(cls)
+    for field in fields(cast(Any, cls)):
+        if field.init and not _is_a(hints.get(field.name, Any), given.get(field.name)):
+            raise ValueError(f"{cls.__name__} of {field.name}={given.get(field.name)!r}")
+    return cls(**given)
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type; of what is in a tuple, any type will do.
+
+    So it does for annotations that are no types, such as literals.
+    """
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_is_a(option, value) for option in get_args(hint))
+    kind = Real if hint is float else origin or hint
+    return hint is Any or not isinstance(kind, type) or isinstance(value, kind)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls)
+    except NameError:  # of a class of one's own, names that are not there at run time
+        return {}

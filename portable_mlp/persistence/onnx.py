@@ -1,0 +1,396 @@
+"""ONNX: a fitted model as a graph that other runtimes compute, in float32.
+
+The operations of the layers and the loss are recorded (`portable_mlp.engines.graph.recording`)
+and written as ONNX operators, so no formula stands here a second time.  Custom layers are
+exported, too, as long as the operators below are all that they use.
+
+Importing this module tells skl2onnx of the estimators: ``skl2onnx.to_onnx`` then takes
+pipelines that hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+
+from portable_mlp.backends import to_host
+from portable_mlp.engines.graph.program import Node, Program, specify
+from portable_mlp.engines.graph.recording import Recorder, Traced, Unrecordable, record
+from portable_mlp.estimators import MLPClassifier, MLPRegressor
+from portable_mlp.estimators.inference import pooled
+from portable_mlp.persistence.modelfile import write_whole
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    from skl2onnx import to_onnx as convert_pipeline
+    from skl2onnx import update_registered_converter
+    from skl2onnx.common.data_types import (
+        DoubleTensorType,
+        FloatTensorType,
+        Int64TensorType,
+        StringTensorType,
+    )
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"ONNX needs {error.name}, which is not installed: pip install 'portable_mlp[onnx]'"
+    ) from error
+
+__all__ = ["to_onnx"]
+
+OPSET = 18  # the first whose reductions all take their axes as an input
+
+
+def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = None) -> Any:
+    """A fitted model, or a pipeline that ends in one, as ONNX.
+
+    The graph takes rows ``X`` (n, n_features) in float32 and gives ``label`` and
+    ``probabilities``, or for a regressor ``variable`` (n, n_outputs).  Labels are
+    texts, int64 (booleans too) or float64.
+
+    Parameters
+    ----------
+    model : MLPClassifier, MLPRegressor or Pipeline
+    path : path, optional
+        Where to write it too; overwritten.
+    initial_types : list of (str, skl2onnx type), optional
+        Of a pipeline, its inputs as ``skl2onnx.to_onnx`` takes them: a pipeline that
+        chooses columns by name needs one for each column.
+
+    Returns
+    -------
+    onnx.ModelProto
+
+    Raises
+    ------
+    ValueError
+        If a layer does what is not written as ONNX here.
+    """
+    if isinstance(model, Pipeline):
+        final = model[-1]
+        found = convert_pipeline(
+            model,
+            initial_types=initial_types or [("X", FloatTensorType([None, model.n_features_in_]))],
+            options={id(final): {"zipmap": False}} if isinstance(final, MLPClassifier) else None,
+            target_opset=OPSET,
+        )
+    else:
+        found = _bare(model)
+    if path is not None:
+        write_whole(path, [found.SerializeToString()])
+    return found
+
+
+def _bare(model: Any) -> Any:
+    graph = _graph(model)
+    rows = "n"
+    inputs = [
+        helper.make_tensor_value_info(graph.x, TensorProto.FLOAT, [rows, model.n_features_in_])
+    ]
+    outputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), [rows, *rest])
+        for name, (dtype, rest) in zip(graph.outputs, _outputs(model), strict=True)
+    ]
+    opset = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(
+        helper.make_graph(graph.nodes, "portable_mlp", inputs, outputs, graph.constants),
+        producer_name="portable_mlp",
+        opset_imports=opset,
+        ir_version=helper.find_min_ir_version_for(opset),  # older runtimes refuse newer ones
+    )
+
+
+# ---------------------------------------------------------------- the graph
+
+
+class _Graph(NamedTuple):
+    x: str
+    outputs: list[str]
+    nodes: list[Any]
+    constants: list[Any]
+
+
+class _Recorder(Recorder):
+    """With what decides for a class."""
+
+    def argmax(self, x: Traced, *, axis: int) -> Traced:
+        shape = tuple(n for i, n in enumerate(x.shape) if i != axis)
+        return self.node("argmax", (x,), (axis,), shape, np.dtype(np.int64))
+
+
+def _labels(model: Any) -> NDArray[Any]:
+    classes = np.asarray(model.classes_)
+    if classes.dtype.kind in "iub":
+        return classes.astype(np.int64)
+    return classes.astype(np.float64 if classes.dtype.kind == "f" else object)
+
+
+def _outputs(model: Any) -> list[tuple[np.dtype[Any], list[int]]]:
+    """Data type and shape of a row of each output."""
+    if isinstance(model, MLPRegressor):
+        return [(np.dtype(np.float32), [model.n_outputs_])]
+    n = len(model.classes_)
+    labels = _labels(model).dtype
+    return [(labels, [n] if model._multilabel else []), (np.dtype(np.float32), [n])]
+
+
+def _graph(model: Any) -> _Graph:
+    network = model.network_
+    params = [to_host(p).astype(np.float32) for p in model.params_]
+
+    def predict(recorder: Recorder, params: list[Traced], x: Traced) -> list[Traced]:
+        z = pooled(network(params, x, recorder), model._loss, recorder)
+        if isinstance(model, MLPRegressor):
+            return [model._loss.link(z, recorder)]
+        return [f(z, model._loss, recorder) for f in (model._decide, model._probabilities)]
+
+    def recorded(n_rows: int) -> Program:
+        recorder = _Recorder()
+        x = np.empty((n_rows, model.n_features_in_), np.float32)
+        arguments = specify((params, x))
+        return record(lambda *given: predict(recorder, *given), recorder, arguments)[0]
+
+    try:
+        program, other = recorded(2), recorded(3)
+        if _form(program) != _form(other):
+            raise Unrecordable("what it computes depends on the number of rows")
+        writer = _GraphWriter(program.inputs, params, _shapes(program, other))
+        for node in program.nodes:
+            writer.write(node)
+    except Unrecordable as reason:
+        raise ValueError(f"the model has no ONNX form: {reason}") from reason
+    names = [writer.names[id(output)] for output in program.outputs]
+    if isinstance(model, MLPRegressor):
+        outputs = [writer.node("Identity", names[0], name="variable")]
+    else:
+        code, probabilities = names
+        label = (
+            writer.node("Cast", code, name="label", to=TensorProto.INT64)
+            if model._multilabel
+            else writer.node("Gather", writer.constant(_labels(model)), code, name="label")
+        )
+        outputs = [label, writer.node("Identity", probabilities, name="probabilities")]
+    return _Graph("X", outputs, writer.nodes, writer.constants)
+
+
+def _shapes(program: Program, other: Program) -> dict[int, tuple[int | None, ...]]:
+    """The shapes of all nodes, None for what depends on the number of rows."""
+    pairs = zip((*program.inputs, *program.nodes), (*other.inputs, *other.nodes), strict=True)
+    return {
+        id(x): tuple(n if n == m else None for n, m in zip(x.shape, y.shape, strict=True))
+        for x, y in pairs
+    }
+
+
+def _form(program: Program) -> list[Any]:
+    """What a program does, whatever the shapes."""
+    places = {id(node): i for i, node in enumerate((*program.inputs, *program.nodes))}
+    return [
+        (node.op, [places.get(id(o), repr(o)) for o in node.operands], node.attrs)
+        for node in program.nodes
+    ]
+
+
+# ---------------------------------------------------------------- operators
+
+_SAME = {
+    "add": "Add", "subtract": "Sub", "multiply": "Mul", "divide": "Div", "power": "Pow",
+    "negative": "Neg", "absolute": "Abs", "sign": "Sign", "reciprocal": "Reciprocal",
+    "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "maximum": "Max", "minimum": "Min",
+    "sin": "Sin", "cos": "Cos", "tan": "Tan", "arcsin": "Asin", "arccos": "Acos",
+    "arctan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "tanh": "Tanh", "arcsinh": "Asinh",
+    "arccosh": "Acosh", "arctanh": "Atanh", "floor": "Floor", "ceil": "Ceil",
+    "less": "Less", "less_equal": "LessOrEqual", "greater": "Greater",
+    "greater_equal": "GreaterOrEqual", "equal": "Equal", "logical_and": "And",
+    "logical_or": "Or", "logical_xor": "Xor", "logical_not": "Not", "where": "Where",
+    "matmul": "MatMul", "copy": "Identity",
+}  # fmt: skip
+_REDUCTIONS = {"sum": "ReduceSum", "prod": "ReduceProd", "max": "ReduceMax", "min": "ReduceMin"}
+
+
+class _GraphWriter:
+    """Writes the nodes of a program, operands first, as those of a graph.
+
+    Parameters
+    ----------
+    inputs : tuple of Node
+        The parameters, and the rows.
+    params : list of array
+    shapes : dict
+        From `_shapes`.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Node, ...],
+        params: list[NDArray[np.float32]],
+        shapes: dict[int, tuple[int | None, ...]],
+    ) -> None:
+        self.shapes = shapes
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        *own, x = inputs
+        self.names = {id(x): "X"}
+        self.names |= {id(i): self.constant(p) for i, p in zip(own, params, strict=True)}
+
+    def constant(self, value: Any) -> str:
+        """The name of an array that the graph holds."""
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def node(self, op: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
+        """The name of what an operator makes of its inputs."""
+        name = name or f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+        return name
+
+    def write(self, node: Node) -> None:
+        """Write an operation of the program."""
+        made = getattr(self, "_" + node.op, None)
+        if made is None and node.op not in _SAME and node.op not in _REDUCTIONS:
+            raise Unrecordable(f"there is no operator for its {node.op}")
+        # Of an elementwise function, the attributes are its operands' types
+        types = node.attrs if len(node.attrs) == len(node.operands) else ()
+        inputs = [
+            self.names[id(o)]
+            if isinstance(o, Node)
+            else self.constant(np.asarray(o, types[i] if types else node.dtype))
+            for i, o in enumerate(node.operands)
+        ]
+        if made is not None:
+            name = made(node, *inputs)
+        elif node.op in _REDUCTIONS:
+            axes, keepdims = node.attrs
+            axes = self.constant(np.asarray(axes, np.int64))
+            name = self.node(_REDUCTIONS[node.op], inputs[0], axes, keepdims=int(keepdims))
+        else:
+            name = self.node(_SAME[node.op], *inputs)
+        self.names[id(node)] = name
+
+    def _astype(self, node: Node, x: str) -> str:
+        return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(node.dtype))
+
+    def _permute(self, node: Node, x: str) -> str:
+        return self.node("Transpose", x, perm=list(node.attrs[0]))
+
+    def _concat(self, node: Node, *parts: str) -> str:
+        return self.node("Concat", *parts, axis=node.attrs[0])
+
+    def _argmax(self, node: Node, x: str) -> str:
+        return self.node("ArgMax", x, axis=node.attrs[0], keepdims=0)
+
+    def _not_equal(self, node: Node, *operands: str) -> str:
+        return self.node("Not", self.node("Equal", *operands))
+
+    def _square(self, node: Node, x: str) -> str:
+        return self.node("Mul", x, x)
+
+    def _expm1(self, node: Node, x: str) -> str:
+        return self.node("Sub", self.node("Exp", x), self.constant(np.ones((), node.dtype)))
+
+    def _log1p(self, node: Node, x: str) -> str:
+        return self.node("Log", self.node("Add", x, self.constant(np.ones((), node.dtype))))
+
+    def _index(self, node: Node, x: str) -> str:
+        (operand,) = node.operands
+        rest = operand.ndim - sum(key is not None and key is not ... for key in node.attrs)
+        whole = ("slice", None, None, None)
+        at = node.attrs.index(...) if ... in node.attrs else len(node.attrs)
+        keys = [*node.attrs[:at], *[whole] * rest, *node.attrs[at + 1 :]]
+        old = [key for key in keys if key is not None]  # one for each axis of the operand
+        for axis, key in enumerate(old):
+            if isinstance(key, tuple) and key != whole:
+                x = self._part(x, operand, axis, slice(*key[1:]))
+        for axis, key in reversed(list(enumerate(old))):
+            if isinstance(key, int):
+                x = self.node("Gather", x, self.constant(np.int64(key)), axis=axis)
+        left = [key for key in keys if not isinstance(key, int)]
+        new = [axis for axis, key in enumerate(left) if key is None]
+        return self.node("Unsqueeze", x, self._ints(*new)) if new else x
+
+    def _part(self, x: str, operand: Node, axis: int, part: slice) -> str:
+        if self.shapes[id(operand)][axis] is None:
+            raise Unrecordable("it takes a part of the rows")
+        start, stop, step = part.indices(operand.shape[axis])
+        if step < 0:
+            raise Unrecordable("it reverses an axis")
+        ranges = (self._ints(n) for n in (start, stop, axis, step))
+        return self.node("Slice", x, *ranges)
+
+    def _ints(self, *values: int) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def _reshape(self, node: Node, x: str) -> str:
+        shape = self.shapes[id(node)]
+        if shape.count(None) > 1:
+            raise Unrecordable("it splits the rows over several axes")
+        return self.node("Reshape", x, self._ints(*(-1 if n is None else n for n in shape)))
+
+    def _broadcast(self, node: Node, x: str) -> str:
+        (operand,) = node.operands
+        shape, given = self.shapes[id(node)], self.shapes[id(operand)]
+        own = (1,) * (len(shape) - len(given)) + given
+        if any(n is None and m is not None for n, m in zip(shape, own, strict=True)):
+            raise Unrecordable("it repeats an array for each row")
+        # An axis that is there stays as long as it is
+        return self.node("Expand", x, self._ints(*(1 if n is None else n for n in shape)))
+
+    def _full(self, node: Node, *_: str) -> str:
+        if None in self.shapes[id(node)]:
+            raise Unrecordable("it makes an array of as many rows")
+        return self.constant(np.full(node.shape, node.operands[0], node.dtype))
+
+
+# ---------------------------------------------------------------- skl2onnx
+
+
+def _declare(operator: Any) -> None:
+    """Say what the outputs are."""
+    kinds = {"f": FloatTensorType, "i": Int64TensorType, "O": StringTensorType}
+    rows = operator.inputs[0].get_first_dimension()
+    for variable, (dtype, rest) in zip(
+        operator.outputs, _outputs(operator.raw_operator), strict=True
+    ):
+        kind = DoubleTensorType if dtype == np.float64 else kinds[dtype.kind]
+        variable.set_type(kind([rows, *rest]))
+
+
+def _convert(scope: Any, operator: Any, container: Any) -> None:
+    """Put the graph into one that is being made."""
+    if container.target_opset < OPSET:
+        raise ValueError(f"target_opset: {OPSET} or more is needed, got {container.target_opset}")
+    graph = _graph(operator.raw_operator)
+    names = dict(zip(graph.outputs, operator.output_full_names, strict=True))
+    rename: Callable[[str], str] = scope.get_unique_variable_name
+    names |= {graph.x: rename("x")}
+    names |= {tensor.name: rename(tensor.name) for tensor in graph.constants}
+    names |= {n: rename(n) for node in graph.nodes for n in node.output if n not in names}
+    container.add_node(
+        "Cast", operator.inputs[0].full_name, names[graph.x], op_version=13, to=TensorProto.FLOAT
+    )
+    for tensor in graph.constants:
+        values = numpy_helper.to_array(tensor)
+        container.add_initializer(
+            names[tensor.name], tensor.data_type, list(tensor.dims), values.ravel().tolist()
+        )
+    for node in graph.nodes:
+        container.add_node(
+            node.op_type,
+            [names[n] for n in node.input],
+            [names[n] for n in node.output],
+            op_version=onnx.defs.get_schema(node.op_type, OPSET, "").since_version,
+            **{a.name: helper.get_attribute_value(a) for a in node.attribute},
+        )
+
+
+_OPTIONS = {"zipmap": [True, False, "columns"], "nocl": [False], "output_class_labels": [False]}
+update_registered_converter(
+    MLPClassifier, "PortableMLPClassifier", _declare, _convert, options=_OPTIONS
+)
+update_registered_converter(MLPRegressor, "PortableMLPRegressor", _declare, _convert)

@@ -1,0 +1,74 @@
+"""Preprocessing as the bytes of a skops file, which loads known types only."""
+
+from __future__ import annotations
+
+import struct
+from io import BytesIO
+from math import prod
+from typing import IO, Any
+from zipfile import ZIP_STORED, ZipFile
+
+import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
+from numpy.typing import NDArray
+
+from portable_mlp.persistence.modelfile import Contents, check_json
+
+_MOST_DIRECTORY = 2**20  # bytes, of some 65 for each array of the preprocessing
+# A parameter of scikit-learn's encoders, and this library's own transformer
+_TRUSTED = ["numpy.dtype", "portable_mlp.preprocessing.DateParts"]
+
+
+def encode_transformer(transformer: Any) -> NDArray[np.uint8]:
+    """Return a fitted transformer's bytes; raises a TypeError if it could not be loaded."""
+    from skops.io import dumps, get_untrusted_types
+
+    data = dumps(transformer)
+    unknown = set(get_untrusted_types(data=data)) - set(_TRUSTED)
+    if unknown:
+        raise TypeError(f"preprocessing of {sorted(unknown)} cannot be saved: it is not loaded")
+    _check_zip(BytesIO(data))
+    return np.frombuffer(data, np.uint8)
+
+
+def decode_transformer(contents: Contents) -> Any:
+    """Load a model file's transformer; raises a ValueError if it is none."""
+    from skops.io import load as load_transformer
+
+    _check_zip(contents.section("preprocessing"))
+    transformer = load_transformer(contents.section("preprocessing"), trusted=_TRUSTED)
+    if not callable(getattr(transformer, "transform", None)):
+        raise ValueError(f"its preprocessing is no transformer but a {type(transformer)}")
+    return transformer
+
+
+def _check_zip(file: Any) -> None:
+    """Raise a ValueError if this zip archive is not of skops' kind, or swells when read."""
+    # Its directory is read at once; how long that is stands in the last 22 bytes
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 42))
+    before, signature, *_, length, _, comment = struct.unpack("<20s4s4H2LH", file.read())
+    long_form = before.startswith(b"PK\x06\x07")  # that could say something else
+    if signature != b"PK\x05\x06" or comment or long_form or length > _MOST_DIRECTORY:
+        raise ValueError("its preprocessing is no zip archive, or has too many members")
+    with ZipFile(file) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > size:
+            raise ValueError("its preprocessing is larger than what it is packed in")
+        for member in members:
+            if member.compress_type != ZIP_STORED:
+                raise ValueError("its preprocessing is compressed")
+            with archive.open(member) as content:
+                if member.filename == "schema.json":
+                    check_json(content.read())
+                elif not member.filename.endswith(".npy"):
+                    raise ValueError(f"its preprocessing has a {member.filename!r}")
+                elif _npy_size(content) > member.file_size:
+                    raise ValueError("its preprocessing has an array longer than its bytes")
+
+
+def _npy_size(file: IO[bytes]) -> int:
+    """Bytes of the array that a ``.npy`` file begins to describe."""
+    readers = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
+    shape, _, dtype = readers[read_magic(file)](file)
+    return prod(shape) * int(dtype.itemsize)

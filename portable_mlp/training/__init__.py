@@ -1,0 +1,6 @@
+"""Training: the loop over epochs, what it keeps between two calls, and L-BFGS."""
+
+from portable_mlp.training.loop import Trainer
+from portable_mlp.training.state import Begun, DivergenceError, State, StopReason, Validate
+
+__all__ = ["Begun", "DivergenceError", "State", "StopReason", "Trainer", "Validate"]

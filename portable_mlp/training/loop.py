@@ -1,0 +1,547 @@
+"""Training: the epoch, the fit.
+
+``fit`` asks a source for rows and has an engine repeat the step over their batches.  The
+host does what needs no array: the order of the rows, the learning rate, when to stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from math import ceil, inf, isfinite, nan
+from typing import Any
+
+import numpy as np
+
+from portable_mlp.backends import Backend
+from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.engines import ENGINES, EPOCHS_AT_ONCE, Task
+from portable_mlp.groups import Treatment, Treatments
+from portable_mlp.losses import Loss
+from portable_mlp.members import PerMember, each
+from portable_mlp.network import Network
+from portable_mlp.optimizers import Coefficients, Moments, Optimizer
+from portable_mlp.packing import Layout
+from portable_mlp.schedules import Clock, Schedule, at
+from portable_mlp.sources import Source
+from portable_mlp.steps import Arrays, Hyper, Recipe
+from portable_mlp.training.pauses import Pauses, deferred_interrupt
+from portable_mlp.training.state import (
+    NOT_BEGUN,
+    Begun,
+    DivergenceError,
+    State,
+    StopReason,
+    Validate,
+)
+from portable_mlp.typing import Array, Params
+from portable_mlp.warn import warn
+
+
+def _plain(x: Any) -> Any:
+    """With Python's numbers for NumPy's scalars, which would turn float32 into float64."""
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, tuple):
+        items = tuple(_plain(item) for item in x)
+        return x if all(a is b for a, b in zip(x, items, strict=True)) else items
+    if is_dataclass(x) and not isinstance(x, type):
+        old = {f.name: getattr(x, f.name) for f in fields(x) if f.init}
+        new = {name: _plain(value) for name, value in old.items()}
+        changed = {name: value for name, value in new.items() if value is not old[name]}
+        return replace(x, **changed) if changed else x
+    return x
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A training run's settings.
+
+    Parameters
+    ----------
+    network : Network
+    loss : Loss
+    optimizer : Optimizer
+    backend : Backend
+    dtype : {"float32", "float64"}
+    learning_rate : float
+        Times the schedule's factor.
+    schedule : Schedule
+    alpha : float, default=0
+        L2 penalty on the weights, see `objective`.
+    clip_norm : float, optional
+    batch_size : int, default=200
+    shuffle : bool, default=True
+        Draw a new order of the rows each epoch.
+    tol : float, default=1e-4
+        Least improvement of the loss (or validation score) that counts as one.
+    patience : float, default=10
+        Epochs in a row without one after which training stops.
+    treatments : dict, optional
+        From labels of parameters to `groups.Treatment`, where they are not treated as by
+        default.
+    reduce : callable, optional
+        What is done in place to the vector of sums between the two halves of each step: see
+        `portable_mlp.engines.Engine`.
+    loss_scale : float, default=1
+        Factor on the *reported* loss, without the penalty: for an interface whose
+        convention divides by the number of outputs.
+    """
+
+    network: Network
+    loss: Loss
+    optimizer: Optimizer
+    backend: Backend
+    dtype: str
+    learning_rate: float
+    schedule: Schedule = Schedule()
+    alpha: float = 0.0
+    clip_norm: float | None = None
+    batch_size: int = 200
+    shuffle: bool = True
+    tol: float = 1e-4
+    patience: float = 10
+    treatments: Mapping[str, Treatment] | None = None
+    reduce: Callable[[Array], None] | None = None
+    loss_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _plain(value))
+
+    @cached_property
+    def groups(self) -> Treatments:
+        """How each group of the network's parameters is treated."""
+        return Treatments.of(self.network.params, self.optimizer, self.treatments)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        params, groups = self.network.params, self.groups
+        layout = Layout.plan(params, groups.kinds.get if self.backend.packs else None)
+        return Recipe(
+            self.backend.xp,
+            self.network,
+            self.loss,
+            self.optimizer.rule(),
+            layout,
+            tuple(groups.kinds[group] for group in layout.groups),
+            tuple(bool(self.optimizer.weight_decay and t.decay) for t in groups.updates),
+            tuple(groups.penalised[p.group] if self.alpha > 0.0 else None for p in params),
+            self.clip_norm,
+        )
+
+    @cached_property
+    def _loss_takes_numbers(self) -> bool:
+        return bool(self.loss.numbers)
+
+    @cached_property
+    def alphas(self) -> tuple[float, ...]:
+        """The L2 penalty of each group of penalised parameters."""
+        return tuple(self.alpha * factor for factor in self.groups.penalties)
+
+    def hyper(self, clock: Clock, memory: Any, keys: Sequence[int] = ()) -> tuple[Hyper, float]:
+        """The numbers of the next step, and the learning rate.
+
+        Parameters
+        ----------
+        clock : Clock
+        memory : object
+            The schedule's.
+        keys : sequence of int
+            One for each layer that draws noise.
+        """
+        rate = self.schedule.rate(self.learning_rate, clock, memory)
+        decay = at(self.optimizer.weight_decay, clock)
+        coefficients, keeps = [], []
+        for treatment in self.groups.updates:
+            own = rate
+            if treatment.schedule is not None:
+                own = treatment.schedule.rate(self.learning_rate, clock, None)
+            of = self._of_members if treatment.apart else self._of_all
+            found, keep = of(treatment, clock, own, decay)
+            coefficients.append(found)
+            keeps.append(keep)
+        return Hyper(
+            self.alphas,
+            tuple(coefficients),
+            tuple(keeps),
+            self.network.per_step(clock, keys),
+            self.loss.per_step(clock) if self._loss_takes_numbers else (),
+        ), rate
+
+    def _of_all(
+        self, treatment: Any, clock: Clock, rate: float, decay: float
+    ) -> tuple[Coefficients, Any]:
+        """Coefficients, and the factor on the parameters before the rule."""
+        # Python's floats, whatever a schedule or an optimizer of one's own computes with
+        rate = float(rate * treatment.rate)
+        found = self.optimizer.coefficients(clock.step + 1, rate)
+        return tuple(map(float, found)), 1.0 - rate * (decay * treatment.decay)
+
+    def _of_members(
+        self, treatment: Treatment, clock: Clock, rate: float, decay: float
+    ) -> tuple[Coefficients, Any]:
+        """As `_of_all`, each for every member."""
+        rates, decays = (
+            each(factor, self.network.members, "") for factor in (treatment.rate, treatment.decay)
+        )
+        columns = [
+            self._of_all(replace(treatment, rate=r, decay=d), clock, rate, decay)
+            for r, d in zip(rates, decays, strict=True)
+        ]
+        found = zip(*(own for own, _ in columns), strict=True)
+        return (
+            tuple(PerMember(values, ndim=2) for values in found),
+            PerMember([keep for _, keep in columns], ndim=2),
+        )
+
+    def start(self, params: Params) -> State:
+        """The state before the first step; the parameters, from anywhere, are copied."""
+        with self.backend.scope(self.dtype):
+            how = (self.optimizer, self.schedule, self.recipe.layout)
+            origin = (*how, repr(self.backend), self.dtype)
+            return State(Arrays(*self._fresh(params)), self.schedule.init(), origin)
+
+    def resume(self, old: State, fresh: State) -> State:
+        """``old`` with the parameters of ``fresh``, and its own moments if they fit.
+
+        The moments are copied: if training fails, ``old`` is as it was.
+        """
+        history = list(old.history)
+        if old.origin == fresh.origin:
+            with self.backend.scope(self.dtype):
+                moments = [tuple(self.copy(m)) for m in old.arrays.moments]
+            arrays = fresh.arrays._replace(moments=moments)
+            return replace(old, arrays=arrays, history=history)
+        warn(
+            "optimizer, schedule, groups, backend or data type are not those of the last call: the"
+            " optimizer's moments and the schedule start anew",
+            UserWarning,
+        )
+        # Steps too: they correct the bias of moments that began at zero
+        return replace(
+            old.cut_short(),
+            arrays=fresh.arrays,
+            history=history,
+            origin=fresh.origin,
+            schedule=fresh.schedule,
+            steps=0,
+        )
+
+    def _fresh(self, params: Params) -> tuple[list[Array], list[Moments]]:
+        leaves = self.load(params)
+        return leaves, self.optimizer.init(leaves, self.backend.xp)
+
+    def load(self, params: Params) -> list[Array]:
+        """Leaves of our own from parameters on the host or on the backend."""
+        arrays = [self.backend.asarray(p, self.dtype, copy=True) for p in params]
+        # Laid out row by row, whatever came in: engines take a leaf for one run of memory
+        xp = self.backend.xp
+        arrays = [xp.reshape(xp.reshape(a, (-1,)), a.shape) for a in arrays]
+        return self.recipe.layout.pack(arrays, xp)
+
+    def params(self, leaves: list[Array]) -> list[Array]:
+        """Parameters in order, from leaves; views where arrays have them."""
+        return self.recipe.layout.unpack(leaves, self.backend.xp)
+
+    def fit(
+        self,
+        state: State,
+        source: Source,
+        max_epochs: int,
+        rng: np.random.RandomState,
+        *,
+        validate: Validate | None = None,
+        early_stopping: bool = False,
+        callbacks: Sequence[Callback] = (),
+        planned_epochs: int | None = None,
+        model: Callable[[State], Any] | None = None,
+    ) -> StopReason:
+        """Train, changing ``state``, until something stops it.
+
+        Parameters
+        ----------
+        state : State
+            If some epochs of this run are done, it goes on behind them, exactly as if
+            it had never stopped.
+        source : Source
+        max_epochs : int
+            Of the whole run.
+        rng : RandomState
+            Draws the order of the rows and the seeds of random layers; as it was when
+            the run began.
+        validate : callable, optional
+            From parameters to the score, higher is better, and the loss of held-out
+            rows, after each epoch.
+        early_stopping : bool, default=False
+            Watch that score instead of the loss; ``state.final_leaves`` then are the best.
+        callbacks : sequence of Callback
+        planned_epochs : int, optional
+            What schedules take for the whole length of training, if it goes on after
+            this call; ``max_epochs`` if not given.
+        model : callable, optional
+            From the state to what callbacks are given that pause training.
+
+        Returns
+        -------
+        {"converged", "max_epochs", "stopped", "interrupted", "diverged"}
+            "stopped" by a callback; "diverged" only with early stopping, whose best
+            parameters then are what remains.
+
+        Raises
+        ------
+        ValueError
+            If the state is in the middle of an epoch over other rows.
+        DivergenceError
+            If the loss or a parameter is not finite and there is nothing to restore.
+        """
+        steps, seen, _ = state.begun
+        if seen != min(steps * self.batch_size, source.n_rows):
+            raise ValueError(
+                f"training stopped {seen} rows into an epoch, and goes on with the rows and the"
+                " batch size that it had"
+            )
+        watched = "score" if early_stopping else "loss"
+        if state.watched != watched:
+            # What was best of the one says nothing of the other
+            state.watched, state.best, state.stalled_for = watched, inf, 0
+        if early_stopping and state.best_leaves is None:
+            state.best_leaves = self.copy(state.arrays.leaves)
+        for callback in callbacks:
+            callback.on_fit_begin(max_epochs + state.epochs - state.done)
+        try:
+            with self.backend.scope(self.dtype), deferred_interrupt() as interrupted:
+                reason = _Loop(
+                    self,
+                    state,
+                    source,
+                    rng,
+                    max_epochs,
+                    planned_epochs or max_epochs,
+                    validate,
+                    callbacks,
+                    Pauses(interrupted, callbacks, lambda: model and model(state)),
+                ).epochs()
+                xp = self.backend.xp
+                finite = [xp.astype(xp.all(xp.isfinite(a)), xp.float32) for a in state.final_leaves]
+                if not self.backend.fetch(finite).all():
+                    raise DivergenceError(self.divergence(state.epochs, nan))
+        finally:
+            for callback in callbacks:
+                callback.on_fit_end()
+        return reason
+
+    def copy(self, leaves: Sequence[Array]) -> list[Array]:
+        """Leaves of their own memory."""
+        # Copied, not aliased: the next step overwrites what it is handed
+        return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
+
+    def reported(self, value: Any, penalty: float = 0.0) -> float:
+        """The loss that the interface reports, of one that was minimised and its penalty.
+
+        Of several members, with a loss each and their common penalty, it is the mean.
+        """
+        if self.network.members is None:
+            return float(self.loss_scale * value + penalty)
+        mean = float(np.mean(np.asarray(value, np.float64)))
+        return self.loss_scale * mean + penalty / self.network.members
+
+    def divergence(self, epoch: int, loss: float) -> str:
+        """What to say of values that are not finite."""
+        return (
+            "Solver produced non-finite parameter weights. The input data may contain"
+            " large values and need to be preprocessed."
+            f" (Epoch {epoch}, loss {loss}: training diverged. Try a learning rate"
+            f" below {self.learning_rate:g}, inputs scaled to unit variance, or clip_norm.)"
+        )
+
+
+@dataclass
+class _Loop:
+    """One call of `Trainer.fit`: the loop, and what it works with."""
+
+    trainer: Trainer
+    state: State
+    source: Source
+    rng: np.random.RandomState
+    max_epochs: int
+    planned_epochs: int
+    validate: Validate | None
+    callbacks: Sequence[Callback]
+    pauses: Pauses
+
+    def __post_init__(self) -> None:
+        trainer, source = self.trainer, self.source
+        kind = ENGINES[trainer.backend.engine]
+        self.engine = kind(trainer.backend, trainer.recipe, trainer.reduce)
+        self.drawn = 0  # epochs of this run
+        self.n_steps = ceil(source.n_rows / trainer.batch_size)
+        self.whole = source.whole(trainer.batch_size)
+        self.began = time.perf_counter()
+
+    def epochs(self) -> StopReason:
+        """All that are left, until something stops them."""
+        state = self.state
+        for _ in range(state.done):
+            self.draw()
+        if state.done and state.stalled_for > self.trainer.patience:
+            return "converged"
+        while state.done < self.max_epochs:
+            for callback in self.callbacks:
+                callback.on_epoch_begin(state.epochs + 1)
+            n_epochs = self.n_unobserved()
+            plans = [self.plan(ahead, self.draw()) for ahead in range(n_epochs)]
+            if n_epochs > 1:
+                losses = self.repeat([hyper for (hyper,), _ in plans])
+            else:
+                loss = self.epoch(plans[0][0])
+                losses = [] if loss is None else [loss]
+            for (_, rate), loss in zip(plans, losses, strict=False):
+                reason = self.end_epoch(loss, rate)
+                if reason is not None:
+                    return reason
+            if len(losses) < n_epochs or self.pauses.interrupted.is_set():
+                return "interrupted"
+        return "max_epochs"
+
+    def n_unobserved(self) -> int:
+        """How many epochs may follow each other before the state is looked at.
+
+        More than one where an epoch is one step: to hand it to an engine, and to wait for
+        it, would take longer than the step.
+        """
+        trainer, state = self.trainer, self.state
+        watched = (
+            self.callbacks
+            or self.validate is not None
+            or state.begun != NOT_BEGUN
+            or state.best_leaves is not None
+            or type(trainer.schedule).observe is not Schedule.observe
+        )
+        if watched or self.whole is None:
+            return 1
+        # Each adds at most one to those without progress
+        until_stalled = trainer.patience - state.stalled_for + 1
+        return max(1, int(min(until_stalled, self.max_epochs - state.done, EPOCHS_AT_ONCE)))
+
+    def plan(self, ahead: int, keys: list[tuple[int, ...]]) -> tuple[list[Hyper], float]:
+        """An epoch's changing numbers, a step each, and its last learning rate.
+
+        Parameters
+        ----------
+        ahead : int
+            Epochs that come before.
+        keys : list of tuple of int
+            Seeds, for each step.
+        """
+        trainer, state, n_steps = self.trainer, self.state, self.n_steps
+        hypers = []
+        rate = nan
+        done = state.steps + ahead * n_steps
+        epochs = state.epochs + ahead
+        rows = state.rows + ahead * self.source.n_rows
+        for i in range(n_steps):
+            clock = Clock(done + i, self.planned_epochs * n_steps, epochs, rows)
+            hyper, rate = trainer.hyper(clock, state.schedule, keys[i])
+            hypers.append(hyper)
+        return hypers, rate
+
+    def draw(self) -> list[tuple[int, ...]]:
+        """Have the rows brought in their next order, and draw seeds for random layers."""
+        self.source.begin(self.drawn, self.rng if self.trainer.shuffle else None)
+        self.drawn += 1
+        n_random = self.trainer.network.n_random
+        if not n_random:
+            return [()] * self.n_steps
+        return list(map(tuple, self.rng.randint(2**31, size=(self.n_steps, n_random)).tolist()))
+
+    def epoch(self, hypers: list[Hyper]) -> float | None:
+        """The batches not done yet; the mean loss over all rows, None if interrupted."""
+        trainer, state, source = self.trainer, self.state, self.source
+        size, pauses = trainer.batch_size, self.pauses
+        steps, seen, loss = state.begun
+        end = 0
+        for data, rows in source.parts(size):
+            start = end
+            end += ceil((data.x.shape[0] if rows is None else len(rows)) / size)
+            while steps < end:
+                task = Task(data, rows, size, hypers[start:end], pauses.due, steps - start)
+                state.arrays, values = self.engine.run(state.arrays, task)
+                for pair in values:
+                    n = min(size, source.n_rows - seen)
+                    loss += n * trainer.reported(*pair)
+                    seen += n
+                steps += len(values)
+                if pauses.due():
+                    state.begun = Begun(steps, seen, loss)
+                    pauses.hold()
+                    if pauses.interrupted.is_set():
+                        return None
+        state.steps += steps
+        state.rows += seen
+        state.begun = NOT_BEGUN
+        return loss / source.n_rows
+
+    def repeat(self, hypers: list[Hyper]) -> list[float]:
+        """Epochs that are a step on all rows, or fewer if interrupted; their losses."""
+        state, n = self.state, self.source.n_rows
+        assert self.whole is not None
+        task = Task(self.whole, None, self.trainer.batch_size, hypers, self.pauses.due)
+        state.arrays, values = self.engine.run(state.arrays, task)
+        state.steps += len(values)
+        state.rows += n * len(values)
+        # Rounded as in `epoch`
+        return [n * self.trainer.reported(*pair) / n for pair in values]
+
+    def end_epoch(self, loss: float, rate: float) -> StopReason | None:
+        """What follows an epoch's last step; why to stop, if so."""
+        trainer, state = self.trainer, self.state
+        early = state.watched == "score"
+        state.epochs += 1
+        state.done += 1
+        score, validation_loss = nan, nan
+        if self.validate is not None and isfinite(loss):
+            score, validation_loss = self.validate(trainer.params(state.arrays.leaves))
+        seconds = time.perf_counter() - self.began
+        record = Epoch(state.epochs, loss, validation_loss, score, rate, seconds)
+        state.history.append(record)
+        try:
+            asked = [c.on_epoch_end(record, self.snapshot) for c in self.callbacks]
+        except KeyboardInterrupt:
+            return "interrupted"
+        if not isfinite(loss):
+            said = trainer.divergence(state.epochs, loss)
+            if not early:
+                raise DivergenceError(said)
+            said += " The best weights so far are kept."
+            warn(said, RuntimeWarning)
+            return "diverged"
+        if self.note_progress(-score if early else loss):
+            remembered = trainer.schedule.stalled(state.schedule, rate)
+            if remembered is None:
+                return "converged"
+            state.schedule = remembered
+            state.stalled_for = 0
+        return "stopped" if any(asked) else None
+
+    def snapshot(self) -> list[Array]:
+        trainer = self.trainer
+        return trainer.params(trainer.copy(self.state.arrays.leaves))
+
+    def note_progress(self, value: float) -> bool:
+        """Note whether ``value``, lower is better, improved; true if it has stalled.
+
+        A score that equals the best plus ``tol`` counts as progress, a loss that
+        equals the best minus ``tol`` does too: scikit-learn's comparisons.
+        """
+        trainer, state = self.trainer, self.state
+        state.schedule = trainer.schedule.observe(state.schedule, value)
+        state.stalled_for = state.stalled_for + 1 if value > state.best - trainer.tol else 0
+        if value < state.best:
+            state.best = value
+            if state.best_leaves is not None:
+                state.best_leaves = []  # its memory is free before there is another
+                state.best_leaves = trainer.copy(state.arrays.leaves)
+        return state.stalled_for > trainer.patience

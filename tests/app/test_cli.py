@@ -1,0 +1,832 @@
+"""The command line: what it leaves, what it prints, and what it says when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.paths import DATA
+from sklearn.model_selection import train_test_split
+
+from portable_mlp import MLPClassifier, MLPRegressor, load, save
+from portable_mlp.app.table import PENGUINS, read_csv, read_table
+from portable_mlp.cli import main
+from portable_mlp.losses import LOSSES
+from portable_mlp.persistence import read_metadata
+from portable_mlp.schedules import SCHEDULES
+
+pl = pytest.importorskip("polars")
+pytest.importorskip("sklearn", minversion="1.9")
+for library in ("cyclopts", "skops", "matplotlib", "jinja2", "tomli_w"):
+    pytest.importorskip(library)
+
+PROGRAM = [sys.executable, "-c", "import sys; from portable_mlp.cli import main; sys.exit(main())"]
+
+
+def run(*args, code=0):
+    assert main([str(arg) for arg in args]) == code
+
+
+def train(out, *args, code=0):
+    run(
+        "train",
+        "--data",
+        PENGUINS,
+        "--target",
+        "sex",
+        "--epochs",
+        8,
+        "--out",
+        out,
+        *args,
+        code=code,
+    )
+
+
+@pytest.fixture(scope="module")
+def penguins(tmp_path_factory):
+    """A run's folder."""
+    out = tmp_path_factory.mktemp("runs") / "penguins"
+    train(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def masses(tmp_path_factory):
+    """A regression's."""
+    out = tmp_path_factory.mktemp("runs") / "masses"
+    run("train", "--data", PENGUINS, "--target", "body_mass_g", "--epochs", 8, "--out", out)
+    return out
+
+
+def weights(folder):
+    model = load(folder / "model.safetensors")[-1]
+    return [*model.coefs_, *model.intercepts_]
+
+
+def assert_same_model(a, b):
+    for left, right in zip(weights(a), weights(b), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+# ------------------------------------------------------------------ train
+
+
+def test_train_leaves_a_whole_folder(penguins):
+    left = {path.name for path in penguins.iterdir()}
+    assert left == {
+        "model.safetensors", "history.csv", "config.toml", "learning_curve.png", "report.html",
+    }  # fmt: skip
+    history = pl.read_csv(penguins / "history.csv")
+    model = load(penguins / "model.safetensors")[-1]
+    assert history["epoch"].to_list() == list(range(1, 9))
+    assert history["loss"].to_list() == model.loss_curve_
+    assert history["validation_score"].to_list() == model.validation_scores_
+
+
+def test_train_says_what_it_drops_and_a_line_an_epoch(tmp_path, capsys):
+    train(tmp_path, "--no-early-stopping")
+    out = capsys.readouterr().out
+    assert "classification of sex: 266 rows to train on, 67 to test, 10 columns" in out
+    assert "dropped: region (constant)" in out
+    epoch = r"^epoch (\d)/8 loss \S+ lr 0.001 \S+/s \d:\d\d:\d\d left$"
+    assert re.findall(epoch, out, re.MULTILINE) == list("12345678")
+
+
+def test_preprocessing_saw_the_training_rows_alone(penguins):
+    X, y = read_csv(PENGUINS, "sex")
+    rows, _ = train_test_split(np.arange(len(y)), test_size=0.2, random_state=0, stratify=y)
+    numbers = load(penguins / "model.safetensors")[0].named_transformers_["numbers"]
+    scaled = [name for name, dtype in X.schema.items() if dtype.is_numeric() or dtype == pl.Boolean]
+    medians = X[rows].select(pl.col(scaled).cast(pl.Float64).median()).row(0)
+    np.testing.assert_allclose(numbers[0].statistics_, medians)
+    assert medians != X.select(pl.col(scaled).cast(pl.Float64).median()).row(0)
+    means = X[rows].select(pl.col(scaled).cast(pl.Float64).fill_null(strategy="mean").mean()).row(0)
+    gap = abs(numbers[1].mean_[: len(scaled)] - means) / np.abs(means)
+    assert gap.max() < 0.01  # missing ones are the median, not the mean
+
+
+def test_regression_is_in_the_units_of_the_target(masses):
+    X, y = read_csv(PENGUINS, "body_mass_g")
+    predicted = load(masses / "model.safetensors").predict(X)
+    assert abs(predicted.mean() - y.mean()) < 0.1 * y.mean()
+
+
+def test_settings_come_from_a_file_and_options_override_it(penguins, tmp_path):
+    stored = tomllib.loads((penguins / "config.toml").read_text())
+    assert stored["target"] == "sex"
+    assert stored["data"] == [str(PENGUINS)]
+    run("train", "--config", penguins / "config.toml", "--out", tmp_path / "again")
+    assert_same_model(penguins, tmp_path / "again")
+    run("train", "--config", penguins / "config.toml", "--epochs", 2, "--out", tmp_path / "short")
+    assert len(load(tmp_path / "short/model.safetensors")[-1].loss_curve_) == 2
+
+
+def test_the_command_in_the_report_repeats_the_run(tmp_path):
+    options = ["--hidden", "7,5", "--no-early-stopping", "--seed", "3", "--dtype", "float64"]
+    train(tmp_path / "a", *options, "--device", "cpu")
+    page = (tmp_path / "a/report.html").read_text(encoding="utf-8")
+    program, *words = shlex.split(re.search("<pre>(.*?)</pre>", page)[1])
+    assert program == "portable-mlp"
+    run(*[str(tmp_path / "b") if word == str(tmp_path / "a") else word for word in words])
+    assert_same_model(tmp_path / "a", tmp_path / "b")
+
+
+OPTIONS = {
+    "--optimizer": ("solver", "sgd"),
+    "--momentum": ("momentum", 0.5),
+    "--schedule": ("learning_rate", "one_cycle"),
+    "--alpha": ("alpha", 0.01),
+    "--weight-decay": ("weight_decay", 0.1),
+    "--clip-norm": ("clip_norm", 0.5),
+}
+OF_A_TASK = {
+    "sex": {
+        "--class-weight": ("class_weight", "balanced"),
+        "--label-smoothing": ("label_smoothing", 0.1),
+    },
+    "body_mass_g": {"--loss": ("loss", "huber")},
+}
+
+
+@pytest.mark.parametrize("target", OF_A_TASK)
+def test_options_of_training_reach_the_model(target, tmp_path):
+    options = {**OPTIONS, **OF_A_TASK[target]}
+    words = [str(word) for option, (_, value) in options.items() for word in (option, value)]
+    run(
+        "train",
+        "--data",
+        PENGUINS,
+        "--target",
+        target,
+        "--epochs",
+        8,
+        "--out",
+        tmp_path / "a",
+        *words,
+    )
+    params = load(tmp_path / "a/model.safetensors")[-1].get_params()
+    assert {name: params[name] for name, _ in options.values()} == dict(options.values())
+    page = (tmp_path / "a/report.html").read_text(encoding="utf-8")
+    _, *command = shlex.split(re.search("<pre>(.*?)</pre>", page)[1])
+    assert set(words) <= set(command)
+    for option, (_, value) in options.items():
+        assert f"<td>{option[2:].replace('-', '_')}</td><td>{value}</td>" in page
+    run("train", "--config", tmp_path / "a/config.toml", "--out", tmp_path / "b")
+    assert_same_model(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(("folder", "cls"), [("penguins", MLPClassifier), ("masses", MLPRegressor)])
+def test_options_default_to_those_of_the_estimators(folder, cls, request):
+    params = load(request.getfixturevalue(folder) / "model.safetensors")[-1].get_params()
+    names = {name for name, _ in [*OPTIONS.values(), *OF_A_TASK["sex"].values(), ("loss", None)]}
+    wanted = {name: value for name, value in cls().get_params().items() if name in names}
+    assert {name: params[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_by_name(schedule, tmp_path, capsys):
+    run("train", "--dataset", "iris", "--epochs", 60, "--patience", 60, "--optimizer", "sgd",
+        "--schedule", schedule, "--out", tmp_path)  # fmt: skip
+    assert "warning" not in capsys.readouterr().err
+    rates = pl.read_csv(tmp_path / "history.csv")["learning_rate"]
+    changes = schedule not in ("constant", "adaptive", "reduce_on_plateau")  # these may wait
+    assert (rates.n_unique() > 1) == changes
+
+
+def test_class_weights_count_in_the_score_that_is_watched(tmp_path):
+    train(tmp_path, "--class-weight", "balanced", "--dtype", "float64")
+    history = pl.read_csv(tmp_path / "history.csv")
+    np.testing.assert_allclose(history["validation_score"], -history["validation_loss"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if not loss.for_labels])
+def test_every_loss_predicts_in_the_units_of_the_target(loss, tmp_path, rng, capsys):
+    x = rng.standard_normal((600, 2))
+    np.savez(tmp_path / "t.npz", x=x, y=rng.poisson(20.0 * np.exp(0.5 * x[:, 0])))
+    run("train", "--data", tmp_path / "t.npz", "--target", "y", "--task", "regression",
+        "--loss", loss, "--learning-rate", 0.01, "--out", tmp_path / "run")  # fmt: skip
+    score = re.search(r"test  R² (\S+)", capsys.readouterr().out)[1]
+    assert float(score) > 0.6
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert ("target scaled to unit variance" in page) == (loss != "poisson")
+
+
+def test_help_names_every_command(capsys):
+    run("--help")
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("train", "predict", "evaluate", "export", "info"))
+    run("train", "--help")
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("--target", "--device", "--resume", "--checkpoint-every"))
+
+
+def test_import_stays_light():
+    code = (
+        "import sys, portable_mlp.cli; print({'cyclopts', 'polars', 'sklearn'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# ------------------------------------------------------------------ predict, evaluate, info
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.parquet"])
+@pytest.mark.parametrize("rows", [None, 7])
+def test_predict_writes_what_the_model_says(name, rows, penguins, tmp_path):
+    X, _ = read_csv(PENGUINS, "sex")
+    X.write_parquet(tmp_path / "new.parquet")
+    more = [] if rows is None else ["--chunk-rows", rows]
+    model = penguins / "model.safetensors"
+    run("predict", model, tmp_path / "new.parquet", PENGUINS, "--out", tmp_path / name, *more)
+    read = pl.read_csv if name.endswith("csv") else pl.read_parquet
+    got = read(tmp_path / name)
+    twice = pl.concat([X, X])
+    assert got["prediction"].to_list() == load(model).predict(twice).tolist()
+    p = got.select("probability of female", "probability of male").to_numpy()
+    np.testing.assert_allclose(p, load(model).predict_proba(twice), rtol=1e-5)
+
+
+def test_predict_regression(masses, tmp_path):
+    X, _ = read_csv(PENGUINS, "body_mass_g")
+    model = masses / "model.safetensors"
+    run("predict", model, PENGUINS, "--out", tmp_path / "p.parquet")
+    got = pl.read_parquet(tmp_path / "p.parquet")
+    assert got.columns == ["prediction"]
+    np.testing.assert_allclose(got["prediction"], load(model).predict(X), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        (["none yet"], "length: taken as text, for not all values are numbers: none yet"),
+        (["1,5", "?", "", "tbd", "1,5"], "length: taken as text, .*: 1,5, tbd$"),  # holes are none
+        ([], None),
+        ([f"text {i}" for i in range(12)], None),  # more than one in ten
+    ],
+)
+def test_text_among_numbers_is_told(others, told, tmp_path, capsys):
+    lengths = [*others, *map(str, range(100 - len(others)))]
+    frame = pl.DataFrame({"length": lengths, "sex": ["f", "m"] * 50})
+    frame.write_csv(tmp_path / "t.csv")
+    run("train", "--data", tmp_path / "t.csv", "--epochs", "1", "--out", tmp_path / "run")
+    out = capsys.readouterr().out
+    assert ("taken as text" in out) == (told is not None)
+    assert told is None or re.search(told, out, re.MULTILINE)
+
+
+def test_arrays_go_through_every_command(tmp_path, rng, capsys):
+    X = rng.standard_normal((200, 4))
+    X[:, 2] = 1.0
+    y = (X[:, 0] > 0).astype(int)
+    np.savez(tmp_path / "t.npz", X=X, y=y)
+    np.savez(tmp_path / "new.npz", X=X)
+    run("train", "--data", tmp_path / "t.npz", "--target", "y", "--out", tmp_path / "run")
+    assert "dropped: X_2 (constant)" in capsys.readouterr().out
+    model = tmp_path / "run/model.safetensors"
+    run("predict", model, tmp_path / "new.npz", "--out", tmp_path / "p.csv")
+    got = pl.read_csv(tmp_path / "p.csv")["prediction"].to_numpy()
+    np.testing.assert_array_equal(got, load(model).predict(X))  # arrays in Python, too
+    run("evaluate", model, tmp_path / "t.npz")
+    assert f"accuracy {np.mean(got == y):.6g}\n" in capsys.readouterr().out
+
+
+def test_evaluate_and_info(penguins, capsys):
+    X, y = read_csv(PENGUINS, "sex")
+    model = penguins / "model.safetensors"
+    run("evaluate", model, PENGUINS)
+    out = capsys.readouterr().out
+    assert "333 rows" in out
+    assert f"accuracy {load(model).score(X, y):.6g}\n" in out
+    run("info", model)
+    out = capsys.readouterr().out
+    assert "target: sex" in out
+    assert "egg_date: date" in out
+    assert "classes: female, male" in out
+    layers = [x for x in load(model)[-1].network_.layers if hasattr(x, "n_in")]
+    shapes = [f"Linear {x.n_in}x{x.n_out}" for x in layers]
+    assert f"layers: {', ReLU, '.join(shapes)}\n" in out
+
+
+def test_info_of_a_file_from_before_there_were_networks(capsys):
+    run("info", DATA / "format_2.safetensors")
+    assert "layers: Linear 3x5, Linear 5x4, Linear 4x3\n" in capsys.readouterr().out
+
+
+def test_evaluate_takes_labels_as_they_are(tmp_path, rng, capsys):
+    x = rng.standard_normal(100)
+    names = np.where(x > 0, "a [/b] c " * 20, "<i>")
+    for name, y in {"whole": 3 + (x > 0), "half": 3.5 + (x > 0), "names": names}.items():
+        pl.DataFrame({"x": x, "y": y}).write_csv(tmp_path / f"{name}.csv")
+    for name in ("whole", "names"):
+        data = tmp_path / f"{name}.csv"
+        run("train", "--data", data, "--epochs", 1, "--out", tmp_path / name)
+        run("evaluate", tmp_path / name / "model.safetensors", data)
+    assert capsys.readouterr().out.count("[/b]") == 20  # it is no markup of rich's
+    run("evaluate", tmp_path / "whole/model.safetensors", tmp_path / "half.csv", code=2)
+    assert "does not know: 3.5, 4.5" in capsys.readouterr().err
+
+
+def test_arrays_of_text_and_dates(tmp_path, rng, capsys):
+    x = rng.standard_normal(90)
+    days = np.datetime64("2024-01-01") + np.arange(90)
+    np.savez(tmp_path / "t.npz", d=days, x=x, s=np.array(["u", "v", "w"] * 30), y=x > 0)
+    run("train", "--data", tmp_path / "t.npz", "--epochs", 1, "--out", tmp_path / "run")
+    model = tmp_path / "run/model.safetensors"
+    assert read_metadata(model)["notes"]["columns"] == {"d": "date", "x": "number", "s": "category"}
+    run("evaluate", model, tmp_path / "t.npz")
+    assert "90 rows" in capsys.readouterr().out
+
+
+def test_export_needs_names(tmp_path, capsys):
+    pytest.importorskip("skl2onnx")
+    (tmp_path / "t.csv").write_text(",y\n" + "".join(f"{i},{i % 2}\n" for i in range(40)))
+    run(
+        "train",
+        "--data",
+        tmp_path / "t.csv",
+        "--target",
+        "y",
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "run",
+    )
+    run("export", tmp_path / "run/model.safetensors", tmp_path / "m.onnx", code=2)
+    assert "a column has no name" in capsys.readouterr().err
+
+
+def test_a_target_too_fine_for_float32_is_named(tmp_path, rng, capsys):
+    pl.DataFrame({"x": [*range(50)], "y": 1e9 + rng.standard_normal(50)}).write_csv(
+        tmp_path / "t.csv"
+    )
+    command = ["train", "--data", tmp_path / "t.csv", "--epochs", 1, "--out", tmp_path / "run"]
+    run(*command)
+    said = "y varies little around 1e+09: use --dtype float64\n"
+    assert said in capsys.readouterr().out
+    run(*command, "--dtype", "float64")
+    assert said not in capsys.readouterr().out
+
+
+def as_onnx_takes_it(column, kind):
+    if kind == "tensor(string)":
+        return column.fill_null("").to_numpy().astype(object)
+    if kind == "tensor(double)":
+        return (np.asarray(column) - np.datetime64(0, "D")) / np.timedelta64(1, "D")
+    return column.cast(pl.Float32).to_numpy().astype(np.float32)
+
+
+@pytest.mark.parametrize("target", ["sex", "body_mass_g"])
+def test_export_agrees_with_the_model(target, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("skl2onnx")
+    X = read_table([PENGUINS]).drop("region")
+    holes = np.arange(X.height)[:, None] % np.arange(7, 7 + X.width) == 0  # elsewhere in each
+    X = X.with_columns(
+        pl.when(pl.Series(~holes[:, i])).then(pl.col(name))
+        for i, name in enumerate(X.columns)
+        if name != target
+    )
+    X.write_parquet(tmp_path / "t.parquet")
+    model = tmp_path / "run/model.safetensors"
+    data = ["--data", tmp_path / "t.parquet", "--target", target]
+    run("train", *data, "--epochs", 20, "--out", model.parent)
+    run("export", model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    unknown = X.with_columns(species=pl.lit("Emperor"))
+    for rows in (X, unknown):
+        feed = {
+            i.name: as_onnx_takes_it(rows[i.name], i.type)[:, None] for i in session.get_inputs()
+        }
+        got = session.run(None, feed)
+        if target == "sex":
+            assert got[0].tolist() == load(model).predict(rows).tolist()
+            np.testing.assert_allclose(got[1], load(model).predict_proba(rows), atol=1e-5)
+        else:
+            np.testing.assert_allclose(got[0][:, 0], load(model).predict(rows), rtol=1e-5)
+
+
+# ------------------------------------------------------------------ interrupted, resumed
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_interrupt_keeps_what_there_is(optimizer, tmp_path):
+    rng = np.random.RandomState(0)
+    np.savez(tmp_path / "t.npz", X=rng.standard_normal((400, 10)), y=rng.standard_normal(400))
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [*PROGRAM, "train", "--data", tmp_path / "t.npz", "--target", "y", "--optimizer", optimizer,
+         "--epochs", "1000000", "--patience", "1000000", "--out", out],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert f"model:          {out / 'model.safetensors'}" in rest
+    model = load(out / "model.safetensors")
+    history = pl.read_csv(out / "history.csv")
+    if optimizer == "adam":
+        X, y = (np.load(tmp_path / "t.npz")[name] for name in ("X", "y"))
+        best = history["validation_score"].max()
+        assert model[-1].best_validation_score_ == best
+        assert len(history) == model[-1].n_iter_ < 1000000
+        assert np.isfinite(model.score(X, y))
+    assert "interrupted" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_interrupt_while_saving_keeps_the_model(tmp_path, monkeypatch, capsys):
+    from portable_mlp.app import folder
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(folder, "save", interrupted)
+    train(tmp_path / "run", code=130)
+    assert capsys.readouterr().err == "interrupted\n"
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"model.safetensors", "history.csv", "config.toml"}
+    assert load(tmp_path / "run/model.safetensors")[-1].n_iter_ == 8
+
+
+def test_interrupted_prediction_leaves_nothing(penguins, tmp_path):
+    path = tmp_path / "t.csv"
+    header, *lines = PENGUINS.read_text().splitlines(keepends=True)
+    path.write_text(header + "".join(lines) * 300)
+    out = tmp_path / "p.csv"
+    command = ["predict", penguins / "model.safetensors", path, "--out", out, "--chunk-rows", "50"]
+    process = subprocess.Popen([*PROGRAM, *command], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".p.*.csv")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted\n"
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("target", ["sex", "body_mass_g"])
+def test_a_resumed_run_is_the_whole_one(target, tmp_path, capsys):
+    common = ["--data", PENGUINS, "--target", target, "--checkpoint-every", 0, "--dropout", 0.1]
+    run("train", *common, "--epochs", 6, "--out", tmp_path / "whole")
+    run("train", *common, "--epochs", 3, "--out", tmp_path / "parts")
+    run("train", "--resume", tmp_path / "parts", "--epochs", 6)
+    assert_same_model(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (pl.read_csv(tmp_path / f"{n}/history.csv") for n in ("whole", "parts"))
+    assert parts.drop("seconds").equals(whole.drop("seconds"))
+    assert json.loads(json.dumps(read_metadata(tmp_path / "parts/model.safetensors")["notes"]))
+
+
+def test_what_a_resumed_run_cannot_change(tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    table.write_bytes(PENGUINS.read_bytes())
+    run("train", "--data", table, "--epochs", 2, "--checkpoint-every", 0, "--out", tmp_path / "run")
+    run("train", "--resume", tmp_path / "run", "--hidden", "5", code=2)
+    assert "cannot change hidden" in capsys.readouterr().err
+    run("train", "--resume", tmp_path / "run", "--alpha", "0.1", "--momentum", 0.5, code=2)
+    assert "cannot change alpha, momentum" in capsys.readouterr().err
+    table.write_text(table.read_text().replace("Adelie", "Adélie"), encoding="utf-8")
+    run("train", "--resume", tmp_path / "run", code=2)
+    assert "not the rows that the run began with" in capsys.readouterr().err
+
+
+def test_a_run_from_before_an_option_was_there_goes_on(tmp_path, monkeypatch):
+    from portable_mlp.app import folder
+
+    def without_alpha(path):
+        told = read_metadata(path)
+        del told["notes"]["settings"]["alpha"]
+        return told
+
+    train(tmp_path, "--checkpoint-every", 0)
+    monkeypatch.setattr(folder, "read_metadata", without_alpha)
+    run("train", "--resume", tmp_path, "--epochs", 9)
+    run("train", "--resume", tmp_path, "--epochs", 10, "--alpha", 0.1, code=2)
+
+
+def test_a_new_run_does_not_go_on_from_an_old_checkpoint(tmp_path):
+    train(tmp_path / "run", "--checkpoint-every", 0, "--seed", 1)
+    train(tmp_path / "run")
+    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+
+
+def test_a_bar_on_a_terminal(tmp_path):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*PROGRAM, "train", "--dataset", "iris", "--epochs", "9", "--out", tmp_path / "run"],
+        stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            read = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        shown += read
+    assert process.wait() == 0
+    text = shown.decode()
+    last = (
+        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").split("test  accuracy")[0]
+    )
+    bar = [line for line in last.splitlines() if "9/9" in line][-1]
+    for part in ("epoch", "━", "loss", "val", "score", "lr 0.001", "/s", "left"):
+        assert part in bar
+    assert len(bar.rstrip()) <= 80
+
+
+# ------------------------------------------------------------------ bad days
+
+
+@contextmanager
+def mounted(folder, options):
+    """A small file system of its own in the folder."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, penguins):
+    """A folder with good and bad files, which commands are run in."""
+    monkeypatch.chdir(tmp_path)
+    lines = PENGUINS.read_text().splitlines()
+    good = "\n".join(lines) + "\n"
+    frame = pl.read_csv(PENGUINS, try_parse_dates=True)
+    files = {
+        "good.csv": good,
+        "ragged.csv": good + "Adelie,Anvers\n",
+        "empty.csv": "",
+        "header.csv": lines[0] + "\n",
+        "one_class.csv": "\n".join(
+            [lines[0], *(line for line in lines[1:] if "female" not in line)]
+        ),
+        "lonely.csv": good + lines[1].replace(",male", ",unknown") + "\n",
+        "text.csv": good + lines[1].replace("39.1", "long") + "\n",
+        "tiny.csv": "\n".join([lines[0], *lines[1:12]]) + "\n",
+        "model.safetensors": "no model",
+        "broken.parquet": "PAR1 but no more",
+        "broken.npy": "nothing",
+        "bad.toml": "epochs = [",
+        "typo.toml": "epoch = 3\n",
+        "table.toml": "[train]\nepochs = 3\n",
+        "half.toml": "patience = 2.5\n",
+        "smooth.toml": "label_smoothing = 1.5\n",
+        "signs.csv": "x,body_mass_g\n" + "".join(f"{i},{i - 9.5}\n" for i in range(40)),
+        "rare.csv": good + 2 * (lines[1].replace(",male", ",unknown") + "\n"),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.csv").write_bytes(good.encode() + "Adélie".encode("latin-1"))
+    frame.drop("species", "island").with_columns(colour=1).write_csv("other.csv")
+    frame.with_columns(pl.lit([1]).alias("lists")).write_parquet("lists.parquet")
+    frame.with_columns(mass=pl.lit(float("inf"))).write_parquet("infinite.parquet")
+    frame.with_columns(mass=pl.lit(1e300)).write_parquet("huge.parquet")
+    (tmp_path / "mac.csv").write_bytes(b"a,b\r1,x\r2,y\r")
+    (tmp_path / "text.npy").write_text(good)
+    frame.with_columns(sex=pl.lit("unsure")).write_csv("labels.csv")
+    np.save("objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "penguins").symlink_to(penguins)
+    return tmp_path
+
+
+TRAIN = "train --epochs 2 --out out --target sex --data"
+MASS = TRAIN.replace("sex", "body_mass_g")
+PREDICT = "predict penguins/model.safetensors --out out.csv --data"
+OTHER = "other.csv has other columns than expected; missing: species, island; extra: colour"
+ERRORS = [
+    ("train --target sexx --data good.csv", "no column 'sexx'; .* species, .* Did you mean 'sex'"),
+    ("train --target 12 --data good.csv", "has 12 columns; there is no column 12"),
+    (f"{TRAIN} nothing.csv", "there is no file nothing.csv"),
+    (f"{TRAIN} ragged.csv", "ragged.csv, line 335: 2 fields, where the first line has 12"),
+    (f"{TRAIN} latin.csv", "latin.csv, line 335: byte 0xe9 is not UTF-8 text"),
+    (f"{TRAIN} empty.csv", "empty.csv is empty"),
+    (f"{TRAIN} header.csv", "header.csv has a header and no rows"),
+    (f"{TRAIN} one_class.csv", "'sex' has one class only, male"),
+    (f"{TRAIN} lonely.csv", "'sex' has a class of one row, unknown"),
+    (f"{TRAIN} tiny.csv", "8 rows are too few to hold some out: --no-early-stopping"),
+    (f"{TRAIN} lists.parquet", "column 'lists' holds List"),
+    (f"{TRAIN} infinite.parquet", "column 'mass' has infinite values"),
+    (f"{TRAIN} huge.parquet", r"column 'mass' has values beyond 1e\+150"),
+    (f"{TRAIN} mac.csv", "mac.csv, line 1: new-line character seen in unquoted field"),
+    (f"{TRAIN} text.npy", "text.npy cannot be read: it is not one of NumPy's files"),
+    ("evaluate penguins/model.safetensors header.csv", "header.csv: there are no rows"),
+    (f"{TRAIN} good.csv other.csv", OTHER),
+    (f"{TRAIN} broken.parquet", "broken.parquet cannot be read"),
+    (f"{TRAIN} broken.npy", "broken.npy cannot be read"),
+    (f"{TRAIN} objects.npy", "objects.npy cannot be read"),
+    (f"{TRAIN} good.csv --task regression", "the target 'sex' is no number"),
+    (f"{TRAIN} good.csv --backend numpy --device gpu", "backend='numpy' computes on the CPU only"),
+    (f"{TRAIN} good.csv --activation rleu", 'Did you mean "relu"'),
+    (f"{TRAIN} good.csv --epoch 3", "Did you mean --epochs"),
+    (f"{TRAIN} good.csv --epochs 0", "--epochs"),
+    (f"{TRAIN} good.csv --config half.toml", "patience.*: '2.5' is not a whole number"),
+    (f"{TRAIN} good.csv --seed 1.5", "--seed: '1.5' is not a whole number"),
+    (f"{TRAIN} good.csv --hidden 8,2.5", "--hidden: '2.5' is not a whole number"),
+    (f"{TRAIN} good.csv --learning-rate 1e30 --no-early-stopping", "training diverged"),
+    (f"{TRAIN} good.csv --optimizer lbfgs --checkpoint-every 1", "lbfgs cannot go on"),
+    (f"{TRAIN} good.csv --optimizer lbfgs --schedule cosine", "'lbfgs' cannot take a schedule"),
+    (f"{TRAIN} good.csv --optimizer lbfgs --clip-norm 1", "'lbfgs' cannot take clip_norm"),
+    (f"{TRAIN} good.csv --optimizer lbfgs --weight-decay 1", "'lbfgs' cannot take weight_decay"),
+    (f"{TRAIN} good.csv --optimizer adamm", 'Did you mean "adam"'),
+    (f"{TRAIN} good.csv --schedule cosin", 'Did you mean "cosine"'),
+    (f"{TRAIN} good.csv --alpha -1", "--alpha"),
+    (f"{TRAIN} good.csv --alpha nan", "alpha"),
+    (f"{TRAIN} good.csv --weight-decay -1", "--weight-decay"),
+    (f"{TRAIN} good.csv --clip-norm 0", "--clip-norm"),
+    (f"{TRAIN} good.csv --momentum 1.5", "--momentum"),
+    (f"{TRAIN} good.csv --label-smoothing 1", "--label-smoothing"),
+    (f"{TRAIN} good.csv --class-weight balance", 'Did you mean "balanced"'),
+    (f"{TRAIN} good.csv --config smooth.toml", "label_smoothing.* Must be < 1"),
+    (f"{TRAIN} good.csv --loss hubert", 'Did you mean "huber"'),
+    (
+        f"{TRAIN} good.csv --loss huber",
+        "--loss is for a regression: this is a classification of sex, .* the cross-entropy",
+    ),
+    (
+        f"{MASS} good.csv --class-weight balanced",
+        "--class-weight is for a classification: this is a regression of body_mass_g$",
+    ),
+    (f"{MASS} good.csv --label-smoothing 0.1", "--label-smoothing is for"),
+    (f"{MASS} signs.csv --loss poisson", "y must not be negative for loss='poisson'"),
+    (f"{TRAIN} good.csv --config bad.toml", "TOML"),
+    (f"{TRAIN} good.csv --config typo.toml", "Did you mean --epochs"),
+    (f"{TRAIN} good.csv --config table.toml", r"table.toml has a table \[train\]"),
+    (f"{TRAIN}", "--data requires at least 1"),
+    (f"{TRAIN} good.csv --seed -1", "--seed"),
+    (f"{TRAIN} good.csv --test-fraction 0.001", "--test-fraction 0.001 of 333 rows cannot"),
+    (f"{TRAIN} rare.csv --test-fraction 0.9", "leaves none to train on of the class unknown"),
+    (f"{TRAIN} good.csv --config nothing.toml", "there is no file nothing.toml"),
+    ("train --resume nothing", "there is no file nothing/config.toml"),
+    ("train --resume penguins", "penguins was begun without --checkpoint-every"),
+    ("trian", 'Did you mean "train"'),
+    (f"{PREDICT} other.csv", OTHER),
+    (f"{PREDICT} text.csv", "could not parse `long` as dtype `f64` at column 'bill_length_mm'"),
+    (f"{PREDICT} ragged.csv", "ragged.csv, line 335"),
+    (f"{PREDICT} ragged.csv --chunk-rows 10", "ragged.csv, line 335"),
+    (f"{PREDICT} good.csv --chunk-rows 0", "--chunk-rows"),
+    (f"{PREDICT} good.csv --chunk-rows 9.5", "--chunk-rows: '9.5' is not a whole number"),
+    (f"{PREDICT} latin.csv", "latin.csv, line 335"),
+    (f"{PREDICT} empty.csv", "empty.csv is empty"),
+    (f"{PREDICT} header.csv", "there are no rows"),
+    (f"{PREDICT} good.csv --backend numpy --device gpu", "computes on the CPU only"),
+    ("predict penguins/model.safetensors good.csv --out p.xlsx", "written as .csv or .parquet"),
+    ("predict penguins/model.safetensors good.csv --out no/p.csv", "No such file .*: no/p.csv"),
+    ("predict model.safetensors good.csv", "model.safetensors"),
+    ("predict nothing good.csv", "nothing"),
+    ("evaluate penguins/model.safetensors labels.csv", "the model does not know: unsure"),
+    ("evaluate penguins/model.safetensors other.csv", "missing: species, island"),
+    ("info good.csv", "good.csv"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), ERRORS)
+def test_errors_are_one_line_and_leave_nothing(command, message, place, capsys):
+    before = set(place.rglob("*"))
+    assert main(command.split()) == 2
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+    after = {path for path in place.rglob("*") if path.name != "out"}
+    assert after == before  # at most, an empty folder
+
+
+def test_debug_shows_where(place):
+    with pytest.raises(ValueError, match="has no column 'sexx'"):
+        main(["train", "--debug", "--target", "sexx", "--data", "good.csv"])
+
+
+def test_full_disk(place, capsys):
+    with mounted(place / "small", "size=8k"):
+        for command in (f"{TRAIN} good.csv", f"{PREDICT} good.csv"):
+            assert main(command.replace("--out ", "--out small/").split()) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert re.match("error: .*No space left", line), line
+            assert not [path for path in (place / "small").rglob("*") if path.is_file()]
+
+
+def test_read_only_folder(place, capsys):
+    with mounted(place / "fixed", "ro"):
+        for command in (f"{TRAIN} good.csv", f"{PREDICT} good.csv"):
+            assert main(command.replace("--out ", "--out fixed/").split()) == 2
+            told = capsys.readouterr()
+            assert re.match("error: .*Read-only file system: .*fixed", told.err), told.err
+            assert "epoch" not in told.out  # before the work, not after it
+
+
+def out_of_memory(kind):
+    """As NumPy and CuPy, torch and JAX have it."""
+    if kind == "MemoryError":
+        return MemoryError("Unable to allocate 9 GiB")
+    if kind == "OutOfMemoryError":
+        return type(kind, (RuntimeError,), {})("CUDA out of memory")
+    return RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+
+@pytest.mark.parametrize("kind", ["MemoryError", "OutOfMemoryError", "XlaRuntimeError"])
+def test_predict_halves_its_chunk_when_memory_runs_out(kind, place, monkeypatch, capsys):
+    from portable_mlp import MLPClassifier
+
+    run(*f"{PREDICT} good.csv".split())
+    wanted = pl.read_csv("out.csv")
+    sizes, predict = [], MLPClassifier.predict
+
+    def limited(self, X):
+        sizes.append(len(X))
+        if len(X) > 30:
+            raise out_of_memory(kind)
+        return predict(self, X)
+
+    monkeypatch.setattr(MLPClassifier, "predict", limited)
+    run(*f"{PREDICT} good.csv --chunk-rows 100".split())
+    assert pl.read_csv("out.csv")["prediction"].equals(wanted["prediction"])
+    np.testing.assert_allclose(pl.read_csv("out.csv")[:, 1:], wanted[:, 1:], rtol=1e-5)
+    assert sizes[:3] == [100, 50, 25]
+    assert max(sizes[3:]) == 25
+    assert "out of memory: going on with 25 rows at a time" in capsys.readouterr().out
+
+
+def test_predict_gives_up_when_one_row_is_too_many(place, monkeypatch, capsys):
+    from portable_mlp import MLPClassifier
+
+    def never(self, X):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(MLPClassifier, "predict", never)
+    run(*f"{PREDICT} good.csv".split(), code=2)
+    assert capsys.readouterr().err == "error: Unable to allocate 9 GiB\n"
+    assert not (place / "out.csv").exists()
+
+
+@pytest.mark.parametrize("kind", ["MemoryError", "OutOfMemoryError", "XlaRuntimeError"])
+def test_training_out_of_memory_says_what_to_lower(kind, place, monkeypatch, capsys):
+    from portable_mlp.training import Trainer
+
+    def full(self, *_, **__):
+        raise out_of_memory(kind)
+
+    monkeypatch.setattr(Trainer, "fit", full)
+    assert main(f"{TRAIN} good.csv".split()) == 2
+    assert capsys.readouterr().err == (
+        "error: out of memory in training: lower --batch-size (now 32) or --hidden (now 100),"
+        " or use --device cpu\n"
+    )
+
+
+def test_missing_library_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cyclopts", None)
+    assert main(["train"]) == 2
+    assert "pip install 'portable_mlp[cli]'" in capsys.readouterr().err
+
+
+def test_memory_of_predict_is_that_of_a_chunk(tmp_path, rng, record_property):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process's memory is not in /proc")
+    peaks = {}
+    for rows in (10_000, 1_000_000):
+        X = rng.standard_normal((rows, 4)).astype(np.float32)
+        frame = pl.DataFrame({f"x{i}": X[:, i] for i in range(4)} | {"y": X[:, 0] > X[:, 1]})
+        frame.write_parquet(tmp_path / f"{rows}.parquet")
+    run("train", "--data", tmp_path / "10000.parquet", "--epochs", 1, "--out", tmp_path / "run")
+    code = (
+        "import re, sys; from portable_mlp.cli import main; code = main();"
+        r"print(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]); sys.exit(code)"
+    )
+    for rows in (10_000, 1_000_000):
+        out = tmp_path / "p.parquet"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "predict", tmp_path / "run/model.safetensors",
+             tmp_path / f"{rows}.parquet", "--out", out, "--chunk-rows", "10000"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks[rows] = int(done.stdout.split()[-1]) // 1024
+        assert pl.scan_parquet(out).select(pl.len()).collect().item() == rows
+    small, large = peaks.values()
+    row = f"peak of predict: {small} MB for ten thousand rows, {large} MB for a million"
+    record_property("memory", row)
+    assert large < small + 50
