@@ -435,7 +435,7 @@ def test_interrupt_keeps_what_there_is(optimizer, tmp_path):
         if line.startswith("epoch 3/"):
             process.send_signal(signal.SIGINT)
             break
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert f"model:          {out / 'model.safetensors'}" in rest
@@ -465,20 +465,47 @@ def test_interrupt_while_saving_keeps_the_model(tmp_path, monkeypatch, capsys):
     assert load(tmp_path / "run/model.safetensors")[-1].n_iter_ == 8
 
 
+HELD = """
+import sys, time
+from pathlib import Path
+from portable_mlp.app import streaming
+from portable_mlp.cli import main
+
+ready, go, *argv = sys.argv[1:]
+done = []
+
+
+def predict(stored, X, original=streaming._predict):
+    done.append(None)
+    if len(done) == 3:
+        Path(ready).touch()
+        while not Path(go).exists():
+            time.sleep(0.01)
+    return original(stored, X)
+
+
+streaming._predict = predict
+sys.exit(main(argv))
+"""
+
+
 def test_interrupted_prediction_leaves_nothing(penguins, tmp_path):
-    path = tmp_path / "t.csv"
-    header, *lines = PENGUINS.read_text().splitlines(keepends=True)
-    path.write_text(header + "".join(lines) * 300)
-    out = tmp_path / "p.csv"
-    command = ["predict", penguins / "model.safetensors", path, "--out", out, "--chunk-rows", "50"]
-    process = subprocess.Popen([*PROGRAM, *command], stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob(".p.*.csv")):
+    """The signal comes while the third chunk of seven is predicted."""
+    ready, go, out = tmp_path / "ready", tmp_path / "go", tmp_path / "p.csv"
+    command = [
+        sys.executable, "-c", HELD, ready, go,
+        "predict", penguins / "model.safetensors", PENGUINS, "--out", out, "--chunk-rows", "50",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not ready.exists():
         assert process.poll() is None
         time.sleep(0.01)
+    assert list(tmp_path.glob(".p.*.csv"))
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == "interrupted\n"
+    go.touch()
+    assert process.communicate(timeout=600)[1] == "interrupted\n"
     assert process.returncode == 130
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [go, ready]
 
 
 @pytest.mark.parametrize("target", ["sex", "body_mass_g"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 import subprocess
@@ -597,7 +596,7 @@ class PressesCtrlC(SquaredError):
     def per_row(self, z, y, xp):
         if self.due:
             self.due.pop()
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return super().per_row(z, y, xp)
 
 
@@ -628,8 +627,8 @@ def test_second_ctrl_c_raises_and_leaves_the_model():
     @dataclass(frozen=True)
     class Twice(SquaredError):
         def per_row(self, z, y, xp):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return super().per_row(z, y, xp)
 
     X, y = data("regression")

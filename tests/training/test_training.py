@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from dataclasses import dataclass, field, replace
 
@@ -187,7 +186,7 @@ def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):
     def gather(self, x, rows, out, original=NumPyDialect.gather):
         calls.append(rows)
         if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return original(self, x, rows, out)
 
     before = signal.getsignal(signal.SIGINT)
@@ -275,7 +274,7 @@ class Interrupting(SquaredError):
     def per_row(self, z, y, xp):
         self.calls.append(1)
         if len(self.calls) == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return super().per_row(z, y, xp)
 
 
