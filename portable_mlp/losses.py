@@ -351,7 +351,7 @@ class Poisson(Loss):
 class Huber(Loss):
     """With r = z − y and c = r clipped to [−δ, δ]:  ℓ = Σₖ c (r − c/2),  ∂ℓ/∂z = c.
 
-    That is ½ r² for |r| ≤ δ and δ (|r| − δ/2) beyond (Huber, 1964).
+    That is ½ r² for ``|r| ≤ δ`` and ``δ (|r| − δ/2)`` beyond (Huber, 1964).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Each row of the README's table of differences: scikit-learn does so, this library so."""
+"""Each row of the documentation's table of differences: scikit-learn does so, this library so."""
 
 from __future__ import annotations
 
