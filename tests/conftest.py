@@ -43,6 +43,16 @@ def target(request: pytest.FixtureRequest) -> Target:
     return get_target(request.param, request)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what waits for a compiler as slow: JAX, loops in C, the kernels of an emulated GPU."""
+    compiled = {"jax", "numpy-loops", "cupy-emulated"}
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+        named = any(isinstance(value, str) and value in compiled for value in parameters)
+        if named or "cuda" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-gpu", action="store_true", help="fail, rather than skip, where no GPU is usable"

@@ -15,6 +15,8 @@ from portable_mlp import load
 from portable_mlp.app.table import PENGUINS, read_csv, read_table
 from portable_mlp.cli import main
 
+pytestmark = pytest.mark.slow
+
 pl = pytest.importorskip("polars")
 pytest.importorskip("sklearn", minversion="1.9")
 for library in ("cyclopts", "skops", "matplotlib", "jinja2", "tomli_w"):

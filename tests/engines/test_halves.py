@@ -31,6 +31,8 @@ from portable_mlp.sources import ArraySource
 from portable_mlp.steps import NO_NUMBERS, Batch, first_half, second_half, sums, update, weight_of
 from portable_mlp.training import Trainer
 
+pytestmark = pytest.mark.slow
+
 NUMPY = NumPyBackend()
 CLOCK = Clock(0, 10, 0, 0)
 SETTINGS = [{}, {"alpha": 0.1}, {"dropout": 0.3}, {"clip_norm": 0.05, "alpha": 0.1}]

@@ -101,7 +101,7 @@ def test_fit_and_predict_follow_the_arrays(task, target):
 
 @pytest.mark.parametrize("backend", ["torch", "jax", "cupy"])
 def test_backend_named_numpy_in_numpy_out(backend, request):
-    """Row three of the documentation's table: computed elsewhere, everything comes back as NumPy."""
+    """Row three of the documentation's table: computed elsewhere, all comes back as NumPy."""
     get_target(backend, request)
     X, y = data("multiclass")
     wanted = MLPClassifier(max_iter=5, random_state=0).fit(X, y)

@@ -21,6 +21,8 @@ from sklearn.preprocessing import scale
 from portable_mlp import MLPClassifier, MLPRegressor
 from portable_mlp.backends import to_host
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.RandomState(0)
 TASKS = {
     "binary": make_classification(120, 8, random_state=0),

@@ -12,6 +12,8 @@ from helpers.paths import TESTS
 from helpers.targets import SKLEARN
 from sklearn import neural_network
 
+pytestmark = pytest.mark.slow
+
 
 def test_scikit_learns_own_tests(tmp_path, record_property):
     report = tmp_path / "report.xml"

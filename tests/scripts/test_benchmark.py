@@ -19,6 +19,8 @@ from helpers.paths import SCRIPTS
 from portable_mlp import BackendError, get_backend
 from portable_mlp.engines.cuda.runtime import CaptureError
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = SCRIPTS / "benchmark.py"
 
 

@@ -14,6 +14,8 @@ from helpers.targets import get_target
 from portable_mlp import load
 from portable_mlp.app.table import read_csv
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("polars")
 pytest.importorskip("skops")
 pytest.importorskip("matplotlib")

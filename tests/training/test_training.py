@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from portable_mlp import DivergenceError, Network, mlp, training
+from portable_mlp import DivergenceError, Network, mlp
 from portable_mlp.backends import NumPyBackend
 from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.engines import ENGINES, Task
@@ -218,7 +218,7 @@ def tasks(monkeypatch):
         asked.append(len(task.hypers))
         return task
 
-    monkeypatch.setattr(training, "Task", make)
+    monkeypatch.setattr("portable_mlp.training.loop.Task", make)
     return asked
 
 

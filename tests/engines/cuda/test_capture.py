@@ -28,6 +28,8 @@ from portable_mlp.sources import ArraySource, Source
 from portable_mlp.steps import Batch
 from portable_mlp.training import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def machine(cuda):

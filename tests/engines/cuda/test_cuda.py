@@ -46,6 +46,8 @@ from portable_mlp.optimizers import Adam
 from portable_mlp.sources import Source
 from portable_mlp.steps import Batch
 
+pytestmark = pytest.mark.slow
+
 BOTH = pytest.mark.parametrize("cuda", ["poison", "reuse"], indirect=True)
 
 
