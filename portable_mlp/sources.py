@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -39,15 +40,18 @@ class Source(ABC):
     ) -> None:
         """Choose the order of an epoch; the next ``parts`` are in it.
 
-        Where training goes on after a pause, the epochs that are done begin again, without
-        their parts: the order has to depend on the arguments, and on the epochs before, alone.
+        A source is read many times.  An estimator begins it once or twice before training, to
+        see the first rows and the classes.  Where training goes on after a pause, the epochs
+        that are done begin again, without their parts.  So the order has to depend on the
+        arguments, and on the epochs before, alone.
 
         Parameters
         ----------
         epoch : int
             From 0 in each run.
         rng : RandomState or None
-            That of the run, to draw from; None with ``shuffle=False``.
+            That of the run, to draw from; None in a run with ``shuffle=False``.  Before
+            training it is another one.
         """
 
     @abstractmethod
@@ -62,27 +66,25 @@ class Source(ABC):
         Yields
         ------
         data : Batch
-            On the backend, for `Trainer.fit`.  For an estimator, x, y and weights as its
-            ``fit`` takes them; a tuple will do.
+            On the backend, for `Trainer.fit`.  For an estimator, a tuple of x, y and, where
+            there are any, weights, as its ``fit`` takes them; parts without rows are left out.
         rows : array of int, optional
-            Rows of ``data`` in the order asked for, on the host; None: all, as they
-            stand.
+            Which rows of ``data``, in which order, from 0 and on the host; None: all, as they
+            stand.  The others are checked, too, and their labels count among the classes.
         """
 
     def whole(self, batch_size: int) -> Batch | None:
         """The one batch that every epoch repeats, on the backend; None if they differ."""
         return None
 
-    def targets(self) -> NDArray[Any]:
+    def targets(self, batch_size: int) -> NDArray[Any]:
         """All targets, in any order: a classifier asks for them once, to learn the classes.
 
-        By default one pass over the rows.
+        By default one pass over the rows, in parts for that batch size.
         """
         self.begin(0, np.random.RandomState(0))
-        return np.concatenate([
-            to_host(data[1]) if rows is None else to_host(data[1])[rows]
-            for data, rows in self.parts(1024)
-        ])  # fmt: skip
+        parts = (checked_part(part, type(self).__name__)[0] for part in self.parts(batch_size))
+        return np.concatenate([np.asarray(to_host(data.y)) for data in parts])
 
 
 class _Shuffled(Source):
@@ -206,7 +208,7 @@ class CheckedSource(Source):
     def __init__(self, source: Source, prepare: Callable[[Batch], Batch]) -> None:
         self._source = source
         self._prepare = prepare
-        self.n_rows = source.n_rows
+        self.n_rows = row_count(source)
 
     def begin(self, epoch: int, rng: np.random.RandomState | None) -> None:
         self._source.begin(epoch, rng)
@@ -214,16 +216,20 @@ class CheckedSource(Source):
     def parts(self, batch_size: int) -> Iterator[Part]:
         seen, name = 0, type(self._source).__name__
         first: tuple[Any, ...] = ()
-        for data, rows in self._source.parts(batch_size):
+        for part in self._source.parts(batch_size):
+            data, rows = checked_part(part, name)
+            n = _length(data.x) if rows is None else len(rows)
+            if not n:
+                continue
             if seen % batch_size:
                 raise ValueError(
                     f"{name}: a part that is not the last ends after {seen} rows, which are no"
                     f" multiple of the batch size {batch_size}"
                 )
-            seen += data[0].shape[0] if rows is None else len(rows)
+            seen += n
             if seen > self.n_rows:
                 break
-            batch = self._prepare(Batch(*data))
+            batch = self._prepare(data)
             form = tuple(None if a is None else a.shape[1:] for a in batch)
             if form != (first := first or form):
                 raise ValueError(
@@ -231,7 +237,56 @@ class CheckedSource(Source):
                 )
             yield batch, rows
         if seen != self.n_rows:
-            raise ValueError(f"{name}: says n_rows={self.n_rows}, and gave {seen} in an epoch")
+            more = "" if seen else ": parts() has to begin anew each time that it is called"
+            raise ValueError(
+                f"{name}: says n_rows={self.n_rows}, and gave {seen} in an epoch{more}"
+            )
+
+
+def row_count(source: Source) -> int:
+    """The number of rows that a source says.
+
+    Raises
+    ------
+    ValueError
+        If it is no integer above 0.
+    """
+    n = getattr(source, "n_rows", None)
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+        raise ValueError(f"{type(source).__name__}.n_rows: expected an integer above 0, got {n!r}")
+    return int(n)
+
+
+def checked_part(part: Any, name: str) -> tuple[Batch, NDArray[np.intp] | None]:
+    """A part that somebody's source has given.
+
+    Raises
+    ------
+    ValueError
+        If it has another form, or names rows that it does not have; the message begins with
+        ``name``.
+    """
+    form = f"{name}: parts() has to yield pairs, ((x, y) or (x, y, weights), rows or None)"
+    if not (isinstance(part, tuple | list) and len(part) == 2):
+        raise ValueError(f"{form}, got {type(part).__name__}")
+    data, rows = part
+    if not (isinstance(data, tuple | list) and len(data) in (2, 3)):
+        raise ValueError(f"{form}, got ({type(data).__name__}, {type(rows).__name__})")
+    batch = Batch(*data)
+    if rows is None:
+        return batch, None
+    rows, n = np.asarray(to_host(rows)), _length(batch.x)
+    inside = rows.ndim == 1 and (not rows.size or (rows.dtype.kind in "iu" and rows.min() >= 0))
+    # Engines read what a number points at: one that is too large must not get there
+    if not inside or (rows.size and rows.max() >= n):
+        raise ValueError(
+            f"{name}: the rows of a part have to be numbers from 0 to {n - 1}, got {rows!r}"
+        )
+    return batch, rows.astype(np.intp, copy=False)
+
+
+def _length(x: Any) -> int:
+    return int(x.shape[0]) if hasattr(x, "shape") else len(x)
 
 
 def on_backend(x: Any, y: NDArray[Any], weights: Any, backend: Backend, dtype: str) -> Batch:

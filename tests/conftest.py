@@ -44,12 +44,16 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what waits for a compiler as slow: JAX, loops in C, the kernels of an emulated GPU."""
+    """Mark as slow what waits for a compiler, and the pages of documentation.
+
+    Compiled are JAX's steps, loops in C, and the kernels of an emulated GPU.
+    """
     compiled = {"jax", "numpy-loops", "cupy-emulated"}
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
         named = any(isinstance(value, str) and value in compiled for value in parameters)
-        if named or "cuda" in getattr(item, "fixturenames", ()):
+        page = item.path.suffix == ".md"
+        if named or page or "cuda" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
 
 

@@ -33,6 +33,7 @@ from portable_mlp.groups import Treatment
 from portable_mlp.initializers import GlorotUniform
 from portable_mlp.layers import Dropout, Linear, Param, Repeat
 from portable_mlp.losses import LOSSES, BinaryCrossEntropy, SoftmaxCrossEntropy
+from portable_mlp.members import PerMember
 from portable_mlp.optimizers import SGD, AdamW, RMSprop
 from portable_mlp.persistence import save_checkpoint
 from portable_mlp.schedules import Clock, Scheduled, Step
@@ -381,10 +382,12 @@ def test_an_estimator_as_any_other(toy):
     assert np.array_equal(clone(model).fit(X, LABELS, WEIGHTS).predict(X), model.predict(X))
 
 
-def test_of_an_ensemble_the_hidden_layer_of_each_member():
+def test_of_an_ensemble_the_hidden_layer_of_each_member(monkeypatch):
     model = estimator("members").fit(X, LABELS)
     w, b = model.params_[:2]
     wanted = np.tanh(X @ w + b)
+    np.testing.assert_allclose(model.hidden_activations(X), wanted, atol=1e-12)
+    monkeypatch.setattr("portable_mlp.estimators.inference._CHUNK", 5)  # rows in many chunks
     np.testing.assert_allclose(model.hidden_activations(X), wanted, atol=1e-12)
 
 
@@ -395,7 +398,9 @@ def test_scikit_learn_s_attributes_are_views():
     assert all(a is b for a, b in zip(model.intercepts_, model.params_[1::2], strict=True))
     assert model.layer_params_ == []
     before = model.predict_proba(X)
-    model.coefs_[0] = np.zeros((D, 4))
+    shown = model.coefs_
+    shown[0] = np.zeros((D, 4))
+    assert not shown[0].any()
     assert not model.params_[0].any()
     model.intercepts_[-1] += 5.0
     model.intercepts_[:] = [b * 0.0 for b in model.intercepts_]
@@ -592,3 +597,19 @@ def test_files_from_before_there_were_networks():
     np.testing.assert_allclose(model.predict_proba(x), probabilities, rtol=1e-12)
     again = load(folder / "format_2_checkpoint.safetensors").continue_fit(x, y)
     np.testing.assert_allclose(again.predict_proba(x), continued, rtol=1e-12)
+
+
+def test_logistic_among_other_activations_begins_as_these():
+    """Only a network of logistic layers alone has their bound of the first values."""
+    for activation, bound in ((("logistic", "relu"), 6.0), (("logistic", "logistic"), 2.0)):
+        network = MLP((50, 50), activation)(50, 50)
+        largest = max(np.abs(p).max() for p in network.init(np.random.RandomState(0)))
+        limit = np.sqrt(bound / 100)
+        assert 0.99 * limit < largest <= limit
+
+
+def test_whole_and_broken_numbers_of_members():
+    values = PerMember((1, 0.5, 2), ndim=2)
+    assert values.dtype is float
+    assert values.values.ravel().tolist() == [1.0, 0.5, 2.0]
+    assert PerMember((1, 2), ndim=3).dtype is int

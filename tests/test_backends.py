@@ -584,6 +584,7 @@ def test_import_is_light(code):
     assert loaded_by(code) == []
 
 
+@pytest.mark.slow
 def test_estimators_alone_load_sklearn():
     """The planted twin: the list above would show what was imported."""
     assert "sklearn" in loaded_by("import portable_mlp; portable_mlp.MLPClassifier")

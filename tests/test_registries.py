@@ -102,6 +102,7 @@ assert rates == ["0.0005", "0.0005"]
 """
 
 
+@pytest.mark.slow
 def test_one_line_makes_a_name_known_everywhere(tmp_path):
     package = tmp_path / "portable_mlp"
     ours = Path(portable_mlp.__file__).parent

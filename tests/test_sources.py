@@ -181,7 +181,7 @@ def nan_at(i, x, y, w):
             "after",
         ),
         (lambda: changed(change=lambda i, x, y, w: (x, y, -np.ones(len(x))))(), {}, "not negative"),
-        (lambda: Reader(X[:0], NAMES[:0]), {}, "a source without rows"),
+        (lambda: Reader(X[:0], NAMES[:0]), {}, "n_rows: expected an integer above 0, got 0"),
         (Reader, {"solver": "lbfgs"}, "cannot take a source"),
         (Reader, {"early_stopping": True}, "needs X_val and y_val"),
         (Reader, {"class_weight": "balanced"}, "pass a dict"),
@@ -226,3 +226,150 @@ def test_the_library_s_own_are_sources_for_estimators_too():
     D, T = load_diabetes(return_X_y=True)
     got = MLPRegressor(**SETTINGS).fit(ArraySource(Batch(D, T)))
     same(got, MLPRegressor(**SETTINGS).fit(D, T), 1e-12)
+
+
+class Chosen(Source):
+    """One part that lies still, and row numbers that change."""
+
+    def __init__(self, numbers=lambda order: order, n_rows=len(X)):
+        self.numbers, self.n_rows = numbers, n_rows
+
+    def begin(self, epoch, rng):
+        if epoch == 0:
+            self.order = np.arange(len(X))
+        if rng is not None:
+            rng.shuffle(self.order)
+
+    def parts(self, batch_size):
+        yield (X, NAMES), self.numbers(self.order)
+
+
+KINDS = {"as they are": lambda o: o, "lists": list, "small": lambda o: o.astype(np.uint8)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_part_that_lies_still(kind):
+    source = Chosen(KINDS[kind])
+    same(MLPClassifier(**SETTINGS).fit(source), MLPClassifier(**SETTINGS).fit(X, NAMES))
+    # Every fourth row alone, and a number of rows that NumPy has counted
+    some = Chosen(lambda order: np.sort(order)[::4], np.int64(38))
+    got = MLPClassifier(**SETTINGS, shuffle=False).fit(some)
+    wanted = MLPClassifier(**SETTINGS, shuffle=False).fit(X[::4], NAMES[::4])
+    same(got, wanted)
+    assert type(got.t_) is int
+    # Labels count among the classes though no row of theirs is named
+    two = MLPClassifier(**SETTINGS).fit(Chosen(lambda order: np.sort(order)[:100], 100))
+    assert two.classes_.tolist() == ["setosa", "versicolor", "virginica"]
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "cupy-emulated"])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        lambda o: o - 1, lambda o: o + 1, lambda o: o + 10**6, lambda o: o.astype(float),
+        lambda o: o > -1, lambda o: o[:, None],
+    ],
+)  # fmt: skip
+def test_rows_that_a_part_does_not_have(name, numbers, request):
+    """Refused before an engine reads memory there; late ones, too."""
+    target = get_target(name, request)
+    late = Chosen()
+    late.numbers = lambda order: numbers(order) if late.epoch == 4 else order
+    begin = late.begin
+
+    def counted(epoch, rng):
+        late.epoch = epoch
+        begin(epoch, rng)
+
+    late.begin = counted
+    for source in (Chosen(numbers), late):
+        model = MLPClassifier(**SETTINGS, backend=None)
+        if name != "numpy":
+            model.set_params(backend=target.backend.name)
+        if name == "cupy-emulated":
+            model.set_params(device="gpu", backend=None)
+        with pytest.raises(ValueError, match="have to be numbers from 0 to 149"):
+            model.fit(source)
+        assert not hasattr(model, "params_")
+
+
+@pytest.mark.parametrize("n_rows", [0, -3, 150.0, "150", True, None])
+def test_a_number_of_rows_that_is_none(n_rows):
+    with pytest.raises(ValueError, match="Chosen.n_rows: expected an integer above 0"):
+        MLPClassifier(**SETTINGS).fit(Chosen(n_rows=n_rows))
+
+
+@pytest.mark.parametrize(
+    "part", [(X, NAMES), ((X, NAMES, None), None, None), None, (X, None), ((X,), None)]
+)
+def test_parts_of_another_form(part):
+    source = Chosen()
+    source.parts = lambda batch_size: iter([part])
+    with pytest.raises(ValueError, match=r"Chosen: parts\(\) has to yield pairs"):
+        MLPClassifier(**SETTINGS).fit(source)
+
+
+def test_empty_parts_are_left_out_and_lists_are_taken():
+    class Halting(Reader):
+        def parts(self, batch_size):
+            nothing = (X[:0], NAMES[:0], None), None
+            yield nothing
+            for (x, y, w), rows in super().parts(batch_size):
+                yield (x.tolist(), list(y), w), rows
+                yield nothing
+
+    same(MLPClassifier(**SETTINGS).fit(Halting()), MLPClassifier(**SETTINGS).fit(X, NAMES))
+
+
+def test_parts_that_can_be_read_once():
+    once = Chosen()
+    kept = iter([((X, NAMES), None)])
+    once.parts = lambda batch_size: kept
+    once.targets = lambda batch_size: NAMES
+    with pytest.raises(ValueError, match="has to begin anew each time that it is called"):
+        MLPClassifier(**SETTINGS).fit(once)
+
+
+def test_targets_of_other_shapes_in_a_later_part():
+    wide = changed(change=lambda i, x, y, w: (x, np.stack([y, y], 1) if i else y, w))
+    with pytest.raises(ValueError, match=r"of shapes \(n, "):
+        MLPRegressor(**SETTINGS).fit(wide(X, X[:, 0]))
+
+
+@pytest.mark.parametrize("weights", [{"setosa": 50.0}, {"setosa": 0.0}])
+def test_class_weights_of_classes_that_are_not_in_each_part(weights):
+    """Sorted rows: a part has one class or two."""
+    settings = SETTINGS | {"class_weight": weights, "shuffle": False}
+    wanted = MLPClassifier(**settings).fit(X, NAMES)
+    same(MLPClassifier(**settings).fit(Reader()), wanted)
+    parts = MLPClassifier(**settings | {"max_iter": 1}).partial_fit(X, NAMES, None, wanted.classes_)
+    parts.partial_fit(X[100:], NAMES[100:])
+
+
+def test_weights_may_be_zero_in_a_part():
+    weights = np.r_[np.zeros(64), np.ones(86)]
+    settings = SETTINGS | {"shuffle": False}
+    got = MLPClassifier(**settings).fit(Reader(weights=weights))
+    same(got, MLPClassifier(**settings).fit(X, NAMES, weights))
+
+
+def test_without_shuffling_there_is_no_generator():
+    seen = []
+
+    class Noting(Reader):
+        def begin(self, epoch, rng):
+            seen.append(rng)
+            super().begin(epoch, rng)
+
+    MLPRegressor(**SETTINGS, shuffle=False).fit(Noting(X, X[:, 0]))
+    assert seen == [None] * 6
+
+
+def test_a_source_where_rows_are_wanted():
+    model = MLPClassifier(**SETTINGS).fit(X, NAMES)
+    for call in (
+        model.predict, lambda source: model.score(source, NAMES),
+        lambda source: model.fit(X, NAMES, X_val=source, y_val=NAMES),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="a Source is what fit and continue_fit take"):
+            call(Reader())

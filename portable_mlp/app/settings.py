@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,6 +60,7 @@ def _widths(type_: Any, tokens: tuple[Token, ...]) -> tuple[int, ...]:
     return tuple(_integer(width) for token in tokens for width in token.value.split(",") if width)
 
 
+_POSITIVE, _NOT_NEGATIVE = Number(gt=0, lt=inf), Number(gte=0, lt=inf)
 _COUNT = Parameter(group=_NETWORK, validator=Number(gte=1), converter=whole)
 
 
@@ -130,17 +132,17 @@ class Settings:
     """Of a classification: share of each label that is spread over all classes."""
     optimizer: Annotated[_Solver, Parameter(group=_NETWORK)] = "adam"
     """How the weights are updated."""
-    learning_rate: Annotated[float, Parameter(group=_NETWORK, validator=Number(gt=0))] = 1e-3
+    learning_rate: Annotated[float, Parameter(group=_NETWORK, validator=_POSITIVE)] = 1e-3
     """Length of a step."""
     schedule: Annotated[_Schedule, Parameter(group=_NETWORK)] = "constant"
     """How the learning rate changes; invscaling and adaptive are for sgd."""
     momentum: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lte=1))] = 0.9
     """Of sgd."""
-    clip_norm: Annotated[float | None, Parameter(group=_NETWORK, validator=Number(gt=0))] = None
+    clip_norm: Annotated[float | None, Parameter(group=_NETWORK, validator=_POSITIVE)] = None
     """Largest norm of a step's gradients."""
-    alpha: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0))] = 1e-4
+    alpha: Annotated[float, Parameter(group=_NETWORK, validator=_NOT_NEGATIVE)] = 1e-4
     """L2 penalty on the weights, in the loss."""
-    weight_decay: Annotated[float | None, Parameter(group=_NETWORK, validator=Number(gte=0))] = None
+    weight_decay: Annotated[float | None, Parameter(group=_NETWORK, validator=_NOT_NEGATIVE)] = None
     """Share of the parameters, times the learning rate, that each step takes away
     [default: 0.01 for adamw, 0 for others]."""
     epochs: Annotated[int, _COUNT] = 200

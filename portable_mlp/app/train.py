@@ -29,6 +29,12 @@ from portable_mlp.preprocessing import make_preprocessing, model_input, nearly_n
 from portable_mlp.training.pauses import deferred_interrupt
 from portable_mlp.typing import Array
 
+_OF_LABELS = ("class_weight", "label_smoothing")
+_OF_STEPS = (
+    "learning_rate", "schedule", "batch_size", "clip_norm", "weight_decay", "dropout",
+    "checkpoint_every",
+)  # fmt: skip
+
 
 def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None] = print) -> Run:
     """Train as the settings say, and write the run's folder.
@@ -52,8 +58,7 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
         as it came; it is ``interrupted``.
     """
     began = time.perf_counter()
-    if settings.optimizer == "lbfgs" and settings.checkpoint_every is not None:
-        raise ValueError("--checkpoint-every is for the other optimizers: lbfgs cannot go on")
+    _check_optimizer(settings)
     if resume and settings.checkpoint_every is None:
         raise ValueError(f"{settings.out} was begun without --checkpoint-every: begin anew")
     data = read(settings)
@@ -107,17 +112,31 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
     return run
 
 
+def _changed(settings: Settings, names: Sequence[str]) -> Iterator[str]:
+    """The options among names that differ from their default."""
+    default = Settings()
+    for name in names:
+        if getattr(settings, name) != getattr(default, name):
+            yield f"--{name.replace('_', '-')}"
+
+
+def _check_optimizer(settings: Settings) -> None:
+    """Raise a ValueError if something is set that the optimizer does not look at."""
+    if settings.optimizer == "lbfgs":
+        for option in _changed(settings, _OF_STEPS):
+            raise ValueError(f"{option} is for the other optimizers: lbfgs takes all rows at once")
+    if settings.optimizer != "sgd":
+        for option in _changed(settings, ["momentum"]):
+            raise ValueError(f"{option} is for --optimizer sgd, not for {settings.optimizer}")
+
+
 def _check_task(settings: Settings, data: Dataset) -> None:
     """Raise a ValueError if something is set that is for the other kind of task."""
-    default, kinds = Settings(), ("regression", "classification")
-    for name in ("loss",) if data.classify else ("class_weight", "label_smoothing"):
-        if getattr(settings, name) != getattr(default, name):
-            other, this = kinds if data.classify else kinds[::-1]
-            minimised = ", which minimises the cross-entropy" if data.classify else ""
-            raise ValueError(
-                f"--{name.replace('_', '-')} is for a {other}: this is a {this} of"
-                f" {data.target}{minimised}"
-            )
+    kinds = "regression", "classification"
+    for option in _changed(settings, _OF_LABELS if not data.classify else ["loss"]):
+        other, this = kinds if data.classify else kinds[::-1]
+        minimised = ", which minimises the cross-entropy" if data.classify else ""
+        raise ValueError(f"{option} is for a {other}: this is a {this} of {data.target}{minimised}")
 
 
 def _fit(

@@ -152,6 +152,11 @@ class Construction(Fitted, BaseEstimator):
         schedule: Schedule = kind if isinstance(kind, Schedule) else self._make(kind)
         return schedule
 
+    @property
+    def _rows_per_batch(self) -> int:
+        rows: int = 200 if self.batch_size == "auto" else self.batch_size
+        return rows
+
     def _hidden(self) -> list[int]:
         hidden: list[int] = np.atleast_1d(np.asarray(self.hidden_layer_sizes)).tolist()
         if any(type(n) is not int or n < 1 for n in hidden):
@@ -200,7 +205,7 @@ class Construction(Fitted, BaseEstimator):
             self._make_schedule(),
             alpha=self.alpha,
             clip_norm=self.clip_norm,
-            batch_size=200 if self.batch_size == "auto" else self.batch_size,
+            batch_size=self._rows_per_batch,
             shuffle=self.shuffle,
             tol=self.tol,
             patience=self.n_iter_no_change,

@@ -235,12 +235,15 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         )
         home = backend_of(X)
         backend = get_backend(self.device, self.backend, like=X)
-        as_given = X, y
+        # A source's rows are nobody's to score: callbacks get none
+        as_given = (X, y) if read is None else (None, None)
         X = check_X(self, X, reset=not again)
         dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
         weights = check_weights(sample_weight, X, dtype)
         y = check_y(self, y, X, self._target_dtype)
-        known = read.targets() if read is not None and self._learns_classes else y
+        known = (
+            y if read is None or not self._learns_classes else read.targets(self._rows_per_batch)
+        )
         self._loss, n_outputs = self._learn_target(known, again, mode == "partial")
         target = self._encode_target(y)
         self.out_activation_ = self._loss.link_name
@@ -249,7 +252,9 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         params = self._params_for(network) if again else network.init(rng)
         some = mode != "partial" and read is None  # a part may have none
         weights = self._class_weighted(y, weights, dtype, some=some)
-        if not issparse(X):
+        if read is not None:
+            X = None  # its memory is free while others are read
+        elif not issparse(X):
             with backend.scope(dtype):
                 X = move(X, backend, dtype)
         self.network_, self.n_outputs_ = network, n_outputs

@@ -15,6 +15,7 @@ from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.validation import column_or_1d, validate_data
 
 from portable_mlp.backends import NumPyBackend, backend_of, to_host
+from portable_mlp.sources import Source
 from portable_mlp.typing import Array
 
 
@@ -34,6 +35,8 @@ def check_X(estimator: Any, X: Any, reset: bool) -> Array:
     ValueError
         If it is not as said.
     """
+    if isinstance(X, Source):
+        raise ValueError("X: a Source is what fit and continue_fit take; here it has to be rows")
     home = backend_of(X)
     _refuse_other_kinds(X, "X")
     if isinstance(home, NumPyBackend):

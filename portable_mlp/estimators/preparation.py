@@ -13,7 +13,7 @@ from sklearn.utils import compute_sample_weight
 from portable_mlp.backends import Backend, move
 from portable_mlp.estimators.inference import Inference
 from portable_mlp.estimators.input_checks import check_weights, check_X, check_y
-from portable_mlp.sources import Source, on_backend
+from portable_mlp.sources import Source, checked_part, on_backend, row_count
 from portable_mlp.steps import Batch
 
 
@@ -53,12 +53,13 @@ class Preparation(Inference):
             raise ValueError("early_stopping on a source needs X_val and y_val: none is held out")
         if getattr(self, "class_weight", None) == "balanced":
             raise ValueError("class_weight='balanced' needs all rows at once: pass a dict")
+        row_count(source)
         source.begin(0, np.random.RandomState(0) if self.shuffle else None)
-        part = next(iter(source.parts(1024)), None)
-        if part is None or source.n_rows < 1:
-            raise ValueError(f"{type(source).__name__}: a source without rows")
-        (x, y, *_), _ = part
-        return x, y
+        for part in source.parts(self._rows_per_batch):
+            (x, y, _), rows = checked_part(part, type(source).__name__)
+            if len(y if rows is None else rows):
+                return x, y
+        raise ValueError(f"{type(source).__name__}: a source without rows")
 
     def _prepared(self, backend: Backend, dtype: str, data: Batch) -> Batch:
         """Rows of a source, checked, on a backend."""
@@ -77,16 +78,19 @@ class Preparation(Inference):
         where: str = "",
         some: bool = True,
     ) -> NDArray[np.float64] | None:
-        class_weight = getattr(self, "class_weight", None)
+        class_weight, n = getattr(self, "class_weight", None), len(y)
         if class_weight is None:
             return weights
-        by_class: NDArray[np.float64] = compute_sample_weight(class_weight, y)
+        if isinstance(class_weight, dict) and y.ndim == 1:
+            # Rows of every class before them: not each class is among some rows
+            y = np.concatenate([self.classes_, y])
+        by_class: NDArray[np.float64] = compute_sample_weight(class_weight, y)[-n:]
         name = f"class_weight{where}"
         if weights is not None:
             name = f"sample_weight times {name}"
             with np.errstate(over="ignore"):
                 by_class = weights * by_class
-        return check_weights(by_class, y, dtype, name, some)
+        return check_weights(by_class, by_class, dtype, name, some)
 
     def _check_validation(self, X: Any, y: Any, sample_weight: Any, dtype: str) -> Rows | None:
         if X is None and y is None and sample_weight is None:

@@ -129,6 +129,7 @@ def test_a_mask_that_is_a_condition_too_stays_one():
     replayed(([("astype", 0, 0), ("where", 0, 0)], [4, 5, 0], 1), numeric_masks=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(programs())
 def test_programs_at_random(program):
@@ -140,6 +141,7 @@ def test_programs_at_random(program):
     replayed(program, (5, 5), block=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slip", ["later reads forgotten", "every operand overwritten"])
 def test_a_planner_with_a_slip_would_be_seen(slip, monkeypatch):
     """The planted twins of the test above: by the values, without the plan's verifier."""

@@ -25,10 +25,19 @@ from portable_mlp.engines.host.dialects import NumPyDialect
 from portable_mlp.engines.host.memory import Plan
 from portable_mlp.engines.host.python_source import lower
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
-from portable_mlp.optimizers import Adam
+from portable_mlp.optimizers import SGD, Adam
 from portable_mlp.schedules import Clock
 from portable_mlp.sources import ArraySource
-from portable_mlp.steps import NO_NUMBERS, Batch, first_half, second_half, sums, update, weight_of
+from portable_mlp.steps import (
+    NO_NUMBERS,
+    Arrays,
+    Batch,
+    first_half,
+    second_half,
+    sums,
+    update,
+    weight_of,
+)
 from portable_mlp.training import Trainer
 
 pytestmark = pytest.mark.slow
@@ -230,6 +239,31 @@ def test_the_total_comes_from_outside(kind, weighted, members, request, cuda, mo
     np.testing.assert_allclose(np.hstack(values[0]), np.hstack(wanted_values[0]), rtol=1e-13)
     for a, b in zip([*flatten(mine)], [*flatten(wanted)], strict=True):
         np.testing.assert_allclose(to_host(a), to_host(b), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Engine, ReplayEngine])
+def test_each_step_has_a_total_of_its_own(kind, monkeypatch):
+    """Two batches of which these are parts: with half of each, and the totals of all."""
+    monkeypatch.setattr(replay_module.RecordedEngine, "EAGER", 0)
+    trainer, arrays, batch = case(SquaredError(), SGD(), alpha=0.5, n=10)
+    hypers = [trainer.hyper(CLOCK, None)[0]] * 2
+    totals = [10.0, 40.0]
+    found = kind(NUMPY, trainer.recipe, lambda vector: None)
+    got, _ = found.run(
+        trainer.start(trainer.params(arrays.leaves)).arrays,
+        Task(batch, None, 5, hypers, lambda: False, totals=totals),
+    )
+    params = trainer.params(trainer.start(trainer.params(arrays.leaves)).arrays.leaves)
+    leaves = trainer.load(params)
+    for start, total in zip((0, 5), totals, strict=True):
+        part = Batch(*(None if a is None else a[start : start + 5] for a in batch))
+        vector = first_half(trainer.recipe, leaves, part, NO_NUMBERS, total)
+        after, _ = second_half(
+            trainer.recipe, Arrays(leaves, [() for _ in leaves]), vector, hypers[0], total
+        )
+        leaves = after.leaves
+    for a, b in zip(got.leaves, leaves, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-13)
 
 
 @pytest.mark.parametrize("members", [3])

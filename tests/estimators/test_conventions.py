@@ -10,6 +10,7 @@ from portable_mlp import MLPClassifier, MLPRegressor
 from portable_mlp.backends import BackendError, get_backend
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
     pytest.mark.filterwarnings("ignore:early_stopping has no effect"),
     # scikit-learn's own, and NumPy's on what the checks feed

@@ -245,6 +245,7 @@ def test_clone_pickle_pipeline_and_grid_search(tmp_path):
     assert grid.score(X, y) > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "jax"])
 def test_pickle_crosses_processes(name, request, tmp_path):
     target = get_target(name, request)

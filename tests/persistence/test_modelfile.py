@@ -464,6 +464,7 @@ def heavy(raw):
     yield "zip bomb", with_preprocessing(raw, bomb), None
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(raw, tmp_path, record_property):
     path = tmp_path / "model"
     for name, what, preprocessing in heavy(raw):
@@ -581,6 +582,7 @@ def fuzz(raw, path, mutations):
     return counts
 
 
+@pytest.mark.slow
 def test_fuzz(raw, tmp_path, monkeypatch, record_property):
     verify, verified = modelfile._verify, []
     monkeypatch.setattr(
@@ -597,6 +599,7 @@ def test_fuzz(raw, tmp_path, monkeypatch, record_property):
     assert min(found["refused"], found["loaded"]) > 500  # both happen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["persistence.model._check", "persistence.modelfile.check_json"])
 def test_the_twin_without_a_check(check, raw, tmp_path, monkeypatch):
     """What is not looked at when a file is read is found by the fuzzing, or by memory."""

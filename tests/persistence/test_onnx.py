@@ -251,6 +251,7 @@ def test_a_layer_without_a_form_is_named(function, says):
         ours.to_onnx(model)
 
 
+@pytest.mark.slow
 def test_a_missing_library_is_named():
     code = "import sys; sys.modules['onnx'] = None; import portable_mlp; portable_mlp.to_onnx"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -15,9 +15,12 @@ import fake_cuda
 import pytest
 from helpers.paths import SCRIPTS
 
-pytestmark = pytest.mark.skipif(
-    fake_cuda.COMPILER is None, reason="no g++ to compile CUDA's kernels for the host with"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        fake_cuda.COMPILER is None, reason="no g++ to compile CUDA's kernels for the host with"
+    ),
+]
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("case", CASES)
 def test_goes_on_from_any_step(case, backend, tmp_path, request):
@@ -145,6 +146,7 @@ def run_script(*arguments):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_kill_9_finds_a_careless_writer(tmp_path):
     """The twin: written in place, the checkpoint is broken when the writing is."""
     broken = [row for row in run_script(tmp_path, "careless") if "broken" in row]
@@ -152,6 +154,7 @@ def test_kill_9_finds_a_careless_writer(tmp_path):
     assert all("is not a model file, or is damaged" in row["broken"] for row in broken)
 
 
+@pytest.mark.slow
 def test_kill_9(tmp_path, record_property):
     found = run_script(tmp_path)
     for row in found:

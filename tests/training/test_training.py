@@ -321,7 +321,7 @@ def test_held_out_rows_are_scored_after_each_epoch_of_one_step():
     for n_epochs, got in enumerate(scored, 1):
         alone = start(t)
         t.fit(alone, source(x, y), n_epochs, np.random.RandomState(0))
-        for a, b in zip(got, t.params(alone.leaves), strict=True):
+        for a, b in zip(got, t.params(alone.final_leaves), strict=True):
             np.testing.assert_array_equal(a, b)
 
 

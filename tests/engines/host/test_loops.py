@@ -33,7 +33,7 @@ from portable_mlp.engines.host.python_source import lower
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy
 from portable_mlp.optimizers import Adam, SklearnAdam
 
-pytestmark = pytest.mark.skipif(not compiler.find(), reason="no C compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not compiler.find(), reason="no C compiler")]
 
 DTYPES = ["float32", "float64"]
 
