@@ -15,6 +15,7 @@ from portable_mlp.optimizers import Adam
 
 pytest.importorskip("jax")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
     pytest.mark.filterwarnings("ignore:Got .batch_size. less than 1 or larger"),
 ]
