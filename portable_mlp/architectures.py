@@ -1,7 +1,7 @@
 """Architectures: which network to build for a number of columns and a number of outputs.
 
-An estimator asks its architecture for a network once it knows both numbers.  An architecture
-of one's own is a function ``(n_in, n_out) -> Network``, or a subclass of `Architecture`.
+An estimator asks its architecture for a network once it knows both numbers.  A custom
+architecture is a function ``(n_in, n_out) -> Network``, or a subclass of `Architecture`.
 """
 
 from __future__ import annotations

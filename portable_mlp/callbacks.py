@@ -53,7 +53,7 @@ class Callback:
         ----------
         epoch : Epoch
         params : callable
-            Returns copies of the network's parameters as they stand.
+            Returns copies of the network's current parameters.
 
         Returns
         -------

@@ -75,7 +75,7 @@ class Layer(ABC):
     numbers : tuple of str
         Names of the numbers that ``forward`` takes in each step of training, and not in
         prediction: its keyword arguments, whose defaults are what prediction takes.
-        "key" is an int that is drawn anew in each step, to seed the layer's noise;
+        "key" is an int that is drawn in each step and seeds the layer's noise;
         what the others are, `per_step` says.
     whole : tuple of str
         Those of them that are ints; the others are floats.

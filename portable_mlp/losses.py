@@ -4,7 +4,7 @@ A loss defines ``per_row``: the loss ℓᵢ of each row and its derivative ∂�
 base class turns that into the mean (or weighted mean) over the rows and its gradient,
 so the gradient is always that of the reported value.  To add a loss, subclass `Loss`
 and list it in `LOSSES`: `MLPRegressor`, command line and tests take their names from there.
-`portable_mlp.check_loss` verifies one's own.
+`portable_mlp.check_loss` verifies a custom one.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ class Network:
         """Gradients of all parameters, from that of the logits.
 
         The chain rule, from the last layer to the first that has parameters; what
-        lies before it, and its own input's gradient, nobody needs.
+        stands before it needs no gradient, nor does its own input.
         """
         first = next((i for i, own in enumerate(self._slices) if own.stop), len(self.layers))
         grads: list[Array] = []

@@ -73,7 +73,7 @@ def reacts(schedule: Schedule) -> bool:
 class Scheduled:
     """A number that follows a schedule within a fit.
 
-    Takes the place of a number where training looks at it anew in each step: the rate of
+    Replaces a number that training looks up in each step: the rate of
     `layers.Dropout`, the ``weight_decay`` of an optimizer.
 
     Parameters

@@ -69,8 +69,9 @@ class Source(ABC):
             On the backend, for `Trainer.fit`.  For an estimator, a tuple of x, y and, where
             there are any, weights, as its ``fit`` takes them; parts without rows are left out.
         rows : array of int, optional
-            Which rows of ``data``, in which order, from 0 and on the host; None: all, as they
-            stand.  The others are checked, too, and their labels count among the classes.
+            Row numbers of ``data``, from 0, in the order to train on; on the host.  None
+            stands for all rows in their own order.  The other rows are checked, too, and
+            their labels count among the classes.
         """
 
     def whole(self, batch_size: int) -> Batch | None:
@@ -88,7 +89,7 @@ class Source(ABC):
 
 
 class _Shuffled(Source):
-    """A source of rows that can be taken in any order: its order is drawn anew each epoch.
+    """A source of rows that can be taken in any order, which is drawn for each epoch.
 
     Parameters
     ----------
@@ -113,7 +114,7 @@ class _Shuffled(Source):
 
     @property
     def chosen(self) -> NDArray[np.intp] | None:
-        """The rows to use, in this epoch's order; None if all, as they stand."""
+        """The rows to use, in this epoch's order; None for all rows in their own order."""
         if self._rows is None or self._order is None:
             return self._order if self._rows is None else self._rows
         return self._rows[self._order]

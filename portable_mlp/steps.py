@@ -272,11 +272,10 @@ def step(
 def first_half(
     recipe: Recipe, leaves: Params, batch: Batch, numbers: Any, total: Any = None
 ) -> Array:
-    """`sums` as one vector: the leaves' gradients, the loss and, of weighted rows, Σ w.
+    """Join `sums` in one vector: the leaves' gradients, the loss and, of weighted rows, Σ w.
 
-    The latter two are one number each, or one for each member: the weights, where each has rows
-    of its own.  With a ``total`` there is no
-    Σ w.
+    The loss is one number, or one for each member.  So is Σ w, which is left out if a ``total``
+    is given: it is one for each member where each member has its own rows.
     """
     xp = recipe.xp
     value, grads = sums(recipe, leaves, batch, numbers, total)

@@ -45,7 +45,8 @@ class Task(NamedTuple):
     data : Batch
         Rows to take batches from, on the backend.
     order : array of int, optional
-        Which rows, in which order; on the host.  All, as they stand, if not given.
+        Row numbers in the order to train on, on the host.  All rows in their own order if not
+        given.
     batch_size : int
         The last batch may be shorter.
     hypers : sequence of Hyper
@@ -165,7 +166,7 @@ class Engine:
         return second_half(self.recipe, arrays, vector, hyper, self._weight(batch, total))
 
     def _weight(self, batch: Batch, total: float | None) -> float | None:
-        """What the second half of a step is told of the rows' weight; None if the vector tells."""
+        """The rows' weight that the second half divides by; None if it is in the vector."""
         if total is not None or batch.weights is not None:
             return total
         return float(batch.x.shape[-2])
@@ -318,7 +319,7 @@ def recorded(recipe: Recipe, arguments: Tree, part: str = WHOLE) -> tuple[Progra
         program, _ = record(function, recorder, arguments.tree)
     except (Unrecordable, ProgramError):
         raise
-    except Exception as error:  # one's own loss or layer may ask for what stand-ins have not
+    except Exception as error:  # a custom loss or layer may ask for what stand-ins do not have
         raise Unrecordable(f"{type(error).__name__}: {error}") from error
     if verifying():
         verify(program, *roles)

@@ -140,7 +140,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         Weights, the optimizer's moments, the random generator, the schedule and early
         stopping go on as if training had never stopped: with ``max_iter=n + m``, one
         ``fit`` and ``continue_fit`` of n and of m epochs give the same model.  (A warm
-        start, as in scikit-learn, seeds the generator and the moments anew.)  On a
+        start, as in scikit-learn, resets the generator and the optimizer state.)  On a
         model that is not fitted it begins.
 
         Parameters

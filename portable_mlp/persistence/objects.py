@@ -39,9 +39,9 @@ _CLASSES: dict[str, Any] = {
 
 
 def register(cls: C) -> C:
-    """Let model files hold instances of a class of one's own; a decorator.
+    """Let model files hold instances of a custom class; a decorator.
 
-    Who loads such a file has to register the class before.  A file names the class, and holds
+    Register the class before loading such a file.  A file names the class, and holds
     the values of its fields.
 
     Parameters
@@ -121,7 +121,7 @@ def decode(value: Any) -> Any:
 def _is_a(hint: Any, value: Any) -> bool:
     """Whether a value is of an annotated type; of what is in a tuple, any type will do.
 
-    So it does for annotations that are no types, such as literals.
+    Any value is of an annotation that is no type, such as a literal.
     """
     origin = get_origin(hint)
     if origin in (Union, UnionType):
@@ -134,5 +134,5 @@ def _is_a(hint: Any, value: Any) -> bool:
 def _hints(cls: type) -> dict[str, Any]:
     try:
         return get_type_hints(cls)
-    except NameError:  # of a class of one's own, names that are not there at run time
+    except NameError:  # a custom class may use names that do not exist at run time
         return {}

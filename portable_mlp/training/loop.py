@@ -175,7 +175,7 @@ class Trainer:
         self, treatment: Any, clock: Clock, rate: float, decay: float
     ) -> tuple[Coefficients, Any]:
         """Coefficients, and the factor on the parameters before the rule."""
-        # Python's floats, whatever a schedule or an optimizer of one's own computes with
+        # Python's floats, whatever a custom schedule or optimizer computes with
         rate = float(rate * treatment.rate)
         found = self.optimizer.coefficients(clock.step + 1, rate)
         return tuple(map(float, found)), 1.0 - rate * (decay * treatment.decay)

@@ -18,7 +18,7 @@ class DivergenceError(ValueError):
 
 
 class Begun(NamedTuple):
-    """What is done of an epoch that is not: steps, rows, and the sum of the rows' losses."""
+    """Progress within an unfinished epoch: steps, rows, and the sum of the rows' losses."""
 
     steps: int = 0
     rows: int = 0
@@ -47,7 +47,7 @@ class State:
     done : int
         Epochs of the present run; the draws of so many are repeated when it goes on.
     begun : Begun
-        What is done of the next one.
+        Progress within the epoch that follows.
     stalled_for : int
         Epochs in a row without progress.
     watched : {"loss", "score"}
@@ -88,7 +88,7 @@ class State:
         return params
 
     def cut_short(self) -> State:
-        """What is begun counted, but not to be ended: the next epoch is a new one."""
+        """Count the partial epoch, then start a new one."""
         steps, rows, _ = self.begun
         return replace(self, steps=self.steps + steps, rows=self.rows + rows, begun=NOT_BEGUN)
 

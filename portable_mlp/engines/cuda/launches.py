@@ -73,7 +73,7 @@ class Kernels:
     n_bytes : int
         Of the work memory, whose number is that of the input arrays.
     constants : tuple of (View, number)
-        Parts of the work memory to fill beforehand.
+        Parts of the work memory to fill before the first launch.
     """
 
     source: str

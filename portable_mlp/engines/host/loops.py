@@ -69,7 +69,7 @@ def is_loop(x: Node, passed: set[Node]) -> bool:
     if x.op == "astype" and (
         x.operands[0].is_number or (x.operands[0].dtype.kind == "f" and x.dtype.kind in "iu")
     ):
-        return False  # of what does not fit, C makes what it likes
+        return False  # out-of-range casts from float to int are undefined in C
     if x.op in ("absolute", "reciprocal") and x.dtype.kind != "f":
         return False
     if any(d.kind == "i" and x.op not in COMPARISONS for d in kinds):

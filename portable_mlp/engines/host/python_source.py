@@ -1,8 +1,8 @@
 """A recorded program as a list of calls that write into fixed buffers.
 
 What a plain step costs beyond its matrix products is, in about equal parts, memory
-(each operation makes a new array) and calls.  Here every result has its place
-beforehand (`portable_mlp.engines.host.memory`).  Chains of elementwise operations on arrays
+(each operation makes a new array) and calls.  Here the place of every result
+is planned first (`portable_mlp.engines.host.memory`).  Chains of elementwise operations on arrays
 larger than a core's cache run block by block; with a C compiler, runs of elementwise
 operations are a call each (`portable_mlp.engines.host.loops`).  The calls are written out as
 Python source and compiled once, with the buffers, their views and the constants as the

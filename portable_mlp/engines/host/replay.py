@@ -60,7 +60,7 @@ class ReplayEngine(RecordedEngine):
             finished = self._stretch(arrays, task, values)
 
     def _stretch(self, arrays: Arrays, task: Task, values: Values) -> bool:
-        """Some of the steps, up to where others may be better; whether they were the last."""
+        """Run steps until all are done or compiled loops are ready; return whether all are done."""
         if arrays is not self._arrays or self._goes_over():
             self._programs.clear()
             self._to_come.clear()
@@ -101,7 +101,7 @@ class ReplayEngine(RecordedEngine):
         return finished
 
     def _goes_over(self) -> bool:
-        """Whether all that is bound has served its time: it is to be compiled, or has been."""
+        """Whether to switch programs now: to ask the compiler, or to take what it has made."""
         waiting = self._to_come
         return bool(waiting) and all(
             p.done if p.begun else p.seconds > self.PATIENCE for p in waiting
@@ -194,7 +194,7 @@ class _Prepared:
             self._to_loop = None  # the program goes
 
     def wait(self) -> None:
-        """Until they are compiled, or it is known why not, which is told."""
+        """Wait for the compiler; warn if it failed."""
         if self._looped is not None and (error := self._looped[1].exception()):
             warn(f"the step runs without loops in C: {error}", RuntimeWarning)
 
