@@ -37,6 +37,7 @@ from portable_mlp.engines.host.memory import Plan
 from portable_mlp.engines.host.plan_verifier import verify_plan
 from portable_mlp.engines.host.python_source import lower
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy, SquaredError
+from portable_mlp.members import PerMember
 from portable_mlp.optimizers import Adam
 from portable_mlp.steps import Batch, step
 
@@ -158,6 +159,25 @@ def test_a_planner_with_a_slip_would_be_seen(slip, monkeypatch):
 
     with pytest.raises(Exception):  # noqa: B017, PT011 (which one depends on the slip)
         check()
+
+
+@pytest.mark.parametrize("block", [0, 5])
+def test_a_number_with_axes_is_neither_turned_nor_cut(block):
+    """One value for each row of what is turned beside it, and what is cut into blocks."""
+    number = PerMember((1.0, 2.0, 3.0), ndim=2)
+    a, donated = np.random.RandomState(0).standard_normal((4, 3)), np.ones((3, 4))
+    xp = Recorder()
+
+    def function(d, a, n):
+        return [xp.tanh(xp.abs(d[0]) * n) + xp.tanh(a.T * n)], [xp.sum(a)]
+
+    program, _ = record(function, xp, specify(([donated], a, number)))
+    dialect = type("Dialect", (NumPyDialect,), {"block": block})
+    replay = lower(program, 1, dialect, loops=False).bind([donated], dialect(NUMPY), None)
+    for _ in range(2):
+        wanted = np.tanh(np.abs(donated) * number.values) + np.tanh(a.T * number.values)
+        replay(a, number.values)
+        np.testing.assert_array_equal(donated, wanted)
 
 
 # ---------------------------------------------------------------- what runs
