@@ -586,6 +586,7 @@ def test_lists_where_tuples_are_meant():
             MLP((4,), members=members)(D, K)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.InconsistentVersionWarning")
 def test_files_from_before_there_were_networks():
 
     folder = DATA
