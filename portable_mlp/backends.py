@@ -67,11 +67,11 @@ class Backend:
     __hash__ = None  # type: ignore[assignment]
 
     def dtype(self, name: str) -> Any:
-        """The namespace's data type of a name such as "float32"."""
+        """Return the namespace's data type of a name such as "float32"."""
         return getattr(self.xp, name)
 
     def asarray(self, x: Any, dtype: str | None = None, copy: bool | None = None) -> Array:
-        """An array here, from the host or from here; moved at most once."""
+        """Return an array here, from the host or from here; moved at most once."""
         return self.xp.asarray(
             x, dtype=None if dtype is None else self.dtype(dtype), device=self.device, copy=copy
         )
@@ -83,7 +83,7 @@ class Backend:
         return self.asarray(host.astype(indexing, copy=False))
 
     def to_host(self, x: Array) -> NDArray[Any]:
-        """A NumPy array of the same values."""
+        """Return a NumPy array of the same values."""
         host = self.xp.__array_namespace_info__().default_device()
         return np.asarray(array_api_compat.to_device(x, host))
 
@@ -366,7 +366,7 @@ def check_names(device: str | None, backend: str | None) -> None:
 
 
 def backend_of(x: Any) -> Backend:
-    """The backend an array lives on; NumPy for whatever is not an array."""
+    """Return the backend an array lives on; NumPy for whatever is not an array."""
     if isinstance(x, np.ndarray) or not array_api_compat.is_array_api_obj(x):
         return NumPyBackend()
     for library, is_array in (
@@ -385,7 +385,7 @@ def to_host(x: Any) -> NDArray[Any]:
 
 
 def move(x: Any, to: Backend, dtype: str | None = None) -> Array:
-    """An array on another backend; from library to library it goes through the host."""
+    """Return an array on another backend; from library to library it goes through the host."""
     home = backend_of(x)
     return to.asarray(x if home == to or isinstance(home, NumPyBackend) else home.to_host(x), dtype)
 

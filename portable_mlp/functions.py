@@ -43,7 +43,7 @@ def sum_rows(x: Array, xp: Namespace) -> Array:
 
 
 def transposed(x: Array) -> Array:
-    """The transpose of a matrix, or of each of a stack."""
+    """Return the transpose of a matrix, or of each of a stack."""
     return x.T if x.ndim == 2 else x.mT  # sparse matrices have the former only
 
 
@@ -60,5 +60,5 @@ def log_mean_exp(x: Array, xp: Namespace) -> Array:
 
 
 def columns_first(x: Array, xp: Namespace) -> Array:
-    """The transpose, (n, k) -> (k, n), laid out in memory row by row."""
+    """Return the transpose, (n, k) -> (k, n), laid out in memory row by row."""
     return xp.reshape(xp.reshape(x.T, (-1,)), (x.shape[1], x.shape[0]))

@@ -106,7 +106,7 @@ class Network:
         return tuple(layer for layer in self.layers if layer.numbers)
 
     def per_step(self, clock: Clock, keys: Sequence[int]) -> Numbers:
-        """The numbers of a step: of each layer that takes some, in order.
+        """Return the numbers of a step: of each layer that takes some, in order.
 
         Parameters
         ----------
@@ -138,7 +138,7 @@ class Network:
         return tuple(slice(start, end) for start, end in pairwise(ends))
 
     def split(self, params: Params) -> list[Params]:
-        """The parameters of each layer."""
+        """Return the parameters of each layer."""
         return [params[own] for own in self._slices]
 
     def forward(
@@ -202,7 +202,7 @@ def mlp(
     bias_init: Initializer = GlorotUniform(),
     members: int | None = None,
 ) -> Network:
-    """A multilayer perceptron: linear layers with activations between them.
+    """Return a multilayer perceptron: linear layers with activations between them.
 
     Parameters
     ----------

@@ -69,7 +69,7 @@ class Optimizer(ABC):
         return (rate,)
 
     def rule(self) -> Optimizer:
-        """What the step calls: equal for optimizers that differ in numbers of the step only.
+        """Return what the step calls: equal for optimizers that differ in numbers of the step only.
 
         These are the decay, and what ``coefficients`` returns.  A subclass of one's own is its
         own rule, unless it says otherwise here.

@@ -104,7 +104,7 @@ class LossCurveDisplay:
 
 
 def figure(**options: Any) -> Any:
-    """A matplotlib Figure without pyplot, which would keep it.
+    """Return a matplotlib Figure without pyplot, which would keep it.
 
     Raises
     ------

@@ -22,7 +22,7 @@ _MAX_CATEGORIES = 64  # the rarer ones of a column are all zeros, as unknown one
 
 
 def column_kinds(X: pl.DataFrame) -> dict[str, str]:
-    """The kind of each column, a key of `KINDS`.
+    """Return the kind of each column, a key of `KINDS`.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def check_finite(X: pl.DataFrame) -> None:
 
 
 def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name: bool) -> Any:
-    """A transformer, not fitted, from a table to numbers.
+    """Return a transformer, not fitted, from a table to numbers.
 
     Numbers and booleans are scaled to mean 0 and variance 1, missing ones set to the
     median and marked in a column of their own; text is one-hot encoded; dates become
@@ -127,7 +127,7 @@ def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name
 
 
 def _frequent(texts: pl.Series) -> list[str | None]:
-    """The categories that get a place of their own, missing among them; in order."""
+    """Return the categories that get a place of their own, missing among them; in order."""
     counts = texts.value_counts(name="n").sort("n", texts.name, descending=[True, False])
     found: list[str | None] = counts[texts.name].head(_MAX_CATEGORIES).to_list()
     return sorted(found, key=lambda text: (text is None, text or ""))
@@ -166,5 +166,5 @@ class DateParts(TransformerMixin, BaseEstimator):
 
 
 def model_input(X: pl.DataFrame, by_name: bool) -> Any:
-    """A table as a model takes it: as it is, or as an array whose columns have no names."""
+    """Return a table as a model takes it: as it is, or as an array whose columns have no names."""
     return X if by_name else X.to_numpy().astype(np.float64, copy=False)

@@ -47,11 +47,11 @@ class Schedule:
         return None
 
     def factor(self, clock: Clock, state: Any) -> float:
-        """What to multiply the learning rate by."""
+        """Return what to multiply the learning rate by."""
         return 1.0
 
     def rate(self, initial: float, clock: Clock, state: Any) -> float:
-        """The learning rate of the next step."""
+        """Return the learning rate of the next step."""
         return initial * self.factor(clock, state)
 
     def observe(self, state: Any, loss: float) -> Any:
@@ -98,7 +98,7 @@ class Scheduled:
 
 
 def at(number: float | tuple[float, ...] | Scheduled, clock: Clock) -> Any:
-    """What a number is before a step; of a tuple, each."""
+    """Return what a number is before a step; of a tuple, each."""
     if isinstance(number, Scheduled):
         schedule, value = number.schedule, number.value
         if isinstance(value, tuple):

@@ -75,7 +75,7 @@ class Source(ABC):
         """
 
     def whole(self, batch_size: int) -> Batch | None:
-        """The one batch that every epoch repeats, on the backend; None if they differ."""
+        """Return the one batch that every epoch repeats, on the backend; None if they differ."""
         return None
 
     def targets(self, batch_size: int) -> NDArray[Any]:
@@ -245,7 +245,7 @@ class CheckedSource(Source):
 
 
 def row_count(source: Source) -> int:
-    """The number of rows that a source says.
+    """Return the number of rows that a source says.
 
     Raises
     ------
@@ -259,7 +259,7 @@ def row_count(source: Source) -> int:
 
 
 def checked_part(part: Any, name: str) -> tuple[Batch, NDArray[np.intp] | None]:
-    """A part that somebody's source has given.
+    """Return a part that somebody's source has given.
 
     Raises
     ------
@@ -291,7 +291,7 @@ def _length(x: Any) -> int:
 
 
 def on_backend(x: Any, y: NDArray[Any], weights: Any, backend: Backend, dtype: str) -> Batch:
-    """A batch on a backend, in its data type; integer labels as int32."""
+    """Return a batch on a backend, in its data type; integer labels as int32."""
     labels = "int32" if y.dtype.kind == "i" else dtype
     return Batch(
         backend.asarray(x, dtype),

@@ -118,7 +118,7 @@ class Recipe:
 def objective(
     recipe: Recipe, leaves: Params, batch: Batch, alphas: Sequence[float], numbers: Any
 ) -> tuple[Array, Array, list[Array]]:
-    """The mean loss, the L2 penalty, and the gradient of their sum with respect to the leaves.
+    """Return the mean loss, the L2 penalty, and their sum's gradient with respect to the leaves.
 
     The penalty is Σ α / (2 n) Σ w² over the groups of penalised parameters, with n the number
     of rows or the sum of their weights, as in scikit-learn.
@@ -144,7 +144,7 @@ def objective(
 def sums(
     recipe: Recipe, leaves: Params, batch: Batch, numbers: Any, total: Any = None
 ) -> tuple[Array, list[Array]]:
-    """What rows add to a step: their share of the mean loss, and of its gradient.
+    """Return what rows add to a step: their share of the mean loss, and of its gradient.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def sums(
 
 
 def for_members(batch: Batch, members: int | None, xp: Namespace) -> Batch:
-    """The batch, with targets and weights of each member where they are common to all."""
+    """Return the batch, with targets and weights of each member where they are common to all."""
     if members is None or batch.x.ndim == 3:
         return batch
 
@@ -187,7 +187,7 @@ def for_members(batch: Batch, members: int | None, xp: Namespace) -> Batch:
 
 
 def weight_of(recipe: Recipe, batch: Batch) -> Any:
-    """The number of rows, or the sum of their weights; of rows of the members' own, each."""
+    """Return the number of rows, or the sum of their weights; of rows of the members' own, each."""
     if batch.weights is None:
         return batch.x.shape[-2]
     return total_weight(batch.weights, recipe.xp) if recipe.has_penalty else None
@@ -219,7 +219,7 @@ def penalise(
 def update(
     recipe: Recipe, arrays: Arrays, grads: list[Array], n: Any, hyper: Hyper
 ) -> tuple[Arrays, Any]:
-    """What the sums of all rows do to the parameters; returns the arrays, and the penalty.
+    """Update the parameters by the sums of all rows; return the arrays and the penalty.
 
     Parameters
     ----------

@@ -287,7 +287,7 @@ def report(args: argparse.Namespace, dtype: str, results: Results) -> Iterator[s
             marks.setdefault((name, warning), len(marks) + 1)
 
     def marked(number: float | None, names: Sequence[str], among: Iterable[int]) -> str:
-        """A cell, with the marks of what these contestants warned of at these workloads."""
+        """Return a cell, with the marks of what these contestants warned of at these workloads."""
         if number is None:
             return text(None)
         own = {marks[name, w] for name in names for n in among for w in results.warnings[name][n]}
@@ -450,7 +450,7 @@ def peak_of(function: Any, *arguments: Any) -> int:
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the numbers hold for."""
+    """Return what the numbers hold for."""
     cpu = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
         for line in cpuinfo.read_text().splitlines():

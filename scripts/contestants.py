@@ -47,7 +47,7 @@ class Workload:
         return normal_rows(self.rows, self.sizes[0], self.sizes[-1], dtype)
 
     def slices(self) -> Iterator[slice]:
-        """The rows of each batch, in order."""
+        """Yield the rows of each batch, in order."""
         for start in range(0, self.rows, self.batch):
             yield slice(start, start + self.batch)
 
@@ -117,7 +117,7 @@ def digits(dtype: str) -> tuple[Any, Any]:
 
 
 def normal_rows(rows: int, features: int, classes: int, dtype: str) -> tuple[Any, Any]:
-    """Standard normal inputs, and labels drawn uniformly."""
+    """Draw standard normal inputs, and uniform labels."""
     import numpy as np
 
     rng = np.random.default_rng(0)

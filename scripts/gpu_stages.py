@@ -116,7 +116,7 @@ def run_stage(number: int, emulated: bool, file: Path) -> None:
 
 @contextmanager
 def machine(emulated: bool) -> Iterator[None]:
-    """A GPU; steps are recorded from the first on, which for few of them is not worth it."""
+    """Provide a GPU, and record steps from the first on, however few there are."""
     from portable_mlp.engines.base import RecordedEngine
 
     RecordedEngine.EAGER = 0
@@ -151,7 +151,7 @@ def run_program(command: Sequence[str], seconds: float, **how: Any) -> Any:
 
 
 def output_of(*command: str, seconds: float = 10) -> str:
-    """What a program prints; why it does not."""
+    """Return what a program prints; why it does not."""
     if not shutil.which(command[0]):
         return f"no {command[0]}"
     done = run_program(command, seconds)
@@ -282,7 +282,7 @@ def rows(n: int = 190, d: int = 12, k: int = 3) -> tuple[Any, Any]:
 
 
 def fitted(device: str, **params: Any) -> Any:
-    """An estimator's parameters after a fit, on the host; warnings of fallbacks are errors."""
+    """Fit an estimator, with fallbacks as errors; return its parameters on the host."""
     from sklearn.exceptions import ConvergenceWarning
 
     from portable_mlp import MLPClassifier
@@ -297,7 +297,7 @@ def fitted(device: str, **params: Any) -> Any:
 
 
 def gap(got: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """The largest difference, relative to the largest parameter; NaN if one is not a number."""
+    """Return the largest difference relative to the largest parameter; NaN if one is NaN."""
     import numpy as np
 
     found = [np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in zip(got, wanted, strict=True)]
@@ -390,7 +390,7 @@ def lifetimes(stage: Stage) -> None:
 
 
 def poisoning(cupy: Any, pool: Any) -> Callable[[int], Any]:
-    """An allocator whose memory is overwritten when it is freed."""
+    """Return an allocator whose memory is overwritten when it is freed."""
 
     class Poisoned(cupy.cuda.memory.BaseMemory):  # type: ignore[misc]
         def __init__(self, size: int) -> None:
@@ -410,7 +410,7 @@ def poisoning(cupy: Any, pool: Any) -> Callable[[int], Any]:
 
 @contextmanager
 def watched(**how: Any) -> Iterator[list[Any]]:
-    """The engine's runtimes that are made meanwhile, with what they compiled and captured."""
+    """Collect the engine's runtimes, with what they compile and capture."""
     from portable_mlp.engines.cuda import capture
 
     made: list[Any] = []
@@ -476,7 +476,7 @@ def workloads(stage: Stage) -> dict[int, Any]:
 
 
 def verdict(stage: Stage) -> None:
-    """What runs each workload: graph, kernels or the step itself."""
+    """Check what runs each workload: graph, kernels or the step itself."""
     import cupy
     from contestants import PortableMLP
 
@@ -678,7 +678,7 @@ def against_scikit_learn(stage: Stage) -> None:
 
 
 def gradients(stage: Stage) -> None:
-    """Derivatives computed on the GPU against finite differences, NumPy and JAX."""
+    """Compare derivatives on the GPU with finite differences, NumPy and JAX."""
     import numpy as np
 
     from portable_mlp import check_layer, check_loss, get_backend
@@ -737,7 +737,7 @@ def gradients(stage: Stage) -> None:
 
 
 def one_step(stage: Stage) -> None:
-    """A replayed step of plain descent at rate 1: what it takes away is the gradient."""
+    """Return a replayed step of plain descent at rate 1: what it takes away is the gradient."""
     import numpy as np
 
     from portable_mlp import get_backend, mlp
@@ -796,7 +796,7 @@ _TINY = "import gpu_stages; gpu_stages.tiny_fit()"
 
 
 def tiny_fit() -> None:
-    """A short fit without CuPy's pool, for the sanitizer: it sees each array's own memory."""
+    """Fit shortly without CuPy's pool, so that the sanitizer sees each array's memory."""
     import cupy
 
     from portable_mlp.engines.base import RecordedEngine
@@ -832,7 +832,7 @@ def sanitizer(stage: Stage) -> None:
 
 
 def suite(stage: Stage) -> None:
-    """The tests of everything that computes on a GPU."""
+    """Run the tests of everything that computes on a GPU."""
     from portable_mlp import BackendError, get_backend
 
     chosen = ["cupy"]
@@ -856,7 +856,7 @@ def suite(stage: Stage) -> None:
 
 
 def timing(stage: Stage) -> None:
-    """The benchmark, and what a launch costs host and GPU."""
+    """Run the benchmark, and measure what a launch costs host and GPU."""
     import cupy
     from contestants import PortableMLP
 

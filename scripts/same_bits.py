@@ -39,7 +39,7 @@ N_FITS = 60
 
 
 def cases() -> list[dict[str, Any]]:
-    """What to fit, and by which engine."""
+    """Return what to fit, and by which engine."""
     found = []
     for i in range(N_FITS):
         found.append({
@@ -100,7 +100,7 @@ def fit(case: dict[str, Any]) -> list[bytes]:
 
 
 def fits(tree: Path) -> dict[int, Any]:
-    """The fits of a tree, in a process of its own; texts are reasons why there is none."""
+    """Return the fits of a tree, in a process of its own; texts are reasons why there is none."""
     code = "import sys; sys.path[:0] = sys.argv[1:4]; import same_bits; same_bits.main_of_a_tree()"
     with tempfile.NamedTemporaryFile() as file:
         paths = [str(tree), str(tree / "tests"), str(Path(__file__).parent)]

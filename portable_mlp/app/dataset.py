@@ -62,7 +62,7 @@ class Dataset:
 
 
 def read(settings: Settings) -> Dataset:
-    """The rows that settings name, split in two.
+    """Return the rows that settings name, split in two.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def _check_classes(target: str, y: NDArray[Any]) -> None:
 
 
 def _split(settings: Settings, y: NDArray[Any], classify: bool) -> tuple[Any, Any]:
-    """The rows to train on, and those to test on."""
+    """Return the rows to train on, and those to test on."""
     said = f"--test-fraction {settings.test_fraction} of {len(y)} rows"
     try:
         train, test = train_test_split(

@@ -39,7 +39,7 @@ _LOOK = {
 
 
 def report(run: Run) -> str:
-    """The page, as text."""
+    """Return the page, as text."""
     environment = Environment(
         loader=PackageLoader("portable_mlp.app", "."),
         autoescape=True,
@@ -116,7 +116,7 @@ def learning_curves(run: Run, ax: Any) -> None:
 
 
 def _kept_epoch(run: Run) -> int | None:
-    """The epoch whose weights are the model's, where the best were kept."""
+    """Return the epoch whose weights are the model's, where the best were kept."""
     if not run.model[-1].early_stopping or not run.history:
         return None
     return run.history[int(np.nanargmax([e.validation_score for e in run.history]))].epoch

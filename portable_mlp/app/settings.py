@@ -52,7 +52,7 @@ def _integer(text: str) -> int:
 
 
 def whole(type_: Any, tokens: tuple[Token, ...]) -> int:
-    """The converter of an option that is an integer: cyclopts' own would round."""
+    """Return the converter of an option that is an integer: cyclopts' own would round."""
     return _integer(tokens[0].value)
 
 
@@ -178,7 +178,7 @@ class Settings:
 
 
 def settings_table(settings: Settings) -> dict[str, Any]:
-    """The settings as TOML has them; what is not set is left out."""
+    """Return the settings as TOML has them; what is not set is left out."""
     table: dict[str, Any] = {}
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -192,12 +192,12 @@ def settings_table(settings: Settings) -> dict[str, Any]:
 
 
 def to_toml(settings: Settings) -> str:
-    """A file for ``--config``."""
+    """Return a file for ``--config``."""
     return tomli_w.dumps(settings_table(settings))
 
 
 def to_command(settings: Settings) -> str:
-    """The command line that repeats a run: whatever is not as it is by default."""
+    """Return the command line that repeats a run: whatever is not as it is by default."""
     default = settings_table(Settings())
     words = ["portable-mlp", "train"]
     for name, value in settings_table(settings).items():

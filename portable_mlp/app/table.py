@@ -32,7 +32,7 @@ Numbers, text, booleans, dates and missing values, by way of the palmerpenguins 
 
 
 def load_bundled(name: str) -> tuple[Any, NDArray[Any]]:
-    """A data set of `BUNDLED` as (X, y)."""
+    """Return a data set of `BUNDLED` as (X, y)."""
     import sklearn.datasets
 
     X, y = getattr(sklearn.datasets, f"load_{name}")(return_X_y=True)
@@ -40,7 +40,7 @@ def load_bundled(name: str) -> tuple[Any, NDArray[Any]]:
 
 
 def bundled_table(name: str) -> Any:
-    """A data set of `BUNDLED`, or the mixed columns of `PENGUINS`, the target the last."""
+    """Return a data set of `BUNDLED`, or the mixed columns of `PENGUINS`, the target the last."""
     if name == PENGUINS.stem:
         return read_table([PENGUINS])
     import sklearn.datasets
@@ -105,7 +105,7 @@ def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
 def read_chunks(
     paths: Sequence[Path], kinds: dict[str, str], rows: int | None, known: Sequence[str] = ()
 ) -> Iterator[Any]:
-    """The columns that a model takes, a few rows at a time.
+    """Yield the columns that a model takes, a few rows at a time.
 
     Memory is that of one chunk, except for ``.npz``, which has to be read whole.
 
@@ -185,7 +185,7 @@ def split_target(frame: Any, target: str, source: str) -> tuple[Any, NDArray[Any
 
 
 def find_column(names: Sequence[str], wanted: str, source: str) -> str:
-    """The name of a column that is given by its name or its position."""
+    """Return the name of a column that is given by its name or its position."""
     if wanted in names:
         return wanted
     if re.fullmatch(r"-?\d+", wanted):
@@ -368,7 +368,7 @@ def _with_dates(path: Path, frame: Any) -> Any:
 
 
 def _first_line(path: Path) -> tuple[list[str], str]:
-    """The fields of the first line, and what separates them."""
+    """Return the fields of the first line, and what separates them."""
     with open(path, "rb") as file:
         lines = _text_lines(path, file)
         line = next(lines, "")
@@ -404,7 +404,7 @@ def _has_header(first: list[str], target: str | None, names: list[str] | None) -
 def _checked_blocks(
     path: Path, separator: str, width: int, header: bool, rows: int
 ) -> Iterator[tuple[bytes, int]]:
-    """The text, ``rows`` rows at a time, once each row has as many fields as the first.
+    """Yield the text, ``rows`` rows at a time, once each row has as many fields as the first.
 
     Each block comes with the number of its rows.  Empty lines at the end are left out.
     Polars fills a short row with missing values, and does not say where a long one is.

@@ -113,7 +113,7 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
 
 
 def _changed(settings: Settings, names: Sequence[str]) -> Iterator[str]:
-    """The options among names that differ from their default."""
+    """Yield the options among names that differ from their default."""
     default = Settings()
     for name in names:
         if getattr(settings, name) != getattr(default, name):
@@ -146,7 +146,7 @@ def _fit(
     resume: bool,
     say: Callable[[str], None],
 ) -> tuple[Any, list[Epoch], bool]:
-    """The model, its history, and whether it was interrupted."""
+    """Return the model, its history, and whether it was interrupted."""
     y, scaler = data.y, None
     if scales_target(settings, data):
         scaler = StandardScaler()

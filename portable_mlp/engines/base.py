@@ -76,7 +76,7 @@ class Task(NamedTuple):
         return n
 
     def batches(self) -> Iterator[slice]:
-        """The rows of each batch to come, as places in the order."""
+        """Yield the rows of each batch to come, as places in the order."""
         n = self.n_rows
         if n <= self.batch_size:
             yield from repeat(slice(0, n), len(self.hypers) - self.first)
@@ -166,20 +166,20 @@ class Engine:
         return second_half(self.recipe, arrays, vector, hyper, self._weight(batch, total))
 
     def _weight(self, batch: Batch, total: float | None) -> float | None:
-        """The rows' weight that the second half divides by; None if it is in the vector."""
+        """Return the rows' weight that the second half divides by; None if it is in the vector."""
         if total is not None or batch.weights is not None:
             return total
         return float(batch.x.shape[-2])
 
     def _length(self, arrays: Arrays, batch: Batch, total: float | None) -> int:
-        """The length of the vector between the two halves."""
+        """Return the length of the vector between the two halves."""
         length: int = sum(prod(leaf.shape) for leaf in arrays.leaves) + self.recipe.n_losses
         if batch.weights is not None and total is None:
             length += prod(batch.weights.shape[:-1])
         return length
 
     def _numbers(self, hyper: Hyper, arrays: Arrays) -> Hyper:
-        """The numbers as the step takes them: those of members as arrays."""
+        """Return the numbers as the step takes them: those of members as arrays."""
         if self.recipe.network.members is None:
             return hyper
         kind = str(arrays.leaves[0].dtype).rpartition(".")[2]
@@ -248,7 +248,7 @@ class RecordedEngine(Engine):
         return arrays, values + more
 
     def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
-        """What ``run`` does, in place; appends to ``values``.
+        """Do what ``run`` does, in place, and append to ``values``.
 
         Raises
         ------
@@ -292,7 +292,7 @@ WHOLE, FIRST, SECOND = "whole", "first", "second"
 
 
 def recorded(recipe: Recipe, arguments: Tree, part: str = WHOLE) -> tuple[Program, Roles]:
-    """What a step does with such arguments, and the roles of these.
+    """Return what a step does with such arguments, and the roles of these.
 
     Parameters
     ----------

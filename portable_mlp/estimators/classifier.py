@@ -320,7 +320,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         return xp.concat([sigmoid(-z, xp), sigmoid(z, xp)], axis=1)
 
     def predict(self, X: Any) -> Array:
-        """The most probable class of each row.
+        """Return the most probable class of each row.
 
         Parameters
         ----------

@@ -36,7 +36,7 @@ LossFunction = Callable[[Array, Array, Any], tuple[Array, Array]]
 
 
 def chosen_loss(loss: Any, named: dict[str, Loss], like: Loss) -> Loss:
-    """A loss from its name, itself, or a function (see `losses.CallableLoss`)."""
+    """Return a loss from its name, itself, or a function (see `losses.CallableLoss`)."""
     if callable(loss) and not isinstance(loss, Loss | type):
         return CallableLoss(loss, like)
     chosen: Loss = lookup("loss", loss, named, Loss)
@@ -112,7 +112,7 @@ class Construction(Fitted, BaseEstimator):
                 )
 
     def _make(self, kind: type) -> Any:
-        """An object whose fields are set by the parameters of the same names."""
+        """Return an object whose fields are set by the parameters of the same names."""
         ahead = bool(self.momentum) and self.nesterovs_momentum
         given = {**vars(self), "nesterov": ahead, "power": self.power_t}
         names = (field.name for field in fields(kind))
@@ -164,7 +164,7 @@ class Construction(Fitted, BaseEstimator):
         return hidden
 
     def _network(self, n_in: int, n_out: int) -> Network:
-        """The network that the parameters ask for.
+        """Return the network that the parameters ask for.
 
         Raises
         ------

@@ -105,7 +105,7 @@ class Fitted:
         return self.params_[0]
 
     def _params_for(self, network: Network) -> list[Array]:
-        """The fitted parameters, if a network has such ones.
+        """Return the fitted parameters, if a network has such ones.
 
         Raises
         ------

@@ -483,7 +483,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         return validate
 
     def _view(self, fitted: dict[str, Any]) -> Self:
-        """A copy with other fitted attributes."""
+        """Return a copy with other fitted attributes."""
         view = copy.copy(self)
         for name, value in fitted.items():
             setattr(view, name, value)

@@ -41,7 +41,7 @@ class Selection:
         self.n_rows = x.shape[0] if indices is None else len(indices)
 
     def rows(self, start: int, end: int) -> Any:
-        """A range of them where x is, sparse if x is."""
+        """Return a range of them where x is, sparse if x is."""
         span = slice(start, min(end, self.n_rows))
         if self._home is None:
             return self._x[span if self._indices is None else self._indices[span]]
@@ -51,7 +51,7 @@ class Selection:
             return self._home.xp.take(self._x, self._indices[span], axis=0)
 
     def dense(self, start: int, end: int, backend: Backend, dtype: str) -> Array:
-        """A range of them on a backend."""
+        """Return a range of them on a backend."""
         found = self.rows(start, end)
         return move(found.toarray() if issparse(found) else found, backend, dtype)
 
@@ -65,7 +65,7 @@ def logits(
     chunk: int,
     loss: Loss | None = None,
 ) -> Array:
-    """What the network gives for all rows, computed so many at a time.
+    """Return what the network gives for all rows, computed so many at a time.
 
     Of an ensemble, that is what its members give together by a ``loss``, or each, (members, n,
     k), without one.
@@ -88,7 +88,7 @@ class Inference(Construction):
     _results_on_host = False
 
     def hidden_activations(self, X: Any, layer: int = -1) -> Array:
-        """What a hidden layer makes of X: learned features for another model.
+        """Return what a hidden layer makes of X: learned features for another model.
 
         Parameters
         ----------

@@ -44,7 +44,7 @@ class Preparation(Inference):
     def _look_into(
         self, source: Source, y: Any, sample_weight: Any, X_val: Any
     ) -> tuple[Any, NDArray[Any]]:
-        """The first rows of a source, which tell what kind they are."""
+        """Return the first rows of a source, which tell what kind they are."""
         if y is not None or sample_weight is not None:
             raise ValueError("a source brings y and the weights itself: do not pass them")
         if self.solver == "lbfgs":

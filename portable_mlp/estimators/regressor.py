@@ -109,7 +109,7 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         self._store(locals())
 
     def _learn_target(self, y: NDArray[Any], again: bool, incremental: bool) -> tuple[Loss, int]:
-        """The loss, and the number of logits."""
+        """Return the loss, and the number of logits."""
         named = {name: loss for name, loss in LOSSES.items() if not loss.for_labels}
         loss = chosen_loss(self.loss, named, SquaredError())
         if loss.for_labels:

@@ -31,7 +31,7 @@ except ImportError:  # before scikit-learn 1.9
         """Without scikit-learn's callbacks, nothing."""
 
     def with_callbacks(method: Any) -> Any:
-        """The method as it is."""
+        """Return the method as it is."""
         return method
 
 
@@ -126,7 +126,7 @@ class PeerInternals:
 
     @staticmethod
     def _learning_rate(model: Any) -> SimpleNamespace:
-        """What the next step would take."""
+        """Return what the next step would take."""
         state = model._state
         clock = Clock(state.steps, state.steps + 1, state.epochs, state.rows)
         schedule = model._make_schedule()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place when the block ends.
+    """Give a path beside ``path`` to write to, which takes its place when the block ends.
 
     What was written is forced to the disk before it does.  If the block raises, or the
     process ends, what was there before is what remains.

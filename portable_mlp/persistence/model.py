@@ -148,7 +148,7 @@ def load(path: str | Path) -> Any:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What a model file says of its model; the file is verified, nothing is built.
+    """Return what a model file says of its model; the file is verified, nothing is built.
 
     Parameters
     ----------
@@ -346,7 +346,7 @@ def _build_state(model: Any, contents: Contents) -> State:
 
 
 def _encode_labels(name: str, values: NDArray[Any]) -> tuple[str, NDArray[Any]]:
-    """A kind and an array of numbers: texts as their characters' numbers, (n, length)."""
+    """Return a kind and an array of numbers: texts as their characters' numbers, (n, length)."""
     kind = values.dtype.kind
     if kind in "iuf":
         return "numbers", values

@@ -156,7 +156,7 @@ class Contents:
         return self._entries[name]
 
     def array(self, name: str) -> NDArray[Any]:
-        """An array of its own memory."""
+        """Return an array of its own memory."""
         entry = self._asked_for(name)
         self._file.seek(entry.start)
         found = np.fromfile(self._file, entry.dtype, prod(entry.shape))
@@ -168,7 +168,7 @@ class Contents:
         return [self.array(f"{prefix}.{i}") for i in range(count)]
 
     def section(self, name: str) -> Section:
-        """An array's bytes as a file."""
+        """Return an array's bytes as a file."""
         entry = self._asked_for(name)
         return Section(self._file, entry.start, entry.size)
 
@@ -242,7 +242,7 @@ def _verify(file: BufferedReader, head: bytes, raw: bytes) -> None:
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """An object of a bounded number of values, without a name twice."""
+    """Return an object of a bounded number of values, without a name twice."""
     check_json(raw)
     found = json.loads(raw, object_pairs_hook=_without_duplicates)
     if not isinstance(found, dict):

@@ -47,7 +47,7 @@ OPSET = 18  # the first whose reductions all take their axes as an input
 
 
 def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = None) -> Any:
-    """A fitted model, or a pipeline that ends in one, as ONNX.
+    """Return a fitted model, or a pipeline that ends in one, as ONNX.
 
     The graph takes rows ``X`` (n, n_features) in float32 and gives ``label`` and
     ``probabilities``, or for a regressor ``variable`` (n, n_outputs).  Labels are
@@ -131,7 +131,7 @@ def _labels(model: Any) -> NDArray[Any]:
 
 
 def _outputs(model: Any) -> list[tuple[np.dtype[Any], list[int]]]:
-    """Data type and shape of a row of each output."""
+    """Return the data type and the shape of a row of each output."""
     if isinstance(model, MLPRegressor):
         return [(np.dtype(np.float32), [model.n_outputs_])]
     n = len(model.classes_)
@@ -179,7 +179,7 @@ def _graph(model: Any) -> _Graph:
 
 
 def _shapes(program: Program, other: Program) -> dict[int, tuple[int | None, ...]]:
-    """The shapes of all nodes, None for what depends on the number of rows."""
+    """Return the shapes of all nodes, None for what depends on the number of rows."""
     pairs = zip((*program.inputs, *program.nodes), (*other.inputs, *other.nodes), strict=True)
     return {
         id(x): tuple(n if n == m else None for n, m in zip(x.shape, y.shape, strict=True))
@@ -188,7 +188,7 @@ def _shapes(program: Program, other: Program) -> dict[int, tuple[int | None, ...
 
 
 def _form(program: Program) -> list[Any]:
-    """What a program does, whatever the shapes."""
+    """Return what a program does, whatever the shapes."""
     places = {id(node): i for i, node in enumerate((*program.inputs, *program.nodes))}
     return [
         (node.op, [places.get(id(o), repr(o)) for o in node.operands], node.attrs)
@@ -239,13 +239,13 @@ class _GraphWriter:
         self.names |= {id(i): self.constant(p) for i, p in zip(own, params, strict=True)}
 
     def constant(self, value: Any) -> str:
-        """The name of an array that the graph holds."""
+        """Return the name of an array that the graph holds."""
         name = f"c{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def node(self, op: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        """The name of what an operator makes of its inputs."""
+        """Return the name of what an operator makes of its inputs."""
         name = name or f"t{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
         return name

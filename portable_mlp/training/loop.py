@@ -142,7 +142,7 @@ class Trainer:
         return tuple(self.alpha * factor for factor in self.groups.penalties)
 
     def hyper(self, clock: Clock, memory: Any, keys: Sequence[int] = ()) -> tuple[Hyper, float]:
-        """The numbers of the next step, and the learning rate.
+        """Return the numbers of the next step, and the learning rate.
 
         Parameters
         ----------
@@ -198,7 +198,7 @@ class Trainer:
         )
 
     def start(self, params: Params) -> State:
-        """The state before the first step; the parameters, from anywhere, are copied."""
+        """Return the state before the first step; the parameters, from anywhere, are copied."""
         with self.backend.scope(self.dtype):
             how = (self.optimizer, self.schedule, self.recipe.layout)
             origin = (*how, repr(self.backend), self.dtype)
@@ -339,7 +339,7 @@ class Trainer:
         return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
 
     def reported(self, value: Any, penalty: float = 0.0) -> float:
-        """The loss that the interface reports, of one that was minimised and its penalty.
+        """Return the loss that the interface reports, of one that was minimised and its penalty.
 
         Of several members, with a loss each and their common penalty, it is the mean.
         """
@@ -349,7 +349,7 @@ class Trainer:
         return self.loss_scale * mean + penalty / self.network.members
 
     def divergence(self, epoch: int, loss: float) -> str:
-        """What to say of values that are not finite."""
+        """Return what to say of values that are not finite."""
         return (
             "Solver produced non-finite parameter weights. The input data may contain"
             " large values and need to be preprocessed."
@@ -427,7 +427,7 @@ class _Loop:
         return max(1, int(min(until_stalled, self.max_epochs - state.done, EPOCHS_AT_ONCE)))
 
     def plan(self, ahead: int, keys: list[tuple[int, ...]]) -> tuple[list[Hyper], float]:
-        """An epoch's changing numbers, a step each, and its last learning rate.
+        """Return an epoch's changing numbers, a step each, and its last learning rate.
 
         Parameters
         ----------
@@ -458,7 +458,7 @@ class _Loop:
         return list(map(tuple, self.rng.randint(2**31, size=(self.n_steps, n_random)).tolist()))
 
     def epoch(self, hypers: list[Hyper]) -> float | None:
-        """The batches not done yet; the mean loss over all rows, None if interrupted."""
+        """Run the remaining batches; return the mean loss over all rows, None if interrupted."""
         trainer, state, source = self.trainer, self.state, self.source
         size, pauses = trainer.batch_size, self.pauses
         steps, seen, loss = state.begun
@@ -496,7 +496,7 @@ class _Loop:
         return [n * self.trainer.reported(*pair) / n for pair in values]
 
     def end_epoch(self, loss: float, rate: float) -> StopReason | None:
-        """What follows an epoch's last step; why to stop, if so."""
+        """Finish an epoch: validate, call back, note the progress; return why to stop, if so."""
         trainer, state = self.trainer, self.state
         early = state.watched == "score"
         state.epochs += 1

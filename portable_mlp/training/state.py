@@ -93,7 +93,7 @@ class State:
         return replace(self, steps=self.steps + steps, rows=self.rows + rows, begun=NOT_BEGUN)
 
     def without_final_leaves(self) -> State:
-        """What is to be kept beside `final_leaves`: of the arrays, those that differ from them."""
+        """Return the state to keep beside `final_leaves`, without the arrays that are in these."""
         last = [] if self.best_leaves is None else self.arrays.leaves
         return replace(self, arrays=self.arrays._replace(leaves=last), best_leaves=None)
 

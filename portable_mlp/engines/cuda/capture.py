@@ -214,7 +214,7 @@ class CaptureEngine(RecordedEngine):
         self._now = now
 
     def _tables(self, task: Task) -> list[NDArray[np.float64]]:
-        """The numbers of each step, for each of its programs."""
+        """Return the numbers of each step, for each of its programs."""
         if self.reduce is None:
             return [table(task.hypers)]
         sizes = [rows.stop - rows.start for rows in task._replace(first=0).batches()]
@@ -280,7 +280,7 @@ class CaptureEngine(RecordedEngine):
         return _Program(works, partial(self.reduce, vector))
 
     def _gather(self, buffers: list[Array], size: int, batch_size: int) -> Callable[[], None]:
-        """The launch that brings a batch's rows into buffers."""
+        """Return the launch that brings a batch's rows into buffers."""
         now, cuda = self._now, self._cuda
         assert cuda is not None
         source, kernel = gather_kernel(list(specify(buffers)), size, batch_size)
@@ -290,7 +290,7 @@ class CaptureEngine(RecordedEngine):
     def _calls(
         self, part: str, arguments: Any, given: list[Array], numbers: Array
     ) -> list[Callable[[], None]]:
-        """The launches of a program, on its arguments' arrays and memory of its own."""
+        """Return the launches of a program, on its arguments' arrays and memory of its own."""
         backend, cuda, now = self.backend, self._cuda, self._now
         assert cuda is not None
         kernels = _kernels(self.recipe, Tree(specify(arguments)), part)
@@ -430,7 +430,7 @@ def _warn_of_kernels(reason: Exception) -> None:
 
 
 def _row_by_row(a: Array, xp: Any) -> Array:
-    """The array, laid out row by row; itself, if it is."""
+    """Return the array, laid out row by row; itself, if it is."""
     return xp.reshape(xp.reshape(a, (-1,)), a.shape)
 
 

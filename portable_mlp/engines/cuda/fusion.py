@@ -203,7 +203,7 @@ class Fusion:
             raise Unrecordable(f"there is no CUDA kernel of {x.op}")
 
     def _rows(self, x: Node) -> int:
-        """The number of rows, if each is a thread's; 0 if each element is."""
+        """Return the number of rows, if each is a thread's; 0 if each element is."""
         rows = self._rows_of(x.shape)
         # A thread with a row of results would add up a row for each of them
         several = x.op in REDUCTIONS and any(n not in (1, rows) for n in x.shape)
@@ -218,7 +218,7 @@ class Fusion:
         return next((n for n, k in (shape, shape[::-1]) if (n, k) in self.few), 0)
 
     def _own(self, x: Node, rows: int) -> Access:
-        """The element of x that a thread computes: of a row, the j-th."""
+        """Return the element of x that a thread computes: of a row, the j-th."""
         if not rows:
             return Access("i")
         indices = ["i" if n == rows else "0" if n == 1 else "j" for n in x.shape]
@@ -236,7 +236,7 @@ class Fusion:
     # ------------------------------------------------------------ what is read
 
     def _reads(self, x: Node, access: Access) -> Iterator[tuple[Node, Access]]:
-        """The arrays, and their elements, that an element of x is computed from."""
+        """Yield the arrays, and their elements, that an element of x is computed from."""
         for operand, where in self._operands(x, access):
             if isinstance(operand, Node) and not operand.is_number:
                 yield from self._bases(operand, where)
@@ -251,7 +251,7 @@ class Fusion:
             yield from self._reads(x, access)
 
     def _operands(self, x: Node, access: Access) -> Iterator[tuple[Any, Access]]:
-        """The operands, and which element of each."""
+        """Yield the operands, and which element of each."""
         if x.op in REDUCTIONS:
             (operand,) = x.operands
             axes, keepdims = x.attrs
@@ -273,7 +273,7 @@ class Fusion:
                 yield operand, access
 
     def _variable(self, x: Node, axis: int) -> str:
-        """What runs along an axis that is summed over."""
+        """Return what runs along an axis that is summed over."""
         return "j" if self._rows(x) and x.shape[axis] != self._rows(x) else f"r{axis}"
 
     def _where(self, launch: Launch) -> Iterator[tuple[Node, Access]]:
@@ -416,7 +416,7 @@ def inline(x: Node) -> bool:
 
 
 def _length(x: Node) -> int:
-    """The number of elements that a result is made of."""
+    """Return the number of elements that a result is made of."""
     n: int = x.operands[0].size
     return n
 

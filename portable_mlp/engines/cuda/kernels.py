@@ -70,7 +70,7 @@ def compile_program(program: Program, n_donated: int) -> Kernels:
 
 
 def gather_kernel(batch: Sequence[Spec], n_rows: int, batch_size: int) -> tuple[str, Kernel]:
-    """The kernel that takes a step's rows from where the data is.
+    """Return the kernel that takes a step's rows from where the data is.
 
     Its arguments are the row numbers of an epoch (int32), and in turn where an array's rows
     are taken from, and to.
@@ -166,7 +166,7 @@ class _KernelWriter(Fusion):
             self.written.append(Product(*parts))
 
     def _matrices(self, x: Node, stack: Shape, *, row: bool) -> View:
-        """An operand as a matrix, or as a stack of as many as the product has.
+        """Return an operand as a matrix, or as a stack of as many as the product has.
 
         Parameters
         ----------
@@ -290,7 +290,7 @@ class _KernelWriter(Fusion):
         )  # fmt: skip
 
     def _compute(self, x: Node, launch: Launch, i: int, used: dict[str, View]) -> list[str]:
-        """The lines that compute a node, in a variable of its own."""
+        """Return the lines that compute a node, in a variable of its own."""
         kind, own = TYPES[str(x.dtype)], self._own(x, launch.rows)
         name = f"v{self.number[x]}"
         loop = self._loop(x, launch.rows)
@@ -311,7 +311,7 @@ class _KernelWriter(Fusion):
         return [f"{kind} {name} = ({kind})({start});", line]
 
     def _loop(self, x: Node, rows: int) -> int:
-        """The number of elements of x that a thread computes, if not one."""
+        """Return the number of elements of x that a thread computes, if not one."""
         return next((n for n in x.shape if rows and n not in (1, rows)), 0)
 
     def _store(self, x: Node, launch: Launch, used: dict[str, View]) -> str:
@@ -349,7 +349,7 @@ class _KernelWriter(Fusion):
         return text.format(*operands)
 
     def _read(self, x: Any, dtype: Any, access: Access, used: dict[str, View], i: int) -> str:
-        """An operand's element; ``i`` is the launch that reads it."""
+        """Return an operand's element; ``i`` is the launch that reads it."""
         if not isinstance(x, Node) or x.is_number:
             # A number takes the type of what it meets; alone, it is in double precision
             return f"({TYPES.get(str(dtype), 'double')})({self._number(x, access)})"
@@ -370,7 +370,7 @@ class _KernelWriter(Fusion):
         return f"{pointer}[{access.flat}]"
 
     def _number(self, x: Any, access: Access) -> str:
-        """A number, known or from the table, in double precision; of one with axes, an element."""
+        """Return a number of the step in double precision; of one with axes, an element."""
         if isinstance(x, Node):
             if x in self.numbers:
                 column = self.numbers[x]

@@ -30,7 +30,7 @@ def _term(text: str) -> str:
 
 
 def linear(shape: Shape, indices: Sequence[str]) -> Access:
-    """The element at these indices."""
+    """Return the element at these indices."""
     terms = [
         index if stride == 1 else f"{_term(index)} * {stride}"
         for index, stride, n in zip(indices, row_strides(shape), shape, strict=True)
@@ -40,7 +40,7 @@ def linear(shape: Shape, indices: Sequence[str]) -> Access:
 
 
 def indices_of(shape: Shape, access: Access) -> tuple[str, ...]:
-    """The indices of an element of an array of this shape."""
+    """Return the indices of an element of an array of this shape."""
     if access.indices is not None and len(access.indices) == len(shape):
         return access.indices
     found = []
@@ -54,7 +54,7 @@ def indices_of(shape: Shape, access: Access) -> tuple[str, ...]:
 
 
 def broadcast(operand: Node, shape: Shape, access: Access) -> Access:
-    """The operand's element that goes with an element of the result."""
+    """Return the operand's element that goes with an element of the result."""
     if operand.shape == shape:
         return access
     indices = indices_of(shape, access)[len(shape) - operand.ndim :]
@@ -65,7 +65,7 @@ def broadcast(operand: Node, shape: Shape, access: Access) -> Access:
 
 
 def through(x: Node, access: Access) -> Access:
-    """The element of what a view looks at."""
+    """Return the element of what a view looks at."""
     (operand,) = x.operands
     if x.op == "reshape":
         kept = [i for n, i in zip(x.shape, access.indices or (), strict=False) if n > 1]
@@ -109,5 +109,5 @@ def keys(x: Node, next_new: Any) -> Iterator[Any]:
 
 
 def long_axes(shape: Shape) -> Shape:
-    """A shape without the axes of length one."""
+    """Return a shape without the axes of length one."""
     return tuple(n for n in shape if n > 1)

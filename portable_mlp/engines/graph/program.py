@@ -138,7 +138,7 @@ class Program:
 
 
 def parts_at_home(calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
-    """What can be written straight into the vector it is joined in, and its offset there.
+    """Return what can be written straight into the vector it is joined in, and its offset there.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ def flatten(tree: Any) -> Iterator[Any]:
 
 
 def unflatten(tree: Any, values: Iterator[Any]) -> Any:
-    """A tree of the same form, of other values."""
+    """Return a tree of the same form, of other values."""
     if isinstance(tree, tuple | list) and not isinstance(tree, Spec):
         branches = [unflatten(branch, values) for branch in tree]
         return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
@@ -186,7 +186,7 @@ def unflatten(tree: Any, values: Iterator[Any]) -> Any:
 
 
 def specify(tree: Any) -> Any:
-    """The tree of `Spec` of a tree of arrays and numbers."""
+    """Return the tree of `Spec` of a tree of arrays and numbers."""
     specs = [
         Spec(tuple(x.shape), _dtype(x.dtype)) if hasattr(x, "shape") else Spec((), type(x))
         for x in flatten(tree)

@@ -39,7 +39,7 @@ Operator = Callable[["Traced", Any], "Traced"]
 
 
 def _operators(function: str) -> tuple[Operator, Operator]:
-    """An operator's methods, for a stand-in on its left and on its right."""
+    """Return an operator's methods, for a stand-in on its left and on its right."""
 
     def left(self: Traced, other: Any) -> Traced:
         return self.recorder.elementwise(function, self, other)
@@ -179,7 +179,7 @@ class Recorder:
         dtype: Any,
         contiguous: bool = True,
     ) -> Traced:
-        """The one node of this operation on these operands."""
+        """Return the one node of this operation on these operands."""
         # 1, 1.0 and True are equal, 0.0 and -0.0 too, but not the same operand
         names = tuple(
             id(o) if isinstance(o, Traced) else (type(o).__name__, repr(o)) for o in operands
@@ -195,7 +195,7 @@ class Recorder:
         return list(self._nodes.values())
 
     def input(self, number: int, shape: Shape, dtype: Any) -> Traced:
-        """An argument of the program."""
+        """Return an argument of the program."""
         return self.node("input", (), (number,), shape, dtype)
 
     def _operand(self, x: Any) -> Any:
@@ -395,12 +395,12 @@ class Recorder:
 
 
 def _common_shape(operands: Sequence[Any]) -> Shape:
-    """What operands are broadcast to."""
+    """Return what operands are broadcast to."""
     return np.broadcast_shapes(*(x.shape for x in operands if isinstance(x, Traced)))
 
 
 def _kind(x: Any) -> Any:
-    """What an operand is for type promotion."""
+    """Return what an operand is for type promotion."""
     if isinstance(x, Traced):
         return x.dtype
     return np.dtype(bool) if isinstance(x, bool) else type(x)

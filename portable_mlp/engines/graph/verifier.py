@@ -68,7 +68,7 @@ def verify(program: Program, n_donated: int = 0, n_resident: int = 0) -> None:
 
 
 def name(node: Node) -> str:
-    """What messages call a node."""
+    """Return what messages call a node."""
     return f"{node.op} {node.shape} {node.dtype}"
 
 
@@ -94,7 +94,7 @@ def _check_node(node: Node) -> None:
 
 
 def _stand_in(x: Any) -> Any:
-    """An array of an operand's shape and data type, which costs no memory; or the number."""
+    """Return an array of an operand's shape and data type, which costs no memory; or the number."""
     if not isinstance(x, Node):
         return x
     if x.is_number:
@@ -107,7 +107,7 @@ def _stand_in(x: Any) -> Any:
 
 
 def _expected(node: Node) -> np.ndarray[Any, Any]:
-    """What NumPy makes of the operands; of reductions and products without computing them."""
+    """Return what NumPy makes of the operands, without computing reductions and products."""
     operands = [_stand_in(o) for o in node.operands]
     op, attrs = node.op, node.attrs
     if op == "matmul":

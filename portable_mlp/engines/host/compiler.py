@@ -44,7 +44,7 @@ class CompilerError(RuntimeError):
 
 
 def find() -> list[str]:
-    """The compiler's command: the environment's ``CC``, else ``cc`` or ``gcc``; or nothing.
+    """Return the compiler's command: the environment's ``CC``, else ``cc`` or ``gcc``; or nothing.
 
     On macOS ``CC`` alone.
     """

@@ -44,7 +44,7 @@ class NumPyDialect:
         return np.empty((n, *x.shape[1:]), x.dtype)
 
     def globals(self) -> dict[str, Any]:
-        """What a program's source refers to."""
+        """Return what a program's source refers to."""
         return {"np": np, "empty": self.empty, "work": self.work}
 
     def empty(self, n_bytes: int) -> Array:

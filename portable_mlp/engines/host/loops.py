@@ -89,13 +89,13 @@ def _plain(access: Access) -> bool:
 
 
 def _reads(x: Node, own: Access) -> Iterator[tuple[Node, Access]]:
-    """What has axes, and its elements, that an element of x is computed from."""
+    """Yield what has axes, and its elements, that an element of x is computed from."""
     for operand in x.with_axes:
         yield seen(operand, broadcast(operand, x.shape, own))
 
 
 def seen(x: Node, access: Access) -> tuple[Node, Access]:
-    """What a view's element is of the array that it looks at."""
+    """Return what a view's element is of the array that it looks at."""
     while x.op in VIEWS:
         access = through(x, access)
         (x,) = x.operands
@@ -167,14 +167,14 @@ class LoopWriter:
         return self._arrays.setdefault(key, (len(self._arrays), name))[0]
 
     def _pointer(self, root: Node) -> str:
-        """A parameter that points to an array."""
+        """Return a parameter that points to an array."""
         at = self._at(self.place.get(root, root), self.name(root))
         # Memory that two point to is only read
         self._parameters[f"{TYPES[str(root.dtype)]} *restrict m{at}"] = f"memory[{at}]"
         return f"m{at}"
 
     def _value(self, x: Node, dtype: Any, access: Access) -> str:
-        """A parameter that is a number, or an element of one with axes."""
+        """Return a parameter that is a number, or an element of one with axes."""
         name, kind = self.number(x, dtype), TYPES[str(dtype)]
         at = self._at(name, name)
         if x.shape:
@@ -211,7 +211,7 @@ class LoopWriter:
         ]
 
     def _parts(self, segment: list[Node]) -> list[list[Node]]:
-        """The operations up to each result that is stored, where none needs others' registers.
+        """Return the operations up to each stored result that needs no other's registers.
 
         Short loops over few arrays wait less for memory than one over many: what is computed
         does not keep the processor from looking ahead.
@@ -228,7 +228,7 @@ class LoopWriter:
         return parts
 
     def _statements(self, nodes: list[Node], own: Access, here: dict[Node, str]) -> list[str]:
-        """What is done at one element; ``here`` names what is known of it, and gets more."""
+        """Return what is done at one element; ``here`` names what is known of it, and gets more."""
         lines = []
         for x in nodes:
             kind, name = TYPES[str(x.dtype)], f"v{len(here)}"
@@ -246,7 +246,7 @@ class LoopWriter:
     def _read(
         self, x: Any, dtype: Any, shape: tuple[int, ...], own: Access, here: dict[Node, str]
     ) -> str:
-        """An operand's element, in the type in which it is taken."""
+        """Return an operand's element, in the type in which it is taken."""
         if not isinstance(x, Node):
             return _literal(x, dtype)
         if x.is_number:
@@ -260,7 +260,7 @@ class LoopWriter:
         return f"({text} ? ({kind})1 : ({kind})0)" if root.dtype == bool else f"({kind}){text}"
 
     def _sum(self, x: Node) -> list[str]:
-        """A sum, or another reduction, over rows: the first, and one row after the other."""
+        """Return a sum, or another reduction, over rows: the first, and one row after the other."""
         (operand,) = x.operands
         rows, n = operand.shape
         root, access = seen(operand, Access("i"))
@@ -282,7 +282,7 @@ class LoopWriter:
 
 
 def _literal(x: Any, dtype: Any) -> str:
-    """A number, rounded to a data type as NumPy does."""
+    """Return a number, rounded to a data type as NumPy does."""
     value, kind = np.asarray(x).astype(dtype)[()], TYPES[str(dtype)]
     if value.dtype.kind != "f":
         return f"({kind}){int(value)}{'u' * (value.dtype.kind == 'u')}"

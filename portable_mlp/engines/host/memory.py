@@ -71,7 +71,7 @@ class Plan:
         self._assign()
 
     def _fixed(self) -> set[Node]:
-        """What depends on no input: computed once."""
+        """Return what depends on no input: computed once."""
         fixed: set[Node] = set()
         for x in self.program.nodes:
             if all(o in fixed for o in x.operands if isinstance(o, Node)):
@@ -173,7 +173,7 @@ class Plan:
             ]
 
     def _replaced(self, x: Node, until: dict[int, int], now: int) -> int | None:
-        """The donated memory that x replaces, if nobody reads what is there from now on.
+        """Return the donated memory that x replaces, if nobody reads what is there from now on.
 
         What is there may be another result, which was written over the donated array.
         """
@@ -183,7 +183,7 @@ class Plan:
         return None
 
     def _place_scratch(self, x: Node, left: dict[Node, int], spare: list[int], rows: int) -> None:
-        """A result that only its own segment reads: a block of it is enough."""
+        """Return a result that only its own segment reads: a block of it is enough."""
         # An operand's memory serves if each element is read before it is written over
         alike = all(o.dtype.itemsize == x.dtype.itemsize for o in x.arrays)
         over_operands = alike and x.op != "where"
@@ -214,7 +214,7 @@ class Plan:
     def _overwritten(
         self, x: Node, segment: list[Node], until: dict[int, int], now: int
     ) -> int | None:
-        """A memory that nobody reads any more where x is written, if there is one.
+        """Return a memory that nobody reads any more where x is written, if there is one.
 
         That of an operand, where each element is read before it is written; or that of
         the donated array which x replaces.

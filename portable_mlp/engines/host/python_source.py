@@ -79,7 +79,7 @@ class Replay:
 
 
 def _loops(library: ctypes.PyDLL, number: int, *arrays: Array) -> Callable[[], None]:
-    """A compiled function as a call; it points at the arrays, which are kept with it."""
+    """Return a compiled function as a call; it points at the arrays, which are kept with it."""
     memory = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
     function = library[f"run{number}"]
     function.argtypes, function.restype = [ctypes.c_void_p], None
@@ -120,7 +120,7 @@ def lower(
 
 
 def with_numeric_masks(program: Program) -> Program:
-    """The program with comparisons made in the type to which they are only converted."""
+    """Return the program with comparisons made in the type to which they are only converted."""
     readers = Counter(o for x in program.nodes for o in x.arrays)
     readers.update(y for y in program.outputs if isinstance(y, Node))
     new: dict[Any, Any] = {}
@@ -209,14 +209,14 @@ class _SourceWriter:
         return self._set(key, f"{prefix}{len(self.names)}")
 
     def _local(self, path: str) -> str:
-        """A local name for a library's function."""
+        """Return a local name for a library's function."""
         if path not in self.names:
             self._set(path, path.split(".", 1)[1].replace(".", "_") + "_")
             self.bound.append(f"{self.names[path]} = {path}")
         return self.names[path]
 
     def _number(self, x: Any) -> str:
-        """A number, known or changing from call to call, as an expression."""
+        """Return a number, known or changing from call to call, as an expression."""
         if not isinstance(x, Node):
             return repr(x) if abs(x) < float("inf") else f"float('{x}')"
         if x in self.names:
@@ -224,7 +224,7 @@ class _SourceWriter:
         return "(" + NUMBERS[x.op].format(*(self._number(o) for o in x.operands)) + ")"
 
     def operand(self, x: Any, dtype: Any) -> str:
-        """An array; of a number, one with its axes, or none: half the time of a Python number."""
+        """Return an array; of a number, one of its axes, which takes half as long."""
         if isinstance(x, Node) and not x.is_number:
             return self.name(x)
         key = ("scalar", dtype, x if isinstance(x, Node) else (type(x), repr(x)))
@@ -238,7 +238,7 @@ class _SourceWriter:
         return self.names[key]
 
     def name(self, x: Node) -> str:
-        """A variable that holds x; made where it is asked for first."""
+        """Return a variable that holds x; made where it is asked for first."""
         if x in self.names:
             return self.names[x]
         name = self._fresh(x, "v")
@@ -266,7 +266,7 @@ class _SourceWriter:
         return f"{where}.view({self.dialect.dtype(dtype)}).reshape({shape})"
 
     def _expression(self, x: Node) -> str:
-        """Views, and what is computed once."""
+        """Write the views, and what is computed once."""
         dialect = self.dialect
         if x.op == "full":
             return dialect.constant(self._number(x.operands[0]), x.shape, x.dtype)
@@ -354,7 +354,7 @@ class _SourceWriter:
         self.calls.append(f"{call}()")
 
     def _blocks(self, segment: list[Node], rows: int) -> None:
-        """A chain of elementwise operations, a block of rows at a time."""
+        """Return a chain of elementwise operations, a block of rows at a time."""
         n = segment[0].shape[0]
         views: dict[str, str] = {}  # a block's name -> the whole array's
         passed: list[bool] = []
@@ -435,7 +435,7 @@ class _SourceWriter:
         return new, self._view(x, f"{out}.reshape({shape})")
 
     def _tile(self, x: Node, text: str, n: int, k: int) -> str:
-        """A row, n times."""
+        """Return a row, n times."""
         tile = self._fresh(("tile", x), "t")
         memory = self._array(f"empty({n * x.n_bytes})", 0, (n, k), x.dtype)
         self.bound += [f"{tile} = {memory}", f"{tile}_ = {tile}.reshape(-1)"]
@@ -443,7 +443,7 @@ class _SourceWriter:
         return f"{tile}_"
 
     def _vector(self, value: Any, length: int, dtype: Any) -> str:
-        """A number, repeated."""
+        """Return a number, repeated."""
         key = ("vector", length, dtype, type(value), repr(value))
         if key not in self.names:
             constant = self.dialect.constant(self._number(value), (length,), dtype)
@@ -451,7 +451,7 @@ class _SourceWriter:
         return self.names[key]
 
     def _view(self, x: Node, text: str) -> str:
-        """A name for an expression of x that looks at its memory in another way."""
+        """Return a name for an expression of x that looks at its memory in another way."""
         key = ("view", text)
         if key not in self.names:
             name = self._fresh(key, "l")
@@ -461,7 +461,7 @@ class _SourceWriter:
 
 
 def _key(k: Any) -> str:
-    """An index as it is written between brackets."""
+    """Return an index as it is written between brackets."""
     if isinstance(k, tuple):
         _, start, stop, step = k
         return f"{'' if start is None else start}:{'' if stop is None else stop}" + (
