@@ -745,7 +745,7 @@ def one_step(stage: Stage) -> None:
     from portable_mlp.losses import SoftmaxCrossEntropy
     from portable_mlp.optimizers import SGD
     from portable_mlp.schedules import Clock
-    from portable_mlp.steps import Batch, objective
+    from portable_mlp.steps import NO_NUMBERS, Batch, objective
     from portable_mlp.training import Trainer
 
     X, y = rows(50)
@@ -768,7 +768,7 @@ def one_step(stage: Stage) -> None:
     taken = [a - b for a, b in zip(points[1], points[2], strict=True)]
     plain = trainers["cpu"]
     leaves = plain.recipe.layout.pack(points[1], np)
-    *_, grads = objective(plain.recipe, leaves, Batch(X, y.astype(np.int32)), (), ())
+    *_, grads = objective(plain.recipe, leaves, Batch(X, y.astype(np.int32)), (), NO_NUMBERS)
     found = gap(taken, plain.params(grads))
     stage.check("the gradient of a replayed step is NumPy's", found <= 1e-12, f"{found:.1e}")
     try:
@@ -915,7 +915,7 @@ STAGES = {
     1: Kind("seam", seam, 25, 20),
     2: Kind("lifetimes", lifetimes, 40, 20),
     3: Kind("verdict", verdict, 20, 15),
-    4: Kind("parity", parity, 70, 45),
+    4: Kind("parity", parity, 70, 75),
     5: Kind("gradients", gradients, 20, 15),
     6: Kind("sanitizer", sanitizer, 90, needs="NVIDIA's sanitizer looks at a GPU"),
     7: Kind("suite", suite, 100, needs="the same tests run without a GPU, on the emulated one"),

@@ -88,6 +88,17 @@ class Node:
     memory: tuple[Allocation, ...]
 
 
+def _join_neighbours(pieces: list[tuple[int, int]]) -> None:
+    """Make one piece of memory of those that touch, in place."""
+    joined: list[tuple[int, int]] = []
+    for address, size in sorted(pieces):
+        if joined and sum(joined[-1]) == address:
+            joined[-1] = joined[-1][0], joined[-1][1] + size
+        else:
+            joined.append((address, size))
+    pieces[:] = joined
+
+
 class Driver:
     """A machine with GPUs.
 
@@ -190,7 +201,10 @@ class Driver:
         if self.mode == "reuse":
             piece = min((p for p in free if p[1] >= size), key=lambda p: p[1], default=None)
         elif self._top + size > self._base + self.ARENA:
-            piece = next((p for p in free if p[1] >= size), None)  # the one freed first
+            # The one freed first, as long as it is large enough
+            if not (free and free[0][1] >= size):
+                _join_neighbours(free)
+            piece = next((p for p in free if p[1] >= size), None)
         if piece is not None:
             free.remove(piece)
             if piece[1] > size:
