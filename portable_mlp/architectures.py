@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 from portable_mlp.initializers import GlorotUniform
@@ -57,6 +58,12 @@ class MLP(Architecture):
             object.__setattr__(self, name, value)
 
     def __call__(self, n_in: int, n_out: int) -> Network:
+        try:
+            return _shared(self, n_in, n_out)
+        except TypeError:  # what cannot be hashed, a network refuses with its name
+            return self._build(n_in, n_out)
+
+    def _build(self, n_in: int, n_out: int) -> Network:
         given = self.activation
         several = isinstance(given, Iterable) and not isinstance(given, str)
         each: Iterable[Any] = given if several else [given]  # type: ignore[assignment]
@@ -70,6 +77,12 @@ class MLP(Architecture):
             bias_init=init,
             members=self.members,
         )
+
+
+@lru_cache(maxsize=64)
+def _shared(architecture: MLP, n_in: int, n_out: int) -> Network:
+    # Networks never change: fits with the same settings share one, and what it has worked out
+    return architecture._build(n_in, n_out)
 
 
 @dataclass(frozen=True)
