@@ -60,7 +60,7 @@ class MLP(Architecture):
     def __call__(self, n_in: int, n_out: int) -> Network:
         try:
             return _shared(self, n_in, n_out)
-        except TypeError:  # what cannot be hashed, a network refuses with its name
+        except TypeError:  # a layer that cannot be hashed: the network's error names it
             return self._build(n_in, n_out)
 
     def _build(self, n_in: int, n_out: int) -> Network:
@@ -81,7 +81,7 @@ class MLP(Architecture):
 
 @lru_cache(maxsize=64)
 def _shared(architecture: MLP, n_in: int, n_out: int) -> Network:
-    # Networks never change: fits with the same settings share one, and what it has worked out
+    # A network never changes, so fits with the same settings can share one
     return architecture._build(n_in, n_out)
 
 

@@ -52,7 +52,7 @@ def _integer(text: str) -> int:
 
 
 def whole(type_: Any, tokens: tuple[Token, ...]) -> int:
-    """Return the converter of an option that is an integer: cyclopts' own would round."""
+    """Convert an option to an integer; cyclopts' own converter would round."""
     return _integer(tokens[0].value)
 
 
@@ -192,7 +192,7 @@ def settings_table(settings: Settings) -> dict[str, Any]:
 
 
 def to_toml(settings: Settings) -> str:
-    """Return a file for ``--config``."""
+    """Return the text of a file for ``--config``."""
     return tomli_w.dumps(settings_table(settings))
 
 

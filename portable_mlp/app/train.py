@@ -30,6 +30,7 @@ from portable_mlp.training.pauses import deferred_interrupt
 from portable_mlp.typing import Array
 
 _OF_LABELS = ("class_weight", "label_smoothing")
+# What the estimators refuse, or do not look at, with L-BFGS; here by the names of the options
 _OF_STEPS = (
     "learning_rate", "schedule", "batch_size", "clip_norm", "weight_decay", "dropout",
     "checkpoint_every",
@@ -41,7 +42,7 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
 
     Parameters
     ----------
-    settings : Training
+    settings : Settings
     resume : bool, default=False
         Go on from the checkpoint in the folder, if there is one.
     say : callable

@@ -78,19 +78,20 @@ class Preparation(Inference):
         where: str = "",
         some: bool = True,
     ) -> NDArray[np.float64] | None:
-        class_weight, n = getattr(self, "class_weight", None), len(y)
+        class_weight = getattr(self, "class_weight", None)
         if class_weight is None:
             return weights
+        labels = y
         if isinstance(class_weight, dict) and y.ndim == 1:
-            # Rows of every class before them: not each class is among some rows
-            y = np.concatenate([self.classes_, y])
-        by_class: NDArray[np.float64] = compute_sample_weight(class_weight, y)[-n:]
+            # A dict may name a class that is not among these rows: each is put before them once
+            labels = np.concatenate([self.classes_, y])
+        by_class: NDArray[np.float64] = compute_sample_weight(class_weight, labels)[-len(y) :]
         name = f"class_weight{where}"
         if weights is not None:
             name = f"sample_weight times {name}"
             with np.errstate(over="ignore"):
                 by_class = weights * by_class
-        return check_weights(by_class, by_class, dtype, name, some)
+        return check_weights(by_class, y, dtype, name, some)
 
     def _check_validation(self, X: Any, y: Any, sample_weight: Any, dtype: str) -> Rows | None:
         if X is None and y is None and sample_weight is None:

@@ -282,7 +282,7 @@ def browse(file, width, folder, *more):
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--hide-scrollbars", f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900",
          "--enable-logging=stderr", *more, f"file://{file}"],
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
 
 

@@ -86,31 +86,40 @@ def test_an_exception_fails_a_stage_and_is_told(stages, tmp_path):
     assert "ValueError: planted" in found["paragraphs"][-1]
 
 
+# The time of a stage is up as soon as it has said something
 CHILD = """
-import sys, time
+import subprocess, sys, time
+from pathlib import Path
 sys.path.insert(0, {scripts!r})
 import gpu_check, gpu_stages
+class Popen(subprocess.Popen):
+    def communicate(self, input=None, timeout=None):
+        if "--stage" in self.args:
+            while not Path(self.args[self.args.index("--out") + 1]).exists():
+                time.sleep(0.01)
+            timeout = {timeout}
+        return super().communicate(input, timeout)
+subprocess.Popen = Popen
 gpu_stages.machine = lambda emulated: gpu_stages.nullcontext()
 def stage(s):
     s.say("begun")
     {does}
 gpu_stages.STAGES[1] = gpu_stages.Kind("planted", stage, 1, 1)
-gpu_check._GRACE = 14
 gpu_check.__file__ = __file__
 sys.exit(gpu_check.main())
 """
 
 
 @pytest.mark.parametrize(
-    ("does", "told"),
+    ("does", "timeout", "told"),
     [
-        ("time.sleep(600)", r"Stopped after 15 seconds\."),
-        ("import os; os.abort()", r"Its process ended with status -?\d+"),
+        ("time.sleep(600)", 0.1, r"Stopped after 16 seconds\."),
+        ("import os; os.abort()", None, r"Its process ended with status -?\d+"),
     ],
 )
-def test_a_stage_that_hangs_or_dies_fails_and_keeps_what_it_found(does, told, tmp_path):
+def test_a_stage_that_hangs_or_dies_fails_and_keeps_what_it_found(does, timeout, told, tmp_path):
     script = tmp_path / "child.py"
-    script.write_text(CHILD.format(scripts=str(SCRIPTS), does=does))
+    script.write_text(CHILD.format(scripts=str(SCRIPTS), does=does, timeout=timeout))
     done = subprocess.run(
         [sys.executable, str(script), "--emulate", "--stages", "1,9", "--out", str(tmp_path)],
         capture_output=True, text=True, check=False,

@@ -306,16 +306,16 @@ class Beside:
         cuda.hooks["capturing"] = self.meet
 
     def _run(self):
-        self._go.wait(60)
+        self._go.wait(600)
         self.results.append(on_gpu(SquaredError()))
         gc.collect()
         self._done.set()
-        self._end.wait(60)
+        self._end.wait(600)
 
     def meet(self):
         if not self._go.is_set():
             self._go.set()
-            assert self._done.wait(60)
+            assert self._done.wait(600)
 
     def close(self):
         self._go.set()

@@ -309,8 +309,12 @@ def test_steps_are_the_same_to_the_last_bit(loss, weighted, now):
 
 @pytest.fixture
 def bound(monkeypatch):
-    """For each program that is bound, whether loops come with it."""
+    """For each program that is bound, whether loops come with it.
+
+    Within an epoch the engine does not look at the clock.
+    """
     found = []
+    monkeypatch.setattr(ReplayEngine, "LOOK", float("inf"))
 
     def bind(self, donated, dialect, library=None, original=replay_module.Replay.bind):
         found.append(library is not None)
