@@ -1,7 +1,8 @@
 """Activations: elementwise layers y = f(x), with dx = dy · f′(x) right below.
 
-Where f′ is a function of f, the output is all that is kept.  To add one, subclass
-`Layer` here and list it in `ACTIVATIONS`; the tests take their parameters from there.
+Where f′ can be computed from f, only the output is kept for ``backward``.  To add an
+activation, subclass `Layer` here and list it in `ACTIVATIONS`; the tests take their
+parameters from there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from portable_mlp.typing import Array, Namespace, Params
 
 @dataclass(frozen=True)
 class Identity(Layer):
-    """f(x) = x."""
+    """Identity, f(x) = x."""
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, None]:
         return x, None
@@ -29,7 +30,7 @@ class Identity(Layer):
 
 @dataclass(frozen=True)
 class Sigmoid(Layer):
-    """f(x) = 1 / (1 + e⁻ˣ),  f′ = f (1 − f)."""
+    """Logistic sigmoid, f(x) = 1 / (1 + e⁻ˣ),  f′ = f (1 − f)."""
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
         y = sigmoid(x, xp)
@@ -44,7 +45,7 @@ class Sigmoid(Layer):
 
 @dataclass(frozen=True)
 class Tanh(Layer):
-    """f(x) = tanh x,  f′ = 1 − f²."""
+    """Hyperbolic tangent, f(x) = tanh x,  f′ = 1 − f²."""
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
         y = xp.tanh(x)
@@ -58,7 +59,7 @@ class Tanh(Layer):
 
 @dataclass(frozen=True)
 class ReLU(Layer):
-    """f(x) = max(x, 0),  f′ = [f > 0]  (0 at the kink)."""
+    """Rectified linear unit, f(x) = max(x, 0),  f′ = [f > 0]  (0 at the kink)."""
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
         y = xp.maximum(x, 0.0)
@@ -72,11 +73,12 @@ class ReLU(Layer):
 
 @dataclass(frozen=True)
 class LeakyReLU(Layer):
-    """f(x) = x for x > 0, slope · x otherwise (Maas et al., 2013).
+    """Leaky ReLU, f(x) = x for x > 0 and slope · x otherwise (Maas et al., 2013).
 
     Parameters
     ----------
     slope : float, default=0.01
+        Derivative for x ≤ 0.
     """
 
     slope: float = 0.01
@@ -90,10 +92,10 @@ class LeakyReLU(Layer):
 
 @dataclass(frozen=True)
 class ELU(Layer):
-    """f(x) = λx for x > 0, λα (eˣ − 1) otherwise.
+    """Exponential linear unit, f(x) = λx for x > 0 and λα (eˣ − 1) otherwise.
 
-    For x ≤ 0, f′ = f + λα.  (Clevert et al., 2016, where λ = 1; with λ in Klambauer et
-    al., 2017, eq. 2.)
+    For x ≤ 0, f′ = f + λα.  The form with λ = 1 is from Clevert et al. (2016), the one
+    with λ from Klambauer et al. (2017), eq. 2.
 
     Parameters
     ----------
@@ -107,11 +109,12 @@ class ELU(Layer):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        # The derivative tells the sides apart by the sign of f
+        # The derivative distinguishes the two sides by the sign of f
         if not (self.alpha > 0.0 and self.scale > 0.0):
             raise ValueError(f"alpha and scale must be positive, got {self}")
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
+        # The minimum keeps expm1 from overflowing at large x
         y = xp.maximum(x, 0.0) + self.alpha * xp.expm1(xp.minimum(x, 0.0))
         y *= self.scale
         return y, y
@@ -130,9 +133,10 @@ class SELU(ELU):
 
 @dataclass(frozen=True)
 class GELU(Layer):
-    """f(x) = ½ x (1 + tanh u),  u = √(2/π) (x + 0.044715 x³).
+    """Gaussian error linear unit, f(x) = ½ x (1 + tanh u),  u = √(2/π) (x + 0.044715 x³).
 
-    The tanh form of Hendrycks and Gimpel (2016), sec. 2; the standard has no erf.
+    The tanh approximation of Hendrycks and Gimpel (2016), sec. 2, is used because the
+    array API standard has no erf.
     f′ = ½ (1 + t) + ½ x (1 − t²) u′ with t = tanh u,  u′ = √(2/π) (1 + 3 · 0.044715 x²).
     """
 
@@ -148,7 +152,7 @@ class GELU(Layer):
 
 @dataclass(frozen=True)
 class SiLU(Layer):
-    """f(x) = x σ(x),  f′ = σ + f (1 − σ)  (Elfwing et al., 2018)."""
+    """Sigmoid linear unit, f(x) = x σ(x),  f′ = σ + f (1 − σ)  (Elfwing et al., 2018)."""
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, tuple[Array, Array]]:
         s = sigmoid(x, xp)
@@ -162,7 +166,7 @@ class SiLU(Layer):
 
 @dataclass(frozen=True)
 class Mish(Layer):
-    """f(x) = x t,  t = tanh(log(1 + eˣ)),  f′ = t + x σ(x) (1 − t²)  (Misra, 2020)."""
+    """Mish, f(x) = x t,  t = tanh(log(1 + eˣ)),  f′ = t + x σ(x) (1 − t²)  (Misra, 2020)."""
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, tuple[Array, Array]]:
         t = xp.tanh(softplus(x, xp))
@@ -175,7 +179,7 @@ class Mish(Layer):
 
 @dataclass(frozen=True)
 class Softplus(Layer):
-    """f(x) = log(1 + eˣ),  f′ = σ(x)."""
+    """Softplus, f(x) = log(1 + eˣ),  f′ = σ(x)."""
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
         return softplus(x, xp), x
@@ -200,13 +204,18 @@ ACTIVATIONS: dict[str, Layer] = {
 
 
 def get_activation(activation: Any) -> Layer:
-    """Return the layer of a name, or the layer that was given.
+    """Return the layer with a given name, or the argument itself if it is a layer.
+
+    Parameters
+    ----------
+    activation : str or Layer
+        A key of `ACTIVATIONS`, or an instance.
 
     Raises
     ------
     ValueError
-        If the name is unknown (the message says which comes nearest), or what was
-        given is neither a name nor a layer.
+        If the name is unknown (the message gives the nearest one), or the argument is
+        neither a name nor a layer.
     """
     layer: Layer = lookup("activation", activation, ACTIVATIONS, Layer)
     return layer
@@ -218,7 +227,7 @@ def lookup(argument: str, value: Any, table: dict[str, Any], kind: type) -> Any:
     Raises
     ------
     ValueError
-        If it is neither; the message names the argument and the nearest name.
+        If ``value`` is neither; the message names the argument and the nearest name.
     """
     if isinstance(value, kind):
         return value

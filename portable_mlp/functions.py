@@ -1,7 +1,7 @@
 """Stable elementary functions that activations and losses share.
 
 ``x`` is an array of any shape and real floating dtype, ``xp`` its array API
-namespace.  None of them overflows, warns or loses its sign at ±1e4.
+namespace.  The functions neither overflow nor warn for inputs up to ±1e4.
 """
 
 from __future__ import annotations
@@ -10,55 +10,66 @@ from portable_mlp.typing import Array, Namespace
 
 
 def sigmoid(x: Array, xp: Namespace) -> Array:
-    """Logistic function σ(x) = 1 / (1 + e⁻ˣ).
+    """Return the logistic function σ(x) = 1 / (1 + e⁻ˣ).
 
-    Split by sign without a branch: for x ≥ 0 it is 1 / (1 + e⁻ˣ), for x < 0 it
-    is eˣ / (1 + eˣ), so every exponent is at most zero.
+    The formula is split by sign without a branch: 1 / (1 + e⁻ˣ) for x ≥ 0, and
+    eˣ / (1 + eˣ) for x < 0.  Every exponent is therefore at most zero.
     """
+    # One expression for both signs: the numerator is 1 for x ≥ 0 and eˣ for x < 0
     return xp.exp(xp.minimum(x, 0.0)) / (1.0 + xp.exp(-xp.abs(x)))
 
 
 def softplus(x: Array, xp: Namespace) -> Array:
-    """log(1 + eˣ) = max(x, 0) + log(1 + e^(−|x|))."""
+    """Return log(1 + eˣ), computed as max(x, 0) + log(1 + e^(−|x|))."""
     return xp.maximum(x, 0.0) + xp.log1p(xp.exp(-xp.abs(x)))
 
 
 def log_softmax(x: Array, xp: Namespace) -> Array:
-    """Log softmax(x) over the last axis: (x − max x) − log Σ exp(x − max x)."""
+    """Return log softmax(x) over the last axis: (x − max x) − log Σ exp(x − max x)."""
     x = x - xp.max(x, axis=-1, keepdims=True)
     return x - xp.log(xp.sum(xp.exp(x), axis=-1, keepdims=True))
 
 
 def softmax(x: Array, xp: Namespace) -> Array:
-    """softmax(x) over the last axis: exp(x − max x) / Σ exp(x − max x)."""
+    """Return softmax(x) over the last axis: exp(x − max x) / Σ exp(x − max x)."""
     e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
     e /= xp.sum(e, axis=-1, keepdims=True)
     return e
 
 
 def sum_rows(x: Array, xp: Namespace) -> Array:
-    """Σₙ x, (..., n, d) -> (..., d), as a product: several times a sum's speed on NumPy."""
-    column = x[(0,) * (x.ndim - 2) + (slice(None), 0)]
+    """Return the sum over the rows, (..., n, d) -> (..., d), computed as the product 1ᵀ x.
+
+    On NumPy the product is several times as fast as a sum over the axis.
+    """
+    column = x[(0,) * (x.ndim - 2) + (slice(None), 0)]  # (n,), of x's dtype and device
     return xp.matmul(xp.ones_like(column), x)
 
 
 def transposed(x: Array) -> Array:
-    """Return the transpose of a matrix, or of each of a stack."""
-    return x.T if x.ndim == 2 else x.mT  # sparse matrices have the former only
+    """Return the transpose of a matrix, or of each matrix in a stack."""
+    return x.T if x.ndim == 2 else x.mT  # sparse matrices lack ``mT``
 
 
 def total_weight(weights: Array, xp: Namespace) -> Array:
-    """Σₙ w, (..., n) -> (...); 1 if all weigh nothing."""
+    """Return the sum of the weights, (..., n) -> (...), or 1 where it is zero.
+
+    The 1 makes a division by the result safe.
+    """
     total = xp.sum(weights, axis=-1)
     return xp.where(total > 0.0, total, 1.0)
 
 
 def log_mean_exp(x: Array, xp: Namespace) -> Array:
-    """Log of the mean of eˣ over the first axis, (k, ...) -> (...), without overflow."""
+    """Return the log of the mean of eˣ over the first axis, (k, ...) -> (...).
+
+    The maximum is subtracted first, so nothing overflows.
+    """
     top = xp.max(x, axis=0)
     return top + xp.log(xp.sum(xp.exp(x - top), axis=0) / x.shape[0])
 
 
 def columns_first(x: Array, xp: Namespace) -> Array:
-    """Return the transpose, (n, k) -> (k, n), laid out in memory row by row."""
+    """Return the transpose, (n, k) -> (k, n), contiguous in row-major order."""
+    # A transpose alone may be a view; going through one axis makes the copy
     return xp.reshape(xp.reshape(x.T, (-1,)), (x.shape[1], x.shape[0]))

@@ -1,8 +1,8 @@
 """Initial values of parameters, drawn on the host.
 
 Every initializer is called as ``init(rng, shape, fan_in, fan_out)`` and returns a
-float64 NumPy array; the caller casts and moves it, so one seed starts the same run
-on every backend.
+float64 NumPy array.  The caller casts it and moves it to the backend, so one seed
+starts the same run on every backend.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ Initializer: TypeAlias = Callable[
 
 @dataclass(frozen=True)
 class GlorotUniform:
-    """U(−a, a) with a = √(factor / (fan_in + fan_out)).
+    """Uniform initial values, U(−a, a) with a = √(factor / (fan_in + fan_out)).
 
     Parameters
     ----------
     factor : float, default=6.0
-        6 keeps the variance of activations that are linear around zero (Glorot
-        and Bengio, 2010, eq. 16); scikit-learn takes 2 for the logistic sigmoid.
+        The value 6 preserves the variance through activations that are linear around
+        zero (Glorot and Bengio, 2010, eq. 16).  scikit-learn uses 2 for the logistic
+        sigmoid.
     """
 
     factor: float = 6.0
@@ -41,7 +42,10 @@ class GlorotUniform:
 
 @dataclass(frozen=True)
 class HeNormal:
-    """N(0, 2 / fan_in): keeps the variance through ReLU layers (He et al., 2015, eq. 10)."""
+    """Normal initial values, N(0, 2 / fan_in).
+
+    They preserve the variance through ReLU layers (He et al., 2015, eq. 10).
+    """
 
     def __call__(
         self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int
@@ -51,7 +55,7 @@ class HeNormal:
 
 @dataclass(frozen=True)
 class Zeros:
-    """All zeros; draws nothing."""
+    """Zeros; the random generator is not used."""
 
     def __call__(
         self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int

@@ -1,19 +1,19 @@
 """Layers: stateless, frozen descriptions with pure methods.
 
-A layer maps a batch to a batch; rows are samples.  An ensemble's members come before the rows:
-where (n, d) stands below, (members, n, d) is meant too.  In each layer the derivative stands
-right under the function it belongs to:
+A layer maps a batch to a batch; rows are samples.  In an ensemble, the axis of the members
+comes before the rows: a shape (n, d) below also stands for (members, n, d).  In each layer
+the derivative stands right under the function it belongs to:
 
 ``forward(p, x, xp) -> (y, residual)``
-    ``residual`` is whatever the derivative needs, returned rather than remembered.
+    ``residual`` is whatever the derivative needs.  It is returned, not stored on the layer.
 ``backward(p, residual, dy, xp) -> dx``
-    the gradient of the loss with respect to the input, from that of the output.
+    The gradient of the loss with respect to the input, from the gradient of the output.
 ``gradients(p, residual, dy, xp) -> dp``
-    the gradients of the loss with respect to the parameters ``p``, in their order.
+    The gradients of the loss with respect to the parameters ``p``, in their order.
 
 ``p`` is the tuple of the layer's parameter arrays, in the order of ``params``.
-Backward and gradients are two methods because the first layer needs only the second.
-To add a layer, subclass `Layer`, and let `portable_mlp.check_layer` verify it.
+``backward`` and ``gradients`` are two methods because the first layer needs only the second.
+To add a layer, subclass `Layer` and verify it with `portable_mlp.check_layer`.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ from portable_mlp.typing import Array, Namespace, Params
 
 @dataclass(frozen=True)
 class Param:
-    """What a layer says of one of its parameters.
+    """A description of one parameter array of a layer.
 
     Parameters
     ----------
     name : str
-        For messages.
+        Name used in messages.
     shape : tuple of int
+        Shape of the array, with the members' axis first if there are members.
     init : callable
-        See `portable_mlp.initializers`.
+        Initializer, see `portable_mlp.initializers`.
     fan_in, fan_out : int
         Numbers of inputs and outputs of the unit the parameter belongs to.
     group : str, default="weight"
-        A free label: the parameters of a group share their treatment by the penalty and
+        Any label.  Parameters with the same label get the same treatment by the penalty and
         the optimizer, see `portable_mlp.groups`.
     members : int, optional
-        If the first axis of ``shape`` is that of the members of an ensemble, how many.
+        Number of members of the ensemble, if the first axis of ``shape`` is theirs.
     """
 
     name: str
@@ -62,23 +63,23 @@ class Param:
 
 
 class Layer(ABC):
-    """Base of all layers.
+    """Base class of all layers.
 
-    A layer that takes or gives a fixed number of columns says so in attributes
-    ``n_in`` and ``n_out``; without them any width passes through.  One that is for the
-    members of an ensemble says how many in an attribute ``members``.
+    A layer with a fixed number of input or output columns declares it in an attribute
+    ``n_in`` or ``n_out``; without them any width passes through.  A layer for the members
+    of an ensemble declares their number in an attribute ``members``.
 
     Attributes
     ----------
     params : tuple of Param
-        The layer's parameters; none by default.
+        The layer's parameters; empty by default.
     numbers : tuple of str
-        Names of the numbers that ``forward`` takes in each step of training, and not in
-        prediction: its keyword arguments, whose defaults are what prediction takes.
-        "key" is an int that is drawn in each step and seeds the layer's noise;
-        what the others are, `per_step` says.
+        Names of keyword arguments of ``forward`` that training passes in each step.
+        Prediction omits them, so their defaults define prediction.  "key" is an int that
+        is drawn anew for each step and seeds the layer's noise; `per_step` computes the
+        others.
     whole : tuple of str
-        Those of them that are ints; the others are floats.
+        Those of ``numbers`` that are ints; the others are floats.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ()
@@ -89,39 +90,50 @@ class Layer(ABC):
         return ()
 
     def per_step(self, clock: Clock) -> tuple[float | PerMember, ...]:
-        """Numbers of a step, in the order of ``numbers`` without "key".
+        """Return the numbers of a step, in the order of ``numbers`` without "key".
 
-        Each is a number, or a `members.PerMember`.  By default it is the attribute of its name,
-        which may be `schedules.Scheduled`.  They are computed on the host in float64, and may
-        change without a new compilation.
+        Each is a number or a `members.PerMember`.  By default it is the attribute of the same
+        name, which may be `schedules.Scheduled`.  The numbers are computed on the host in
+        float64.  They may change from step to step without a new compilation.
+
+        Parameters
+        ----------
+        clock : Clock
+            Position of training before the step.
         """
         return tuple(at(getattr(self, name), clock) for name in self.numbers if name != "key")
 
     @abstractmethod
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Any]:
-        """Map x (n, n_in) to y (n, n_out), with what the derivative needs."""
+        """Map x (n, n_in) to y (n, n_out); return y and what the derivative needs."""
 
     @abstractmethod
     def backward(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> Array:
         """Map dy (n, n_out) to dx (n, n_in)."""
 
     def gradients(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> tuple[Array, ...]:
-        """Map dy (n, n_out) to the parameters' gradients, each in its parameter's shape."""
+        """Map dy (n, n_out) to the gradients of the parameters, each of its parameter's shape."""
         return ()
 
 
 @dataclass(frozen=True)
 class Linear(Layer):
-    """z = x W + b.
+    """Linear layer, z = x W + b.
 
     Parameters
     ----------
     n_in, n_out : int
-        Widths of input and output; W is (n_in, n_out), b is (n_out,).
+        Widths of input and output, at least 1; W is (n_in, n_out), b is (n_out,).
     weight_init, bias_init : callable, default=GlorotUniform()
-        See `portable_mlp.initializers`.
+        Initializers, see `portable_mlp.initializers`.
     members : int, optional
-        Of an ensemble: W is (members, n_in, n_out), b is (members, 1, n_out).
+        Number of members of an ensemble.  W is then (members, n_in, n_out) and b is
+        (members, 1, n_out).
+
+    Raises
+    ------
+    ValueError
+        If a width or the number of members is below 1.
     """
 
     n_in: int
@@ -149,7 +161,7 @@ class Linear(Layer):
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
         """Return z = x W + b, (n, n_in) -> (n, n_out), and x."""
         w, b = p
-        z = x @ w  # as an operator, a product that sparse rows know too
+        z = x @ w  # the operator, since xp.matmul does not take sparse rows
         z += b
         return z, x
 
@@ -160,18 +172,20 @@ class Linear(Layer):
 
     def gradients(self, p: Params, x: Array, dz: Array, xp: Namespace) -> tuple[Array, Array]:
         """Return dW = xᵀ dz, (n_in, n_out), and db = Σₙ dz, (n_out,)."""
+        # The reshape gives db its axis of length 1 where b is (members, 1, n_out)
         return transposed(x) @ dz, xp.reshape(sum_rows(dz, xp), p[1].shape)
 
 
 @dataclass(frozen=True)
 class Repeat(Layer):
-    """y = x for each member of an ensemble: (n, d) -> (members, n, d).
+    """Repetition of the rows for each member of an ensemble, (n, d) -> (members, n, d).
 
-    Rows of the members' own, (members, n, d), pass through.
+    Input that already has separate rows for each member, (members, n, d), passes through.
 
     Parameters
     ----------
     members : int
+        Number of members, at least 1.
     """
 
     members: int
@@ -184,13 +198,13 @@ class Repeat(Layer):
         return (x if own else xp.broadcast_to(x, (self.members, *x.shape))), own
 
     def backward(self, p: Params, own: bool, dy: Array, xp: Namespace) -> Array:
-        """Return dx = Σ dy over the members."""
+        """Return dx = Σ dy over the members, or dy itself for separate rows."""
         return dy if own else xp.sum(dy, axis=0)
 
 
 @dataclass(frozen=True)
 class Dropout(Layer):
-    """y = x · mask / (1 − rate): inverted dropout (Srivastava et al., 2014, sec. 10).
+    """Inverted dropout, y = x · mask / (1 − rate) (Srivastava et al., 2014, sec. 10).
 
     The mask is a hash of position and key in 32-bit integers, so it is the same to
     the bit on every backend.  Without a key (prediction) the layer is the identity.
@@ -203,7 +217,8 @@ class Dropout(Layer):
     Raises
     ------
     ValueError
-        If the rate is not in [0, 1): at once, or where a schedule takes it out of it.
+        If the rate is not in [0, 1): at construction, or during training if a schedule
+        moves it out of the range.
     """
 
     rate: float | tuple[float, ...] | Scheduled
@@ -221,7 +236,10 @@ class Dropout(Layer):
         return len(rates) if isinstance(rates, tuple) else None
 
     def per_step(self, clock: Clock) -> tuple[float | PerMember, ...]:
-        """Below which random bits an element is zeroed, and the factor on the others."""
+        """Return the threshold of the random bits, and the factor 1 / (1 − rate).
+
+        An element is zeroed if its random bits are below the threshold.
+        """
         rates = at(self.rate, clock)
         if not isinstance(rates, tuple):
             return _threshold(rates), 1.0 / (1.0 - rates)
@@ -251,6 +269,7 @@ class Dropout(Layer):
 
 
 def _threshold(rate: float) -> int:
+    # The bits are in [0, 2³¹).  A rate just below 1 rounds to 2³¹, which int32 cannot hold
     return min(round(_check_rate(rate) * 2**31), 2**31 - 1)
 
 
@@ -267,9 +286,9 @@ def _check_rate(rate: float) -> float:
 
 
 def random_bits(x: Array, key: Any, xp: Namespace) -> Array:
-    """Uniform integers in [0, 2³¹), int32, in the shape of x: hash(hash(position) ⊕ key).
+    """Return uniform int32 integers in [0, 2³¹) of the shape of x: hash(hash(position) ⊕ key).
 
-    The inner hash keeps two keys from merely permuting each other's values.
+    Without the inner hash, two keys could give the same values in another order.
     """
     position = xp.arange(size(x), dtype=xp.int32, device=device(x))
     bits = _hash_int32(_hash_int32(position) ^ key) & 0x7FFFFFFF
@@ -277,8 +296,8 @@ def random_bits(x: Array, key: Any, xp: Namespace) -> Array:
 
 
 def _hash_int32(h: Array) -> Array:
-    # C. Wellons' "lowbias32" constants.  A right shift of a signed integer copies
-    # the sign; the mask makes it logical.  The products wrap.
+    # The constants are those of C. Wellons' "lowbias32".  A right shift of a signed
+    # integer copies the sign bit; the mask makes the shift logical.  The products wrap.
     h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
-    h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)  # the constant as a signed 32-bit integer
     return h ^ ((h >> 16) & 0xFFFF)

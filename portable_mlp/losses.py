@@ -1,10 +1,10 @@
 """Losses on logits: value and gradient together, and the link to predictions.
 
-A loss defines ``per_row``: the loss ℓᵢ of each row and its derivative ∂ℓᵢ/∂zᵢ.  The
-base class turns that into the mean (or weighted mean) over the rows and its gradient,
-so the gradient is always that of the reported value.  To add a loss, subclass `Loss`
-and list it in `LOSSES`: `MLPRegressor`, command line and tests take their names from there.
-`portable_mlp.check_loss` verifies a custom one.
+A loss defines ``per_row``: the loss ℓᵢ of each row and its derivative ∂ℓᵢ/∂zᵢ.  The base
+class turns these into the mean (or weighted mean) over the rows and its gradient, so the
+gradient is always that of the reported value.  To add a loss, subclass `Loss` and list it
+in `LOSSES`: `MLPRegressor`, the command line and the tests take their names from there.
+`portable_mlp.check_loss` verifies a custom loss.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from portable_mlp.typing import Array, Namespace
 
 
 class Loss(ABC):
-    """Base of all losses.
+    """Base class of all losses.
 
     Attributes
     ----------
-    link_name : str
-        What turns logits into predictions: "identity", "logistic", "softmax", "exp".
+    link_name : {"identity", "logistic", "softmax", "exp"}
+        Name of the function that turns logits into predictions.
     for_labels : bool
-        Whether its targets are labels.
+        Whether the targets are class labels.
     nonnegative : bool
-        Whether its targets must not be negative.
+        Whether the targets must not be negative.
     """
 
     link_name: ClassVar[str] = "identity"
@@ -48,19 +48,22 @@ class Loss(ABC):
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """Names of the numbers that ``per_row`` takes in each step of training.
+        """The names of keyword arguments that training passes to ``per_row`` in each step.
 
-        They are its keyword arguments; elsewhere it is called without them.
+        Outside of training, ``per_row`` is called without them.
         """
         return ()
 
     def per_step(self, clock: Clock) -> tuple[float, ...]:
-        """Numbers of a step: the attributes of these names, see `Layer.per_step`."""
+        """Return the numbers of a step, the attributes named in ``numbers``.
+
+        See `Layer.per_step`.
+        """
         return tuple(at(getattr(self, name), clock) for name in self.numbers)
 
     @abstractmethod
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
-        """Loss of each row, (n,), and its derivative with respect to the logits, (n, k).
+        """Return the loss of each row and its derivative with respect to the logits.
 
         Parameters
         ----------
@@ -68,19 +71,25 @@ class Loss(ABC):
             Logits.
         y : array
             Targets, (n, k) or, where k = 1 or the loss takes labels, (n,).
+        xp : namespace
 
         Returns
         -------
         values : array (n,)
+            Losses ℓᵢ.
         dz : array (n, k)
+            Derivatives ∂ℓᵢ/∂zᵢ.
         """
 
     def link(self, z: Array, xp: Namespace) -> Array:
-        """Predictions (n, k) from logits (n, k)."""
+        """Return the predictions (n, k) from logits (n, k)."""
         return z
 
     def pool(self, z: Array, xp: Namespace) -> Array:
-        """Logits (n, k) whose prediction is the mean of the members', from theirs (m, n, k)."""
+        """Combine the logits of members, (m, n, k), into logits of the ensemble, (n, k).
+
+        The ensemble's prediction is the mean of the members' predictions.
+        """
         return xp.mean(z, axis=0)
 
     def __call__(
@@ -92,38 +101,40 @@ class Loss(ABC):
         total: Any = None,
         numbers: Sequence[Any] = (),
     ) -> tuple[Array, Array]:
-        """Weighted mean loss and its gradient with respect to the logits.
+        """Return the weighted mean loss and its gradient with respect to the logits.
 
-        L = Σ wᵢ ℓᵢ / Σ wᵢ,  dzᵢ = (wᵢ / Σ w) ∂ℓᵢ/∂zᵢ.  Rows that all weigh nothing
-        have L = 0 and dz = 0.
+        L = Σ wᵢ ℓᵢ / Σ wᵢ,  dzᵢ = (wᵢ / Σ w) ∂ℓᵢ/∂zᵢ.  If all weights are zero, L = 0 and
+        dz = 0.
 
-        Logits of an ensemble's members have a first axis more, as y and the weights then do;
-        each member has a mean of its own.
+        In an ensemble, the logits, targets and weights have an additional first axis for the
+        m members.  The mean is then taken for each member separately.
 
         Parameters
         ----------
         z : array (n, k) or (m, n, k)
+            Logits.
         y : array (n,) or (n, k); (m, n) or (m, n, k)
+            Targets.
         xp : namespace
         weights : array (n,) or (m, n), optional
-            Non-negative; equal if not given.
+            Non-negative weights of the rows; equal if not given.
         total : float or array (), optional
-            What to divide by instead of Σ w: of rows that are a part of a batch, that of the
-            whole batch, so that the parts' results add up.
+            Divisor to use instead of Σ w.  For rows that are a part of a batch it is that of
+            the whole batch, so that the results of the parts add up.
         numbers : sequence of float, optional
-            From ``per_step``.
+            Numbers from ``per_step``.
 
         Returns
         -------
         value : array () or (m,)
-        dz : array, as z
+        dz : array of the shape of z
         """
         named = dict(zip(self.numbers, numbers, strict=True)) if numbers else {}
         if z.ndim == 3:
-            # A member's row is a row as any other
+            # per_row treats each row alone, so the members' rows are stacked: (m · n, k)
             rows = xp.reshape(z, (-1, z.shape[2])), xp.reshape(y, (-1, *y.shape[2:]))
             values, dz = self.per_row(*rows, xp, **named)
-            # By way of one axis, so that all libraries lay dz out row by row
+            # Going through one axis makes dz contiguous in row-major order in all libraries
             dz = xp.reshape(xp.reshape(dz, (-1,)), z.shape)
             values = xp.reshape(values, z.shape[:2])
         else:
@@ -140,14 +151,19 @@ class Loss(ABC):
 
 @dataclass(frozen=True)
 class CallableLoss(Loss):
-    """A function as a loss.
+    """A loss given by a function.
 
     Parameters
     ----------
     function : callable
-        ``function(z, y, xp) -> (values, dz)``: what `per_row` does.
+        ``function(z, y, xp) -> (values, dz)``, with the contract of `Loss.per_row`.
     like : Loss
-        Whose link turns logits into predictions.
+        Loss whose link turns logits into predictions.
+
+    Raises
+    ------
+    ValueError
+        If ``function`` returns arrays of other shapes than (n,) and (n, k).
     """
 
     function: Callable[[Array, Array, Namespace], tuple[Array, Array]]
@@ -176,7 +192,10 @@ class CallableLoss(Loss):
 
 
 def _match_shape(y: Array, z: Array, xp: Namespace) -> Array:
-    """Targets of one output may come without their axis: (n,) -> (n, 1)."""
+    """Return the targets in the shape of the logits.
+
+    Targets of a single output may lack the second axis: (n,) -> (n, 1).
+    """
     return y if y.ndim == z.ndim else xp.reshape(y, z.shape)
 
 
@@ -188,7 +207,7 @@ def _check_smoothing(smoothing: Any) -> float:
 
 @dataclass(frozen=True)
 class _CrossEntropy(Loss):
-    """What the two cross-entropies share."""
+    """Base class of the two cross-entropies: label smoothing and clipping."""
 
     label_smoothing: float | Scheduled = 0.0
     clipped: bool = False
@@ -198,7 +217,7 @@ class _CrossEntropy(Loss):
 
     @property
     def _constant(self) -> Any:
-        """The smoothing outside of training."""
+        """The label smoothing used outside of training: a schedule's initial value."""
         given = self.label_smoothing
         return given.value if isinstance(given, Scheduled) else given
 
@@ -210,20 +229,21 @@ class _CrossEntropy(Loss):
         return tuple(map(_check_smoothing, super().per_step(clock)))
 
     def smoothed(self, t: Array, n_classes: int, smoothing: Any) -> Array:
-        """Targets t = (1 − s) y + s / n_classes (Szegedy et al., 2016, sec. 7)."""
+        """Return the targets t = (1 − s) y + s / n_classes (Szegedy et al., 2016, sec. 7)."""
         s = self._constant if smoothing is None else smoothing
+        # Tested only where it is a constant: a number of the step may be traced
         if smoothing is None and not s:
             return t
         return (1.0 - s) * t + s / n_classes
 
 
 def _sum_outputs(values: Array, xp: Namespace) -> Array:
-    """Σₖ, (n, k) -> (n,)."""
+    """Return the sum over the outputs, (n, k) -> (n,)."""
     return values[:, 0] if values.shape[1] == 1 else xp.sum(values, axis=1)
 
 
 def _clip(p: Array, xp: Namespace) -> Array:
-    """Probabilities, in [ε, 1 − ε] with ε that of their data type."""
+    """Clip probabilities to [ε, 1 − ε], where ε is the machine epsilon of their dtype."""
     epsilon = float(xp.finfo(p.dtype).eps)
     return xp.minimum(xp.maximum(p, epsilon), 1.0 - epsilon)
 
@@ -251,6 +271,7 @@ class BinaryCrossEntropy(_CrossEntropy):
     ) -> tuple[Array, Array]:
         t = self.smoothed(_match_shape(y, z, xp), 2, label_smoothing)
         p = self.link(z, xp)
+        # Only the value is clipped: the gradient stays p − t, as in scikit-learn
         if self.clipped:
             q = _clip(p, xp)
             values = -(t * xp.log(q) + (1.0 - t) * xp.log(1.0 - q))
@@ -262,15 +283,15 @@ class BinaryCrossEntropy(_CrossEntropy):
         return sigmoid(z, xp)
 
     def pool(self, z: Array, xp: Namespace) -> Array:
-        # z = log p − log(1 − p)
+        # z = log p − log(1 − p), with p and 1 − p each the mean over the members
         return log_mean_exp(-softplus(-z, xp), xp) - log_mean_exp(-softplus(z, xp), xp)
 
 
 @dataclass(frozen=True)
 class SoftmaxCrossEntropy(_CrossEntropy):
-    """ℓ = −Σₖ tₖ log softmax(z)ₖ,  ∂ℓ/∂z = softmax(z) − t.
+    """Softmax cross-entropy, ℓ = −Σₖ tₖ log softmax(z)ₖ,  ∂ℓ/∂z = softmax(z) − t.
 
-    Targets are labels, integers (n,) in [0, k), or probabilities (n, k) whose rows
+    Targets are either integer labels (n,) in [0, k), or probabilities (n, k) whose rows
     sum to one.
 
     Parameters
@@ -278,7 +299,7 @@ class SoftmaxCrossEntropy(_CrossEntropy):
     label_smoothing : float in [0, 1), or Scheduled, default=0
         t = (1 − s) y + s / k (Szegedy et al., 2016, sec. 7).
     clipped : bool, default=False
-        As of `BinaryCrossEntropy`.
+        Whether to clip probabilities in the loss value, as in `BinaryCrossEntropy`.
     """
 
     link_name: ClassVar[str] = "softmax"
@@ -287,13 +308,13 @@ class SoftmaxCrossEntropy(_CrossEntropy):
     def per_row(
         self, z: Array, y: Array, xp: Namespace, label_smoothing: Any = None
     ) -> tuple[Array, Array]:
-        # Classes along the first axis, (k, n): with few classes, sums over them and
-        # broadcasts along them then run over long rows, many times faster on NumPy
+        # Classes along the first axis, (k, n).  With few classes, sums and broadcasts then
+        # run over long contiguous rows, which is many times faster on NumPy.
         k = z.shape[1]
         z = columns_first(z, xp)
         if y.ndim == 1:
             labels = xp.arange(k, dtype=y.dtype, device=device(y))
-            t = xp.astype(labels[:, None] == y, z.dtype)
+            t = xp.astype(labels[:, None] == y, z.dtype)  # one-hot, (k, n)
         else:
             t = y.T
         t = self.smoothed(t, k, label_smoothing)
@@ -317,7 +338,7 @@ class SoftmaxCrossEntropy(_CrossEntropy):
 
 @dataclass(frozen=True)
 class SquaredError(Loss):
-    """ℓ = ½ Σₖ (z − y)²,  ∂ℓ/∂z = z − y."""
+    """Half the squared error, ℓ = ½ Σₖ (z − y)²,  ∂ℓ/∂z = z − y."""
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
         error = z - _match_shape(y, z, xp)
@@ -326,9 +347,10 @@ class SquaredError(Loss):
 
 @dataclass(frozen=True)
 class Poisson(Loss):
-    """Half the Poisson deviance: ℓ = Σₖ [eᶻ − y z + y log y − y],  ∂ℓ/∂z = eᶻ − y.
+    """Half the Poisson deviance, ℓ = Σₖ [eᶻ − y z + y log y − y],  ∂ℓ/∂z = eᶻ − y.
 
-    Domain: y ≥ 0; z ≤ 88 in float32 and 709 in float64, where eᶻ overflows.
+    The domain is y ≥ 0, with z ≤ 88 in float32 and z ≤ 709 in float64: beyond these
+    limits eᶻ overflows.
     """
 
     link_name: ClassVar[str] = "exp"
@@ -337,7 +359,7 @@ class Poisson(Loss):
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
         y = _match_shape(y, z, xp)
         mean = xp.exp(z)
-        y_log_y = y * xp.log(xp.where(y > 0.0, y, 1.0))
+        y_log_y = y * xp.log(xp.where(y > 0.0, y, 1.0))  # its limit at y = 0 is 0
         return _sum_outputs(mean - y * z + y_log_y - y, xp), mean - y
 
     def link(self, z: Array, xp: Namespace) -> Array:
@@ -349,13 +371,19 @@ class Poisson(Loss):
 
 @dataclass(frozen=True)
 class Huber(Loss):
-    """With r = z − y and c = r clipped to [−δ, δ]:  ℓ = Σₖ c (r − c/2),  ∂ℓ/∂z = c.
+    """Huber's loss: ℓ = Σₖ c (r − c/2),  ∂ℓ/∂z = c, with r = z − y and c = r clipped to [−δ, δ].
 
-    That is ½ r² for ``|r| ≤ δ`` and ``δ (|r| − δ/2)`` beyond (Huber, 1964).
+    It equals ½ r² for ``|r| ≤ δ`` and ``δ (|r| − δ/2)`` beyond (Huber, 1964).
 
     Parameters
     ----------
     delta : float > 0, default=1
+        Size of the residual, δ, at which the loss becomes linear.
+
+    Raises
+    ------
+    ValueError
+        If ``delta`` is not positive.
     """
 
     delta: float = 1.0
@@ -372,15 +400,20 @@ class Huber(Loss):
 
 @dataclass(frozen=True)
 class Quantile(Loss):
-    """Pinball loss: ℓ = Σₖ max(q r, (q − 1) r) with r = y − z,  ∂ℓ/∂z = [r < 0] − q.
+    """Pinball loss, ℓ = Σₖ max(q r, (q − 1) r) with r = y − z,  ∂ℓ/∂z = [r < 0] − q.
 
-    At r = 0, where ℓ has a kink, the derivative given is −q, one of its subgradients
-    (Koenker and Bassett, 1978).
+    At r = 0 the loss has a kink.  The derivative returned there is −q, one of the
+    subgradients (Koenker and Bassett, 1978).
 
     Parameters
     ----------
     q : float in (0, 1), default=0.5
         The quantile to predict.
+
+    Raises
+    ------
+    ValueError
+        If ``q`` is not in (0, 1).
     """
 
     q: float = 0.5

@@ -1,4 +1,4 @@
-"""A network: a tuple of layers, and backpropagation through it."""
+"""Networks: tuples of layers, and backpropagation through them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Numbers = tuple[tuple[Any, ...], ...]
 
 @dataclass(frozen=True)
 class Network:
-    """Layers applied one after the other; the output of the last are the logits.
+    """Layers applied one after the other; the output of the last layer are the logits.
 
     Parameters
     ----------
@@ -32,10 +32,10 @@ class Network:
     Raises
     ------
     ValueError
-        If a layer's input is not as wide as the output before it, or some layers or
-        parameters are for other numbers of members than others.
+        If the width of a layer's input differs from that of the output before it, or
+        layers or parameters disagree on the number of members.
     TypeError
-        If a layer cannot be hashed, or still says ``random = True``, as layers once did.
+        If a layer cannot be hashed, or uses the outdated attribute ``random = True``.
     """
 
     layers: tuple[Layer, ...]
@@ -45,7 +45,7 @@ class Network:
         width: int | None = None
         for i, layer in enumerate(self.layers):
             try:
-                hash(layer)  # compiled steps are found again by it
+                hash(layer)  # caches of compiled steps use the network as a key
             except TypeError as error:
                 raise TypeError(
                     f"layer {i}, {layer}: its fields have to be hashable ({error})"
@@ -59,6 +59,7 @@ class Network:
                     f" but the layers before it give {width}"
                 )
             width = getattr(layer, "n_out", None) or n_in
+        # Layers without parameters need not declare members, but no parameter may lack them
         said = [getattr(layer, "members", None) for layer in self.layers]
         counts = {n for n in said if n is not None}
         counts |= {param.members for param in self.params}  # all of them, or none
@@ -67,7 +68,7 @@ class Network:
 
     @cached_property
     def members(self) -> int | None:
-        """How many networks of their own parameters this is; None if it is one."""
+        """The number of members with separate parameters; None if this is not an ensemble."""
         counts = (getattr(layer, "members", None) for layer in self.layers)
         return next((n for n in counts if n is not None), None)
 
@@ -78,27 +79,27 @@ class Network:
 
     @property
     def n_in(self) -> int | None:
-        """Columns that the network takes; None if any number of them."""
+        """The number of input columns; None if any number is accepted."""
         return next(filter(None, (getattr(layer, "n_in", None) for layer in self.layers)), None)
 
     @property
     def n_out(self) -> int | None:
-        """Columns that the network gives; None if as many as it takes."""
+        """The number of output columns; None if it equals the number of input columns."""
         last_first = reversed(self.layers)
         return next(filter(None, (getattr(layer, "n_out", None) for layer in last_first)), None)
 
     @property
     def n_linear(self) -> int:
-        """Number of linear layers."""
+        """The number of linear layers."""
         return sum(isinstance(layer, Linear) for layer in self.layers)
 
     def init(self, rng: np.random.RandomState) -> list[NDArray[np.float64]]:
-        """Draw initial parameters on the host, in order, in float64."""
+        """Draw initial parameters on the host, in the order of ``params``, in float64."""
         return [p.init(rng, p.shape, p.fan_in, p.fan_out) for p in self.params]
 
     @cached_property
     def n_random(self) -> int:
-        """Number of layers that draw noise: the number of keys of a step."""
+        """The number of layers that draw noise, which is the number of keys of a step."""
         return sum("key" in layer.numbers for layer in self.layers)
 
     @cached_property
@@ -106,17 +107,19 @@ class Network:
         return tuple(layer for layer in self.layers if layer.numbers)
 
     def per_step(self, clock: Clock, keys: Sequence[int]) -> Numbers:
-        """Return the numbers of a step: of each layer that takes some, in order.
+        """Return the numbers of a step, a tuple for each layer that takes numbers, in order.
 
         Parameters
         ----------
         clock : Clock
-        keys : sequence of n_random int
+            Position of training before the step.
+        keys : sequence of int
+            Seeds, one for each of the ``n_random`` layers that draw noise.
 
         Raises
         ------
         ValueError
-            If a layer returns another number of numbers than it names.
+            If a layer returns more or fewer numbers than it names.
         """
         drawn = iter(keys)
         found = []
@@ -138,26 +141,28 @@ class Network:
         return tuple(slice(start, end) for start, end in pairwise(ends))
 
     def split(self, params: Params) -> list[Params]:
-        """Return the parameters of each layer."""
+        """Return the parameters of each layer, given those of all layers in order."""
         return [params[own] for own in self._slices]
 
     def forward(
         self, params: Params, x: Array, xp: Namespace, numbers: Numbers | None = None
     ) -> tuple[Array, list[Any]]:
-        """Logits, and what each layer needs for its derivative.
+        """Return the logits, and what each layer needs for its derivative.
 
         Parameters
         ----------
-        params : list of arrays, as ``params`` describes them
+        params : list of arrays
+            Parameter values, in the order of ``Network.params``.
         x : array (n, n_in)
         xp : namespace of the arrays
         numbers : tuple of tuple, optional
-            From `per_step`; without them layers do as in prediction.
+            Numbers of the step, from `per_step`.  Without them, layers behave as in
+            prediction.
 
         Returns
         -------
         z : array (n, n_out), or (members, n, n_out)
-        residuals : list, one entry a layer
+        residuals : list, one entry for each layer
         """
         given = iter(numbers or ())
         residuals = []
@@ -172,10 +177,23 @@ class Network:
     def backward(
         self, params: Params, residuals: list[Any], dz: Array, xp: Namespace
     ) -> list[Array]:
-        """Gradients of all parameters, from that of the logits.
+        """Return the gradients of all parameters, given the gradient of the logits.
 
-        The chain rule, from the last layer to the first that has parameters; what
-        stands before it needs no gradient, nor does its own input.
+        The chain rule is applied from the last layer to the first that has parameters.
+        Layers before that one, and its own input, need no gradient.
+
+        Parameters
+        ----------
+        params : list of arrays
+        residuals : list
+            Second result of `forward`.
+        dz : array (n, n_out), or (members, n, n_out)
+        xp : namespace of the arrays
+
+        Returns
+        -------
+        list of arrays
+            Gradients, in the order and shapes of the parameters.
         """
         first = next((i for i, own in enumerate(self._slices) if own.stop), len(self.layers))
         grads: list[Array] = []
@@ -187,7 +205,7 @@ class Network:
         return grads
 
     def __call__(self, params: Params, x: Array, xp: Namespace) -> Array:
-        """Logits alone, keeping nothing: for prediction."""
+        """Return the logits without keeping residuals, for prediction."""
         for layer, own in zip(self.layers, self._slices, strict=True):
             x, _ = layer.forward(params[own], x, xp)
         return x
@@ -207,22 +225,24 @@ def mlp(
     Parameters
     ----------
     sizes : sequence of int
-        Numbers of columns from the input to the logits: ``[4, 16, 1]`` has one
-        hidden layer of 16 units.
-    activation : str, Layer, or a sequence of one for each hidden layer
-        After each hidden linear layer; the names are those of
+        Numbers of columns from the input to the logits.  For example, ``[4, 16, 1]`` has
+        one hidden layer of 16 units.
+    activation : str, Layer, or a sequence of one for each hidden layer, default="relu"
+        Activation after each hidden linear layer; the names are the keys of
         `portable_mlp.activations.ACTIVATIONS`.
     dropout : float in [0, 1), a tuple of them, or Scheduled, default=0
-        Rate behind each hidden activation; a tuple has one for each member.
-    weight_init, bias_init : callable
-        See `portable_mlp.initializers`.
+        Dropout rate after each hidden activation; a tuple has one for each member.
+    weight_init, bias_init : callable, default=GlorotUniform()
+        Initializers, see `portable_mlp.initializers`.
     members : int, optional
-        So many networks of this form at once, each with parameters of its own.
+        Number of members of an ensemble: networks of this form that are evaluated
+        together, each with its own parameters.
 
     Raises
     ------
     ValueError
-        If an activation is unknown, or there are not as many as hidden layers.
+        If an activation is unknown, or the number of activations differs from the number
+        of hidden layers.
     """
     hidden = len(sizes) - 2
     single = isinstance(activation, str) or not isinstance(activation, Iterable)

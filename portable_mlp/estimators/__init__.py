@@ -1,6 +1,6 @@
-"""The estimators: scikit-learn's interface, its names, defaults and conventions.
+"""The estimators, with scikit-learn's interface, names, defaults and conventions.
 
-What is added comes after scikit-learn's parameters, keyword-only, and changes no default.
+Additional parameters are keyword-only, follow scikit-learn's, and change none of its defaults.
 """
 
 from portable_mlp.estimators.classifier import MLPClassifier

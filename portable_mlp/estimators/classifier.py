@@ -1,4 +1,4 @@
-"""The classifier: labels as class numbers, and predictions as labels."""
+"""The classifier: encodes labels as class numbers and decodes predictions to labels."""
 
 from __future__ import annotations
 
@@ -35,121 +35,139 @@ from portable_mlp.typing import Array
 
 
 class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
-    """Multilayer perceptron for one label of two or more classes, or several labels.
+    """Multilayer perceptron for binary, multiclass and multilabel classification.
 
-    Minimises the cross-entropy of its logits.
+    It minimises the cross-entropy of its logits, unless another ``loss`` is given.
 
     Parameters
     ----------
     hidden_layer_sizes : int or sequence of int, default=(100,)
-        Units of each hidden layer.
+        Number of units of each hidden layer.
     activation : str, Layer, or a sequence of one for each hidden layer, default="relu"
-        A name of `portable_mlp.activations.ACTIVATIONS`.
+        A name in `portable_mlp.activations.ACTIVATIONS`, or a layer.
     solver : {"adam", "sgd", "adamw", "rmsprop", "lbfgs"} or Optimizer, default="adam"
         "adam" and "sgd" follow scikit-learn's conventions; an instance from
         `portable_mlp.optimizers` brings its own settings.
     alpha : float >= 0, default=1e-4
-        L2 penalty on the weights, divided by the rows of a batch.
+        L2 penalty on the weights, divided by the number of rows of a batch.
     batch_size : int or "auto", default="auto"
-        Rows of a batch; "auto" is min(200, n_samples).
+        Number of rows in a batch; "auto" is min(200, n_samples).
     learning_rate : str or Schedule, default="constant"
-        A name of `portable_mlp.schedules.SCHEDULES`, or an instance, which brings its own
-        settings.  For every solver but "lbfgs"; "invscaling" and "adaptive" are, as names,
-        for solver="sgd".
+        A name in `portable_mlp.schedules.SCHEDULES`, or an instance, which brings its own
+        settings.  Every solver but "lbfgs" follows it.  The names "invscaling" and "adaptive"
+        only affect solver="sgd"; instances affect the other solvers too.
     learning_rate_init : float > 0, default=0.001
+        Initial learning rate; the schedule scales it.
     power_t : float >= 0, default=0.5
         Exponent of "invscaling".
     max_iter : int >= 1, default=200
-        Epochs; iterations of "lbfgs".
+        Largest number of epochs, or of iterations of "lbfgs".
     shuffle : bool, default=True
-        Draw a new order of the rows each epoch.
+        Whether to reshuffle the rows before each epoch.
     random_state : int, RandomState or None, default=None
-        One generator for initial weights, held-out rows, order, and dropout.
+        Seed or random generator for the initial weights, the held-out rows, the order of
+        the rows, and dropout.
     tol : float >= 0, default=1e-4
-        Least improvement that counts.
+        Smallest improvement that counts as one.
     verbose : bool, default=False
-        A progress bar on a terminal, a line an epoch elsewhere.
+        Whether to show progress: a bar on a terminal, one line per epoch elsewhere.
     warm_start : bool, default=False
-        Whether ``fit`` goes on from the fitted weights.
+        Whether ``fit`` starts from the fitted weights.
     momentum : float in [0, 1], default=0.9
-        Of "sgd".
+        Momentum of "sgd".
     nesterovs_momentum : bool, default=True
-        Of "sgd".
+        Whether "sgd" uses Nesterov's momentum.
     early_stopping : bool, default=False
-        Watch the score of held-out rows instead of the loss, and keep the best weights.
+        Whether to monitor the score of held-out rows instead of the loss, and to keep the
+        best weights.
     validation_fraction : float in [0, 1), default=0.1
-    beta_1, beta_2, epsilon : float
-        Of "adam" and "adamw" (epsilon of "rmsprop" too).
+        Fraction of the rows that early stopping holds out.
+    beta_1, beta_2, epsilon : float, default=0.9, 0.999, 1e-8
+        Hyperparameters of "adam" and "adamw"; "rmsprop" uses epsilon too.
     n_iter_no_change : int or inf, default=10
-        Epochs without improvement after which training stops.
+        Number of epochs without improvement that training tolerates.
     max_fun : int, default=15000
-        Evaluations that "lbfgs" may take.
+        Largest number of loss evaluations of "lbfgs".
     device : {"cpu", "gpu", "auto"}, optional
-        Where to compute: NumPy, CuPy, or CuPy where there is a GPU.
+        Where to compute.  Without ``backend``, "cpu" is NumPy and "gpu" is CuPy.  For host
+        data, "auto" is CuPy if there is a usable GPU, and NumPy otherwise.
     backend : {"numpy", "cupy", "torch", "jax"}, optional
-        With neither, computation follows X.
+        The array library to compute with.  Without ``device`` and ``backend``, computation
+        follows X.
     dtype : {"float32", "float64"}, optional
-        Of the computation; that of X if not given (float64 for all but float32).
+        Dtype of the computation.  By default it is float32 for X of that dtype, and float64
+        for any other X.
     dropout : float in [0, 1), or schedules.Scheduled, default=0
-        Rate behind each hidden activation.
+        Dropout rate after each hidden activation.
     clip_norm : float > 0, optional
         Largest global norm of a step's gradients.
     weight_decay : float >= 0, or schedules.Scheduled, optional
-        Decoupled from the gradient (Loshchilov and Hutter, 2019): each step takes
-        away learning rate × weight_decay of the parameters.  For every solver but
-        "lbfgs"; if not given, 0.01 for "adamw" and 0 for the others.
+        Weight decay, decoupled from the gradient (Loshchilov and Hutter, 2019): each step
+        subtracts learning rate × weight_decay × the parameters.  For every solver but
+        "lbfgs".  The default is 0.01 for "adamw" and 0 for the others.
     scoring : str or callable, optional
-        What early stopping watches, and ``validation_scores_`` holds: a scorer of
-        scikit-learn; that of ``score`` if not given.
+        A scikit-learn scorer.  Early stopping monitors it, and ``validation_scores_`` holds
+        its values.  The default is the metric of ``score``.
     callbacks : sequence of portable_mlp.Callback, optional
-        Told of every epoch; they can stop the fit.
+        Callbacks, called in every epoch; they can stop the fit.
     treatments : dict, optional
-        From groups of parameters ("weight", "bias", labels of one's own layers) to
+        Map from groups of parameters ("weight", "bias", labels of custom layers) to
         `portable_mlp.groups.Treatment`: factors on learning rate, weight decay and
-        penalty, and an own schedule.  One that is given stands in place of the default,
-        which for "bias" is ``Treatment(penalty=0.0)``.  For every solver but "lbfgs".
+        penalty, and a schedule of their own.  An entry replaces the group's default, which
+        for "bias" is ``Treatment(penalty=0.0)``.  For every solver but "lbfgs".
     architecture : callable, optional
-        ``architecture(n_features, n_outputs)`` returns the `portable_mlp.Network` to train; see
-        `portable_mlp.architectures`.  In place of hidden_layer_sizes, activation and dropout.
+        Function ``architecture(n_features, n_outputs)`` that returns the `portable_mlp.Network`
+        to train; see `portable_mlp.architectures`.  It replaces hidden_layer_sizes,
+        activation and dropout.
     label_smoothing : float in [0, 1), default=0
-        Share of each target that is spread evenly over the classes.
+        Fraction of each target that is spread evenly over the classes.
     loss : Loss or callable, optional
-        If not given, the cross-entropy with ``clipped=True``, whose values scikit-learn reports.
-        A callable takes logits (n, k), targets and
-        the namespace, and returns the rows' losses (n,) and their derivatives by the
-        logits (n, k); `portable_mlp.check_loss` verifies it.  Targets are class
-        numbers (n,), or 0.0 and 1.0 where there are two classes, (n,), or several
-        labels, (n, k).
+        Loss to minimise.  The default is the cross-entropy with ``clipped=True``, which has
+        the values that scikit-learn reports.  A callable takes logits (n, k), targets and
+        the namespace.  It returns the rows' losses (n,) and their derivatives with respect
+        to the logits (n, k); `portable_mlp.check_loss` verifies it.  Targets are class
+        numbers (n,); 0.0 and 1.0, (n,), for two classes; or 0.0 and 1.0, (n, k), for
+        several labels.
     class_weight : dict or "balanced", optional
         Factors on the rows' weights by class; "balanced" gives each class the same
-        weight.
+        total weight.
 
     Attributes
     ----------
     classes_ : ndarray (n_classes,)
+        The sorted labels.
     network_ : Network
         The layers.
     params_ : list of arrays
-        Their parameters, in the order of ``network_.params``; in the namespace, and on the
-        device, of the X fitted.
+        The network's parameters, in the order of ``network_.params``.  They are in the
+        namespace and on the device of the fitted X.
     coefs_, intercepts_ : lists of arrays (n_in, n_out) and (n_out,)
-        Those of the linear layers: an item that is set is set in ``params_``.
+        The weights and biases of the linear layers.  Setting an item also sets it in
+        ``params_``.
     loss_, best_loss_ : float
+        The last training loss, and the lowest; ``best_loss_`` is None with early stopping.
     loss_curve_ : list of float
+        The training loss of each epoch.
     validation_loss_curve_, validation_scores_ : list of float
-        Of the rows held out, or given as X_val; None without such rows.
-    best_validation_score_ : float; None without early stopping
+        Loss and score of the held-out rows, or of X_val, after each epoch; None without
+        such rows.
+    best_validation_score_ : float
+        The highest validation score; None without early stopping.
     layer_params_ : list of arrays
-        Those of all other layers.
+        The parameters of all other layers.
     n_iter_, t_, n_layers_, n_outputs_, n_features_in_ : int
+        The number of epochs, of rows seen in training, of layers (the input included), of
+        outputs, and of columns of X.
     stop_reason_ : {"converged", "max_epochs", "stopped", "interrupted", "diverged", "failed"}
-        Why training ended: "max_epochs" at the limit of this call (``max_iter``,
-        ``n_iter``, ``max_fun``, an epoch of ``partial_fit``), "stopped" by a callback,
-        "interrupted" by Ctrl-C, "diverged" with early stopping (it is an error else),
-        "failed" where L-BFGS found no better point; None after ``init_model``, and
-        missing from a model that was loaded.
+        Why training ended.  "max_epochs": at the limit of this call (``max_iter``,
+        ``n_iter``, ``max_fun``, an epoch of ``partial_fit``).  "stopped": by a callback.
+        "interrupted": by Ctrl-C.  "diverged": only with early stopping; otherwise divergence
+        is an error.  "failed": L-BFGS found no better point.  It is None after
+        ``init_model``, and missing from a loaded model.
     feature_names_in_ : ndarray of str
+        Names of the columns of X, if it has any.
     out_activation_ : str
+        Name of the function from logits to predictions.
 
     Examples
     --------
@@ -255,7 +273,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         return chosen_loss(self.loss, {}, cross_entropy), n_outputs
 
     def _encode_target(self, y: NDArray[Any]) -> NDArray[Any]:
-        """Labels as the loss takes them: class numbers (int32), or 0.0 and 1.0."""
+        """Return labels in the loss's encoding: class numbers (int32), or 0.0 and 1.0."""
         if self._multilabel:
             if y.ndim != 2 or y.shape[1] != len(self.classes_):
                 raise ValueError(f"y: expected {len(self.classes_)} labels a row, got {y.shape}")
@@ -269,7 +287,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
 
     @only_if(without_partial_fit)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> Self:
-        """One epoch over X and y, going on from where the model is.
+        """Train for one epoch over X and y, continuing from the model's present state.
 
         Parameters
         ----------
@@ -277,7 +295,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         y : array-like (n_samples,) or (n_samples, n_outputs)
         sample_weight : array-like (n_samples,), optional
         classes : array-like (n_classes,), optional
-            All labels that may ever come; needed in the first call.
+            All labels that may ever occur; required in the first call.
 
         Returns
         -------
@@ -286,10 +304,10 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         Raises
         ------
         UnavailableError
-            An AttributeError and a ValueError: with early stopping, ``solver="lbfgs"``, or
-            ``class_weight="balanced"``.
+            With early stopping, ``solver="lbfgs"``, or ``class_weight="balanced"``.  It is an
+            AttributeError and a ValueError.
         ValueError, DivergenceError, BackendError
-            As `fit`; also if the classes are not those of the first call.
+            As in `fit`; also if the classes are not those of the first call.
         """
         known = getattr(self, "classes_", None)
         given = known if classes is None else np.unique(to_host(classes))
@@ -305,7 +323,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
             return self._fit(X, y, sample_weight, "partial")
 
     def _decide(self, z: Array, loss: Loss, xp: Any) -> Array:
-        """Class numbers (n,), or indicators (n, n_labels), from logits."""
+        """Return class numbers (n,), or indicators (n, n_labels), from logits."""
         if loss.link_name == "softmax":
             return xp.argmax(z, axis=1)
         yes = xp.astype(z > 0.0, xp.int32)
@@ -314,7 +332,7 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         return yes[:, 0] if yes.shape[1] == 1 else yes
 
     def _probabilities(self, z: Array, loss: Loss, xp: Any) -> Array:
-        """Those of the classes, (n, n_classes), from logits."""
+        """Return the probabilities of the classes, (n, n_classes), from logits."""
         if z.shape[1] > 1:
             return loss.link(z, xp)
         return xp.concat([sigmoid(-z, xp), sigmoid(z, xp)], axis=1)
@@ -329,8 +347,8 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         Returns
         -------
         y : array (n_samples,) or, for several labels, (n_samples, n_labels)
-            In the namespace and on the device of X; labels that it has no data type
-            for as NumPy.
+            Labels, in the namespace and on the device of X.  Labels of a dtype that this
+            namespace lacks, such as strings, come as a NumPy array.
         """
         codes, home = self._predict_with(self._decide, X, "predict")
         if self._multilabel:
@@ -338,14 +356,14 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         classes = self.classes_
         if not isinstance(home, NumPyBackend) and classes.dtype.kind in "biuf":
             labels = home.indices(classes) if classes.dtype.kind in "iu" else home.asarray(classes)
-            # Large integers may have no place there (JAX has 32 bits by default)
+            # Large integers may not fit there: JAX has 32-bit integers by default
             if np.array_equal(home.to_host(labels), classes):
                 with home.current():
                     return home.xp.take(labels, codes, axis=0)
         return classes[home.to_host(codes)]
 
     def predict_proba(self, X: Any) -> Array:
-        """Probabilities of the classes.
+        """Return the probabilities of the classes.
 
         Parameters
         ----------
@@ -354,12 +372,15 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         Returns
         -------
         p : array (n_samples, n_classes)
-            Rows sum to one, except for several labels, where each is on its own.
+            Each row sums to one.  With several labels it does not: each column is the
+            probability of one label.
         """
         return self._predict_with(self._probabilities, X, "predict_proba")[0]
 
     def predict_log_proba(self, X: Any) -> Array:
-        """Logarithms of `predict_proba`, computed from the logits: finite where those are.
+        """Return the logarithms of `predict_proba`.
+
+        They are computed from the logits, so they are finite wherever the logits are.
 
         Parameters
         ----------
@@ -374,14 +395,17 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
             if loss.link_name == "softmax":
                 return log_softmax(z, xp)
             if z.shape[1] > 1:
-                # Probabilities that are equal have equal logarithms, as there
+                # Equal probabilities must have equal logarithms: above 0, sigmoid rounds to
+                # the same float for many logits whose softplus still differs
                 return xp.where(z > 0.0, xp.log(sigmoid(z, xp)), -softplus(-z, xp))
             return xp.concat([-softplus(z, xp), -softplus(-z, xp)], axis=1)
 
         return self._predict_with(logs, X, "predict_log_proba")[0]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy: the share of rows with the right class (for several labels, with all right).
+        """Return the accuracy: the fraction of rows whose class is predicted correctly.
+
+        With several labels, all labels of a row have to be correct.
 
         Parameters
         ----------

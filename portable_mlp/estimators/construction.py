@@ -1,4 +1,4 @@
-"""What an estimator's parameters say, as the objects that train."""
+"""Construction: from an estimator's parameters to the network, optimizer, loss and trainer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ from portable_mlp.training import Trainer
 from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
-_OF_SGD = (InverseScaling, Adaptive)  # by name, as in scikit-learn; as objects, of every solver
+# Given by name, these affect only solver="sgd", as in scikit-learn; as instances, every solver
+_OF_SGD = (InverseScaling, Adaptive)
 
 LossFunction = Callable[[Array, Array, Any], tuple[Array, Array]]
-"""From logits, targets and the namespace to the rows' losses and their derivatives."""
+"""Function from logits, targets and the namespace to the rows' losses and their derivatives."""
 
 
 def chosen_loss(loss: Any, named: dict[str, Loss], like: Loss) -> Loss:
-    """Return a loss from its name, itself, or a function (see `losses.CallableLoss`)."""
+    """Return the loss for a name, a `Loss` or a function (see `losses.CallableLoss`)."""
     if callable(loss) and not isinstance(loss, Loss | type):
         return CallableLoss(loss, like)
     chosen: Loss = lookup("loss", loss, named, Loss)
@@ -44,7 +45,7 @@ def chosen_loss(loss: Any, named: dict[str, Loss], like: Loss) -> Loss:
 
 
 class Construction(Fitted, BaseEstimator):
-    """From constructor arguments to a network and its trainer, and parameters of the one fitted."""
+    """Base of the estimators that builds the network and its trainer from the parameters."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
@@ -78,7 +79,7 @@ class Construction(Fitted, BaseEstimator):
     }
 
     def _store(self, given: dict[str, Any]) -> None:
-        """Keep the constructor's arguments as they are."""
+        """Store the constructor's arguments unchanged, as scikit-learn's ``clone`` requires."""
         for name, value in given.items():
             if name not in ("self", "__class__"):
                 setattr(self, name, value)
@@ -86,7 +87,7 @@ class Construction(Fitted, BaseEstimator):
     @classmethod
     @cache
     def _get_param_names(cls) -> list[str]:
-        # Reading a long signature takes a tenth of a short fit
+        # Cached: inspecting a long signature takes a tenth of the time of a short fit
         names: list[str] = super()._get_param_names()
         return names
 
@@ -112,7 +113,7 @@ class Construction(Fitted, BaseEstimator):
                 )
 
     def _make(self, kind: type) -> Any:
-        """Return an object whose fields are set by the parameters of the same names."""
+        """Return an instance of a dataclass; parameters of the same names set its fields."""
         ahead = bool(self.momentum) and self.nesterovs_momentum
         given = {**vars(self), "nesterov": ahead, "power": self.power_t}
         names = (field.name for field in fields(kind))
@@ -124,7 +125,7 @@ class Construction(Fitted, BaseEstimator):
             if self.weight_decay is not None:
                 raise ValueError(f"weight_decay is for a solver given by name: set it in {kind!r}")
             return kind
-        # Two names have conventions of scikit-learn's
+        # The names "sgd" and "adam" stand for scikit-learn's variants of these optimizers
         if kind is SGD and self.momentum:
             kind = SklearnSGD
         elif kind is Adam:
@@ -133,7 +134,10 @@ class Construction(Fitted, BaseEstimator):
         return optimizer
 
     def _is_scheduled(self) -> bool:
-        """Whether the learning rate follows a schedule that every solver with steps follows."""
+        """Tell whether ``learning_rate`` is a schedule that lbfgs, which has no steps, rejects.
+
+        "constant", "invscaling" and "adaptive" are not: scikit-learn ignores them for lbfgs.
+        """
         if isinstance(self.learning_rate, str):
             kind = SCHEDULES.get(self.learning_rate, Schedule)
             return kind not in (Schedule, *_OF_SGD)
@@ -164,13 +168,13 @@ class Construction(Fitted, BaseEstimator):
         return hidden
 
     def _network(self, n_in: int, n_out: int) -> Network:
-        """Return the network that the parameters ask for.
+        """Return the network that the parameters describe.
 
         Raises
         ------
         ValueError
-            If an architecture is given beside parameters whose place it takes, or its network
-            has other numbers of inputs or outputs.
+            If an architecture is given together with parameters that it replaces, or if its
+            network does not have ``n_in`` inputs and ``n_out`` outputs.
         """
         if self.architecture is None:
             activation = self.activation
@@ -210,7 +214,7 @@ class Construction(Fitted, BaseEstimator):
             tol=self.tol,
             patience=self.n_iter_no_change,
             treatments=self.treatments,
-            # scikit-learn reports the squared error's mean over the outputs
+            # scikit-learn reports the squared error averaged over the outputs
             loss_scale=1.0 / self.n_outputs_ if isinstance(self._loss, SquaredError) else 1.0,
         )
 
@@ -218,14 +222,18 @@ class Construction(Fitted, BaseEstimator):
         super().__setstate__(state)
         known = self.__dict__
         for name, parameter in signature(type(self)).parameters.items():
-            known.setdefault(name, parameter.default)  # one that is newer than the pickle
-        # Those of version 0.1.0 have no network
+            known.setdefault(name, parameter.default)  # a parameter newer than the pickle
+        # Pickles of version 0.1.0 hold these lists of arrays, and no network
         old = {name: known.pop(name) for name in OF_SCIKIT_LEARN if name in known}
         if old:
             self._adopt_plain(old)
 
     def _adopt_plain(self, arrays: dict[str, list[Array]]) -> None:
-        """Take the parameters of a plain MLP, whatever hidden_layer_sizes says by now."""
+        """Take the fitted parameters of a plain MLP.
+
+        The widths come from the arrays' shapes: hidden_layer_sizes may have been changed since
+        the fit.
+        """
         n_in, *hidden = (w.shape[0] for w in arrays["coefs_"])
         n_out = arrays["coefs_"][-1].shape[1]
         self._adopt(MLP(tuple(hidden), self.activation, self.dropout)(n_in, n_out), arrays)

@@ -1,4 +1,4 @@
-"""Fitted parameters: in the order of the network, and as scikit-learn's users know them."""
+"""Fitted parameters: in the network's order, and under scikit-learn's attribute names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ OF_SCIKIT_LEARN = ("coefs_", "intercepts_", "layer_params_")
 
 
 class View(list[Array]):
-    """Some of a list's items; an item that is set here is set there, too.
+    """List of some of the items of another list; setting an item sets it in both.
 
     Parameters
     ----------
     items : list
+        The other list.
     places : list of int
-        Which of them.
+        Positions in ``items``.
     """
 
     def __init__(self, items: list[Array], places: list[int]) -> None:
@@ -31,7 +32,7 @@ class View(list[Array]):
         places = self._places[key]
         if isinstance(key, slice):
             value = list(value)
-            pairs = list(zip(places, value, strict=True))  # nothing is set if they do not match
+            pairs = list(zip(places, value, strict=True))  # raises before anything is set
         else:
             pairs = [(places, value)]
         for place, item in pairs:
@@ -39,13 +40,14 @@ class View(list[Array]):
         super().__setitem__(key, value)
 
     def __reduce__(self) -> Any:
-        return list, (list(self),)  # a copy is a list of its own
+        return list, (list(self),)  # pickles and copies are plain lists
 
 
 class Shown:
-    """An attribute that shows some of the fitted parameters.
+    """Descriptor that shows some of the fitted parameters as an attribute.
 
-    On a model that is not fitted it holds what it is given to begin with, in ``_before``.
+    A model that is not fitted has no parameters to show.  Values that are set on it are kept
+    in ``_before``, and a warm start begins with them.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -72,18 +74,18 @@ class Shown:
 
 
 class Fitted:
-    """What a fit leaves, and what `coefs_` and its like show of it.
+    """Base of the estimators that holds the fitted network and its parameters.
 
     Attributes
     ----------
     network_ : Network
-        The layers, as they were fitted.
+        The fitted layers.
     params_ : list of arrays
-        Their parameters, as ``network_.params`` describes them.
+        The network's parameters, in the order of ``network_.params``.
     coefs_, intercepts_ : list of arrays
-        Of these, weights and biases of the linear layers.
+        The weights and biases of the linear layers.
     layer_params_ : list of arrays
-        All others.
+        The parameters of all other layers.
     """
 
     network_: Network
@@ -93,7 +95,7 @@ class Fitted:
     layer_params_ = Shown()
 
     def _adopt(self, network: Network, arrays: Mapping[str, Sequence[Array]]) -> None:
-        """Take parameters that are given by the names of `OF_SCIKIT_LEARN`."""
+        """Set the network, and its parameters from lists named as in `OF_SCIKIT_LEARN`."""
         params: list[Array] = [None] * len(network.params)
         for name in OF_SCIKIT_LEARN:
             for place, array in zip(places(network, name), arrays.get(name, ()), strict=True):
@@ -105,12 +107,12 @@ class Fitted:
         return self.params_[0]
 
     def _params_for(self, network: Network) -> list[Array]:
-        """Return the fitted parameters, if a network has such ones.
+        """Return the fitted parameters, to continue training with a network.
 
         Raises
         ------
         ValueError
-            If it has parameters of other shapes, or another number of them.
+            If the network has another number of parameters, or parameters of other shapes.
         """
         if "params_" not in vars(self):
             self._adopt(network, vars(self).pop("_before", {}))
@@ -125,7 +127,7 @@ class Fitted:
 
 
 def places(network: Network, name: str) -> list[int]:
-    """Which parameters of a network an attribute of `OF_SCIKIT_LEARN` shows."""
+    """Return the indices of the network's parameters that a name of `OF_SCIKIT_LEARN` shows."""
     found, start = [], 0
     for layer in network.layers:
         n = len(layer.params)

@@ -1,4 +1,4 @@
-"""The regressor: real targets."""
+"""The regressor, for real targets."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class MLPRegressor(RegressorMixin, MultilayerPerceptron):
     ----------
     loss : {"squared_error", "poisson", "huber", "quantile"}, Loss or callable, \
 default="squared_error"
-        An instance from `portable_mlp.losses` brings its own settings, such as
-        ``Quantile(0.9)``; a callable takes predictions and targets, (n, k) or, with
-        one output, targets (n,), and the namespace, and returns the rows' losses (n,)
-        and their derivatives (n, k).
+        Loss to minimise.  An instance from `portable_mlp.losses` brings its own settings,
+        such as ``Quantile(0.9)``.  A callable takes predictions (n, k), targets (n, k), or
+        (n,) with one output, and the namespace.  It returns the rows' losses (n,) and their
+        derivatives with respect to the predictions (n, k).
     hidden_layer_sizes, activation, solver, alpha, batch_size, learning_rate, \
 learning_rate_init, power_t, max_iter, shuffle, random_state, tol, verbose, warm_start, \
 momentum, nesterovs_momentum, early_stopping, validation_fraction, beta_1, beta_2, epsilon, \
@@ -109,7 +109,7 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         self._store(locals())
 
     def _learn_target(self, y: NDArray[Any], again: bool, incremental: bool) -> tuple[Loss, int]:
-        """Return the loss, and the number of logits."""
+        """Return the loss and the number of logits."""
         named = {name: loss for name, loss in LOSSES.items() if not loss.for_labels}
         loss = chosen_loss(self.loss, named, SquaredError())
         if loss.for_labels:
@@ -117,14 +117,14 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         return loss, y.shape[1] if y.ndim == 2 else 1
 
     def _encode_target(self, y: NDArray[Any]) -> NDArray[np.float64]:
-        """Targets, which are floating-point numbers."""
+        """Return the targets unchanged; raise a ValueError if the loss cannot take them."""
         if self._loss.nonnegative and (y < 0).any():
             raise ValueError(f"y must not be negative for loss={self.loss!r}")
         return y
 
     @only_if(without_partial_fit)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """One epoch over X and y, going on from where the model is.
+        """Train for one epoch over X and y, continuing from the model's present state.
 
         Parameters
         ----------
@@ -139,17 +139,17 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         Raises
         ------
         UnavailableError, ValueError, DivergenceError, BackendError
-            As `MLPClassifier.partial_fit`.
+            As in `MLPClassifier.partial_fit`.
         """
         return self._guarded(X, y, sample_weight, "partial")
 
     def _decide(self, z: Array, loss: Loss, xp: Any) -> Array:
-        """Predictions (n,) or (n, n_outputs) from logits."""
+        """Return predictions (n,) or (n, n_outputs) from logits."""
         y = loss.link(z, xp)
         return y[:, 0] if y.shape[1] == 1 else y
 
     def predict(self, X: Any) -> Array:
-        """Predicted targets.
+        """Return the predicted targets.
 
         Parameters
         ----------
@@ -163,7 +163,7 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         return self._predict_with(self._decide, X, "predict")[0]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Coefficient of determination R², averaged over the outputs.
+        """Return the coefficient of determination R², averaged over the outputs.
 
         Parameters
         ----------

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.ctrl_c import press_ctrl_c
 from helpers.paths import DATA
 from sklearn.model_selection import train_test_split
 
@@ -455,7 +456,7 @@ def test_interrupt_while_saving_keeps_the_model(tmp_path, monkeypatch, capsys):
     from portable_mlp.app import folder
 
     def interrupted(*args, **kwargs):
-        signal.raise_signal(signal.SIGINT)
+        press_ctrl_c()
         return save(*args, **kwargs)
 
     monkeypatch.setattr(folder, "save", interrupted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from helpers.ctrl_c import press_ctrl_c
 from helpers.targets import TARGETS, get_target
 from scipy.sparse import csr_array
 from sklearn.base import clone
@@ -597,7 +597,7 @@ class PressesCtrlC(SquaredError):
     def per_row(self, z, y, xp):
         if self.due:
             self.due.pop()
-            signal.raise_signal(signal.SIGINT)
+            press_ctrl_c()
         return super().per_row(z, y, xp)
 
 
@@ -628,8 +628,8 @@ def test_second_ctrl_c_raises_and_leaves_the_model():
     @dataclass(frozen=True)
     class Twice(SquaredError):
         def per_row(self, z, y, xp):
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+            press_ctrl_c()
+            press_ctrl_c()
             return super().per_row(z, y, xp)
 
     X, y = data("regression")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from helpers.ctrl_c import press_ctrl_c
 
 from portable_mlp import DivergenceError, Network, mlp
 from portable_mlp.backends import NumPyBackend
@@ -186,7 +187,7 @@ def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):
     def gather(self, x, rows, out, original=NumPyDialect.gather):
         calls.append(rows)
         if len(calls) == 5:
-            signal.raise_signal(signal.SIGINT)
+            press_ctrl_c()
         return original(self, x, rows, out)
 
     before = signal.getsignal(signal.SIGINT)
@@ -274,7 +275,7 @@ class Interrupting(SquaredError):
     def per_row(self, z, y, xp):
         self.calls.append(1)
         if len(self.calls) == self.step:
-            signal.raise_signal(signal.SIGINT)
+            press_ctrl_c()
         return super().per_row(z, y, xp)
 
 
