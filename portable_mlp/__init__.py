@@ -1,8 +1,8 @@
-"""portable_mlp: the multilayer perceptron, once, for every array backend.
+"""portable_mlp: the multilayer perceptron, written once for every array backend.
 
-`MLPClassifier` and `MLPRegressor` are scikit-learn estimators; `mlp`, the losses and
-the optimizers are the functional layer underneath.  Importing this package imports
-neither scikit-learn nor any array library but NumPy.
+`MLPClassifier` and `MLPRegressor` are scikit-learn estimators.  `mlp`, the losses and the
+optimizers are the functional layer underneath.  Importing this package imports neither
+scikit-learn nor any array library except NumPy: submodules are loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Architectures: which network to build for a number of columns and a number of outputs.
 
 An estimator asks its architecture for a network once it knows both numbers.  A custom
-architecture is a function ``(n_in, n_out) -> Network``, or a subclass of `Architecture`.
+architecture is a function ``(n_in, n_out) -> Network`` or a subclass of `Architecture`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BuildNetwork = Callable[[int, int], Network]
 
 
 class Architecture(ABC):
-    """Base of the architectures that model files can hold."""
+    """Base class of the architectures that model files can hold."""
 
     @abstractmethod
     def __call__(self, n_in: int, n_out: int) -> Network:
@@ -35,12 +35,14 @@ class MLP(Architecture):
     Parameters
     ----------
     hidden_layer_sizes : int or sequence of int, default=(100,)
+        Numbers of units of the hidden layers.
     activation : str, Layer, or a sequence of one for each hidden layer, default="relu"
-    dropout : float in [0, 1), or Scheduled, default=0
-        Rate behind each hidden activation; a tuple has one for each member.
+        Activation after each hidden linear layer, see `portable_mlp.network.mlp`.
+    dropout : float in [0, 1), a tuple of them, or Scheduled, default=0
+        Dropout rate after each hidden activation; a tuple has one for each member.
     members : int, optional
-        An ensemble of so many networks, trained at once and apart: none sees what another has
-        learned, and the prediction is the mean of theirs (`Loss.pool`).
+        Number of members of an ensemble.  They are trained together but independently of
+        each other; the prediction is the mean of theirs (`Loss.pool`).
     """
 
     hidden_layer_sizes: int | tuple[int, ...] = (100,)
@@ -51,7 +53,7 @@ class MLP(Architecture):
     def __post_init__(self) -> None:
         sizes = self.hidden_layer_sizes
         given = {"hidden_layer_sizes": (sizes,) if isinstance(sizes, int) else tuple(sizes)}
-        for name in ("activation", "dropout"):  # hashable
+        for name in ("activation", "dropout"):  # tuples, so that the architecture is hashable
             value = getattr(self, name)
             given[name] = tuple(value) if isinstance(value, list) else value
         for name, value in given.items():
@@ -60,7 +62,7 @@ class MLP(Architecture):
     def __call__(self, n_in: int, n_out: int) -> Network:
         try:
             return _shared(self, n_in, n_out)
-        except TypeError:  # a layer that cannot be hashed: the network's error names it
+        except TypeError:  # a layer that cannot be hashed: building raises an error that names it
             return self._build(n_in, n_out)
 
     def _build(self, n_in: int, n_out: int) -> Network:
@@ -68,7 +70,7 @@ class MLP(Architecture):
         several = isinstance(given, Iterable) and not isinstance(given, str)
         each: Iterable[Any] = given if several else [given]  # type: ignore[assignment]
         logistic = all(isinstance(a, str) and a == "logistic" for a in each)
-        init = GlorotUniform(2.0 if logistic else 6.0)
+        init = GlorotUniform(2.0 if logistic else 6.0)  # scikit-learn's factors
         return mlp(
             [n_in, *cast("tuple[int, ...]", self.hidden_layer_sizes), n_out],
             given,
@@ -81,19 +83,20 @@ class MLP(Architecture):
 
 @lru_cache(maxsize=64)
 def _shared(architecture: MLP, n_in: int, n_out: int) -> Network:
-    # A network never changes, so fits with the same settings can share one
+    # A network is immutable, so fits with the same settings can share one
     return architecture._build(n_in, n_out)
 
 
 @dataclass(frozen=True)
 class Fixed(Architecture):
-    """One network, for the numbers of columns and outputs that it has.
+    """An architecture that always builds the same network.
 
-    Model files hold it in the place of a function.
+    Model files store it in place of a function.
 
     Parameters
     ----------
     layers : tuple of Layer
+        Layers of the network.
     """
 
     layers: tuple[Layer, ...]

@@ -1,8 +1,8 @@
 """Backends: where arrays live, and how they get there.
 
-A backend is a namespace with a device: it brings arrays there and back, and says how
-a step is compiled.  To add one, subclass `Backend` and list it in `BACKENDS`; arrays
-of any other library that follows the standard work through the base class.
+A backend is an array namespace with a device.  It moves arrays there and back, and knows
+how a step is compiled.  To add a backend, subclass `Backend` and list it in `BACKENDS`.
+Arrays of any other library that follows the standard work through the base class.
 """
 
 from __future__ import annotations
@@ -24,25 +24,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class BackendError(RuntimeError):
-    """A backend or device that was asked for cannot be used; the message says why."""
+    """Error for a requested backend or device that cannot be used; the message says why."""
 
 
 class Backend:
-    """A namespace and a device; this base serves any array API namespace.
+    """A namespace and a device; the base class serves any array API namespace.
 
     Parameters
     ----------
     xp : namespace
     device : object, optional
-        As the namespace means it; its default device if not given.
+        Device as the namespace defines it; its default device if not given.
 
     Attributes
     ----------
+    name : str
+        Key in `BACKENDS`; empty for the base class.
     packs : bool
-        Whether parameters are packed into vectors (see `portable_mlp.packing`): few
-        large calls beat many small ones where a vector has views.
+        Whether parameters are packed into vectors (see `portable_mlp.packing`).  Few large
+        calls are faster than many small ones if the library has views.
     engine : str
-        What runs a step over batches, see `portable_mlp.engines`.
+        Name of the engine that runs a step over batches, see `portable_mlp.engines`.
     """
 
     name: ClassVar[str] = ""
@@ -67,58 +69,71 @@ class Backend:
     __hash__ = None  # type: ignore[assignment]
 
     def dtype(self, name: str) -> Any:
-        """Return the namespace's data type of a name such as "float32"."""
+        """Return the namespace's dtype with a name such as "float32"."""
         return getattr(self.xp, name)
 
     def asarray(self, x: Any, dtype: str | None = None, copy: bool | None = None) -> Array:
-        """Return an array here, from the host or from here; moved at most once."""
+        """Return an array on this backend.
+
+        Parameters
+        ----------
+        x : array or array-like
+            Data on the host or on this backend; it is moved at most once.
+        dtype : str, optional
+            Name of the dtype; that of ``x`` if not given.
+        copy : bool, optional
+            Whether to copy; only if needed if not given.
+        """
         return self.xp.asarray(
             x, dtype=None if dtype is None else self.dtype(dtype), device=self.device, copy=copy
         )
 
     def indices(self, host: NDArray[np.intp]) -> Array:
-        """Row numbers here, in a type ``take`` accepts."""
+        """Return row numbers on this backend, in a dtype that ``take`` accepts."""
         info = self.xp.__array_namespace_info__()
         indexing = str(info.default_dtypes(device=self.device)["indexing"]).split(".")[-1]
         return self.asarray(host.astype(indexing, copy=False))
 
     def to_host(self, x: Array) -> NDArray[Any]:
-        """Return a NumPy array of the same values."""
+        """Return a NumPy array with the same values."""
         host = self.xp.__array_namespace_info__().default_device()
         return np.asarray(array_api_compat.to_device(x, host))
 
     def fetch(self, scalars: Sequence[Array]) -> NDArray[np.float64]:
-        """Many 0-d arrays as one float64 vector on the host: one synchronisation."""
+        """Return many 0-d arrays as one float64 vector on the host, with one synchronisation."""
         return np.asarray(self.to_host(self.xp.stack(list(scalars))), dtype=np.float64)
 
     def synchronize(self) -> None:
-        """Wait until what was asked for is done; for timing."""
+        """Wait until all submitted work is done; for timing."""
 
     def compile(
         self, function: F, static: tuple[int, ...] = (), donated: tuple[int, ...] = ()
     ) -> F:
-        """Make a pure function of arrays fast; here, it runs as it is.
+        """Compile a pure function of arrays; the base class returns it unchanged.
 
         Parameters
         ----------
         function : callable
         static : tuple of int
-            Positions of arguments that are not arrays, hashable.
+            Positions of hashable arguments that are not arrays.
         donated : tuple of int
             Positions of arguments that the function may overwrite.
         """
         return function
 
     def current(self) -> AbstractContextManager[Any]:
-        """Make the device current, for a library that computes on its current device alone."""
+        """Return a context in which the device is current.
+
+        Some libraries compute only on their current device; for others nothing changes.
+        """
         return nullcontext()
 
     @contextmanager
     def scope(self, dtype: str) -> Iterator[None]:
-        """Library settings around a computation in this data type.
+        """Apply the library's settings during a computation in this dtype.
 
-        Non-finite values are looked for where they matter; warnings about each
-        operation that meets one would only repeat it.
+        NumPy's floating-point warnings are off: training checks its results for non-finite
+        values itself, so a warning from each operation would only repeat that check.
         """
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"), self.current():
             yield
@@ -131,7 +146,7 @@ class NumPyBackend(Backend):
     engine = "replay"
 
     def __init__(self, device: Any = None) -> None:
-        # NumPy follows the standard by itself since 2.1; wrappers would cost time
+        # NumPy itself follows the standard since 2.1; the compat wrappers would cost time
         super().__init__(np, device)
 
     @classmethod
@@ -195,7 +210,7 @@ class CuPyBackend(Backend):
 
 
 class TorchBackend(Backend):
-    """Torch tensors, without a graph for autograd."""
+    """Torch tensors, without autograd."""
 
     name = "torch"
     engine = "replay"
@@ -204,7 +219,7 @@ class TorchBackend(Backend):
         super().__init__(import_module("array_api_compat.torch"), device)
         self._torch = import_module("torch")
         if device is not None:
-            # With its index, as tensors tell it: "cuda" is not equal to "cuda:0"
+            # Tensors report their device with an index, and "cuda" is not equal to "cuda:0"
             self.device = self._torch.empty(0, device=device).device
 
     @classmethod
@@ -230,7 +245,7 @@ class TorchBackend(Backend):
         else:
             x = np.asarray(x)
             if not x.flags.writeable or any(stride < 0 for stride in x.strides):
-                x = x.copy()  # torch shares neither read-only nor reversed memory
+                x = x.copy()  # torch cannot share read-only memory or negative strides
         return super().asarray(x, dtype, copy)
 
     def to_host(self, x: Array) -> NDArray[Any]:
@@ -252,7 +267,7 @@ class JaxBackend(Backend):
 
     name = "jax"
     engine = "scan"
-    # Packing would copy: slices and concatenations of immutable arrays.
+    # JAX arrays have no views: slices and concatenations would copy in every step
     packs = False
 
     def __init__(self, device: Any = None) -> None:
@@ -293,7 +308,7 @@ class JaxBackend(Backend):
 
 @lru_cache(maxsize=64)
 def _jit(function: Any, static: tuple[int, ...], donated: tuple[int, ...]) -> Any:
-    # One jitted function for each step, so that what it compiled outlives a fit.
+    # One jitted function for each step, so that its compiled programs outlive a fit
     return import_module("jax").jit(function, static_argnums=static, donate_argnums=donated)
 
 
@@ -312,30 +327,36 @@ DTYPES = ("float32", "float64")
 def get_backend(
     device: str | None = None, backend: str | None = None, like: Array = None
 ) -> Backend:
-    """Where to compute.
+    """Return the backend to compute on.
 
     Parameters
     ----------
     device : {"cpu", "gpu", "auto"}, optional
-        Without ``backend``, "cpu" is NumPy, "gpu" is CuPy, and "auto" is CuPy where
-        a GPU is usable and NumPy otherwise.
+        Kind of device.  Without ``backend``, "cpu" is NumPy and "gpu" is CuPy; "auto" is
+        the library of ``like`` if that is not NumPy, else CuPy if a GPU is usable, else
+        NumPy.
     backend : {"numpy", "cupy", "torch", "jax"}, optional
-        On its default device unless ``device`` says otherwise.
+        Name of the backend.  Without ``device``, its default device is used, or the device
+        of ``like`` if that is already an array of this backend.
     like : array, optional
-        With neither of the above: its namespace and its device.
+        Array whose namespace and device are used if neither of the above is given.
+
+    Returns
+    -------
+    Backend
 
     Raises
     ------
     ValueError
         If a name is unknown.
     BackendError
-        If the backend is not installed or has no such device.  There is no silent
-        fall-back.
+        If the backend is not installed or has no such device.  Only "auto" falls back
+        to the CPU.
     """
     check_names(device, backend)
     home = backend_of(like)
     if backend is not None:
-        # Arrays that are there already stay on their own device
+        # Arrays of this backend stay on their own device
         if device is None and home.name == backend:
             return home
         return BACKENDS[backend].create(device)
@@ -347,6 +368,7 @@ def get_backend(
         try:
             return CuPyBackend.create("gpu")
         except BackendError as error:
+            # "auto" expects that there may be no GPU, but one without free memory is a surprise
             if error.__cause__ is not None and is_out_of_memory(error.__cause__):
                 warn(f"device='auto' computes on the CPU: {error}", RuntimeWarning)
             return home
@@ -356,7 +378,7 @@ def get_backend(
 
 
 def check_names(device: str | None, backend: str | None) -> None:
-    """Raise a ValueError if a name is unknown."""
+    """Raise a ValueError if the name of a device or backend is unknown."""
     for argument, value, known in (
         ("device", device, DEVICES),
         ("backend", backend, tuple(BACKENDS)),
@@ -366,7 +388,7 @@ def check_names(device: str | None, backend: str | None) -> None:
 
 
 def backend_of(x: Any) -> Backend:
-    """Return the backend an array lives on; NumPy for whatever is not an array."""
+    """Return the backend of an array; NumPy for anything that is not an array."""
     if isinstance(x, np.ndarray) or not array_api_compat.is_array_api_obj(x):
         return NumPyBackend()
     for library, is_array in (
@@ -380,12 +402,12 @@ def backend_of(x: Any) -> Backend:
 
 
 def to_host(x: Any) -> NDArray[Any]:
-    """Any array, or array-like, as a NumPy array."""
+    """Return any array or array-like as a NumPy array on the host."""
     return backend_of(x).to_host(x)
 
 
 def move(x: Any, to: Backend, dtype: str | None = None) -> Array:
-    """Return an array on another backend; from library to library it goes through the host."""
+    """Return an array on another backend; between two libraries it passes through the host."""
     home = backend_of(x)
     return to.asarray(x if home == to or isinstance(home, NumPyBackend) else home.to_host(x), dtype)
 
@@ -399,10 +421,10 @@ _WANT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a want of memory, on the host or on a device.
+    """Tell whether an error means that memory ran out, on the host or on a device.
 
-    Host and CuPy's pool raise a MemoryError, torch a class of its own; CUDA, cuBLAS and JAX say
-    so in their messages.
+    The host and CuPy's memory pool raise a MemoryError, torch a class of its own.  CUDA,
+    cuBLAS and JAX are recognised by their messages.
     """
     return (
         isinstance(error, MemoryError)
@@ -420,12 +442,12 @@ def _import(library: str, remedy: str) -> Any:
         ) from error
 
 
-# cudaError_t
+# Values of the CUDA runtime's cudaError_t
 _INITIALIZATION, _INSUFFICIENT_DRIVER, _NO_DEVICE = 3, 35, 100
 
 
 def _check_cuda() -> None:
-    """Raise `BackendError`, with the remedy, unless CuPy can compute here."""
+    """Raise a `BackendError` that names the remedy if CuPy cannot compute here."""
     lead = "device='gpu' (CuPy):"
     libraries = (
         f"{lead} CUDA libraries are missing or do not load: {{}}."

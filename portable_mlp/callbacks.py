@@ -1,4 +1,4 @@
-"""What watches training: a protocol of no-op hooks, and the progress display."""
+"""Callbacks: hooks of the training loop, and the progress display."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from portable_mlp.typing import Array
 
 
 class Epoch(NamedTuple):
-    """One line of a training history.
+    """One record of a training history.
 
     Attributes
     ----------
     epoch : int
-        From 1.
+        Number of the epoch, counted from 1.
     loss : float
-        Mean over the epoch's rows of what was minimised, the penalty included.
+        Mean over the epoch's rows of the minimised loss, including the penalty.
     validation_loss : float
-        Mean over held-out rows, without the penalty; NaN without such rows.
+        Mean loss over held-out rows, without the penalty; NaN without held-out rows.
     validation_score : float
-        Of held-out rows, higher is better; NaN without such rows.
+        Score of held-out rows, higher is better; NaN without held-out rows.
     learning_rate : float
-        In the epoch's last step.
+        Learning rate of the epoch's last step.
     seconds : float
-        Since training began.
+        Time since training began.
     """
 
     epoch: int
@@ -38,22 +38,32 @@ class Epoch(NamedTuple):
 
 
 class Callback:
-    """Hooks of the training loop; override what is needed."""
+    """Base class of callbacks; a subclass overrides the hooks it needs."""
 
     def on_fit_begin(self, max_epochs: int) -> None:
-        """Before the first epoch; ``max_epochs`` is the number that the last one may have."""
+        """Act before the first epoch.
+
+        Parameters
+        ----------
+        max_epochs : int
+            Largest number that the last epoch can have.
+        """
 
     def on_epoch_begin(self, epoch: int) -> None:
-        """Before each epoch, counted from 1 (each iteration of L-BFGS)."""
+        """Act before an epoch, counted from 1.
+
+        L-BFGS calls it after each iteration, just before `on_epoch_end`.
+        """
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool | None:
-        """After each epoch (each iteration of L-BFGS).
+        """Act after an epoch, or after an iteration of L-BFGS.
 
         Parameters
         ----------
         epoch : Epoch
+            Record of the epoch.
         params : callable
-            Returns copies of the network's current parameters.
+            Function without arguments that returns copies of the current parameters.
 
         Returns
         -------
@@ -63,28 +73,29 @@ class Callback:
         return None
 
     def wants_pause(self) -> bool:
-        """Whether to halt for `on_pause`: asked after each step (JAX: after many), not by L-BFGS.
+        """Tell whether training should pause for `on_pause`.
 
-        True until `on_pause` has been called.
+        The loop asks after each step (on JAX after many steps); L-BFGS does not ask.  The
+        answer must stay True until `on_pause` has been called.
         """
         return False
 
     def on_pause(self, model: Callable[[], Any]) -> None:
-        """Between two steps, where a callback wanted it, or because of Ctrl-C.
+        """Act between two steps, after a callback wanted a pause or the user pressed Ctrl-C.
 
         Parameters
         ----------
         model : callable
-            Returns the estimator as it would be had training ended here: a view of
-            arrays that the next step overwrites.
+            Function without arguments that returns the estimator as if training had ended
+            here.  Its arrays are views that the next step overwrites.
         """
 
     def on_fit_end(self) -> None:
-        """After the last epoch, whatever ended it."""
+        """Act after the last epoch, also when training fails or is interrupted."""
 
 
 def pausing(callbacks: Sequence[Callback]) -> list[Callback]:
-    """Those that may want a pause."""
+    """Return the callbacks that may want a pause, those that override ``wants_pause``."""
     return [c for c in callbacks if type(c).wants_pause is not Callback.wants_pause]
 
 
@@ -94,7 +105,8 @@ class Progress(Callback):
     Parameters
     ----------
     full : bool, default=False
-        Whether lines tell what the bar does; else they are scikit-learn's.
+        Whether plain lines contain everything that the bar shows; otherwise they are
+        scikit-learn's.
     """
 
     def __init__(self, full: bool = False) -> None:
@@ -111,7 +123,7 @@ class Progress(Callback):
             return
         from rich.progress import BarColumn, Progress, TextColumn
 
-        # The bar takes the room that the text leaves
+        # bar_width=None and expand=True: the bar fills the width that the text leaves
         self._bar = Progress(
             TextColumn("epoch {task.completed:.0f}/{task.total:.0f} {task.description}"),
             BarColumn(bar_width=None),
@@ -123,7 +135,7 @@ class Progress(Callback):
 
     def on_epoch_begin(self, epoch: int) -> None:
         if self._before is None:
-            self._before = epoch - 1  # not 0 where training goes on
+            self._before = epoch - 1  # not 0 if training resumes
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> None:
         if self._bar is not None:
@@ -140,7 +152,7 @@ class Progress(Callback):
             self._bar.stop()
 
     def _told(self, epoch: Epoch) -> str:
-        """Losses, validation score, learning rate, epochs a second, and the time left."""
+        """Return losses, validation score, learning rate, epochs per second and the time left."""
         numbers = {
             "loss": f"{epoch.loss:.4g}",
             "val": f"{epoch.validation_loss:.4g}",

@@ -1,4 +1,4 @@
-"""Checkpoints: training that was killed goes on as if it had not been."""
+"""Checkpoints: files from which interrupted training resumes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,32 @@ from portable_mlp.warn import warn
 
 
 class Checkpoint(Callback):
-    """Save a fit to a file while it runs, in the middle of an epoch too.
+    """A callback that saves a fit to a file while it runs, also in the middle of an epoch.
 
-    The file is a model file that also holds where training stands: `portable_mlp.load`
-    reads it, and `continue_fit` of what comes back goes on, with the same rows, to the
-    weights of a run that was never interrupted: on NumPy to the last bit.  It is
-    written as `portable_mlp.save` writes: whatever kills the process leaves the last
-    checkpoint whole.  Ctrl-C writes one before training stops.  A disk that is full is a
-    RuntimeWarning: training goes on, and the next one is tried when its time comes.
+    The file is a model file that also holds the state of training.  `portable_mlp.load`
+    reads it.  Calling ``continue_fit`` on the loaded model, with the same rows, leads to the
+    weights of a run that was never interrupted; on NumPy they are equal to the last bit.
+    The file is written as by `portable_mlp.save`: if the process is killed, the last
+    checkpoint remains complete.  Ctrl-C writes a checkpoint before training stops.  If
+    writing fails, for example on a full disk, a RuntimeWarning is issued, training
+    continues, and the next checkpoint is written at its regular time.
 
     Parameters
     ----------
     path : path
-        One file, replaced each time.
+        File to write; it is replaced each time.
     every : float, default=60
-        Seconds between two of them, which is what a kill may cost; on JAX half a second
-        more, since steps are compiled in loops.
+        Seconds between two checkpoints, the most work that a kill can cost.  On JAX it is
+        half a second more, since steps are compiled in loops.
     preprocessing, notes : optional
-        To be kept in the file, see `portable_mlp.save`.
+        Objects to keep in the file, see `portable_mlp.save`.
+
+    Raises
+    ------
+    ValueError
+        If ``every`` is negative.
+    FileNotFoundError
+        When a fit begins, if the folder of ``path`` does not exist.
 
     Examples
     --------
@@ -64,7 +72,7 @@ class Checkpoint(Callback):
         self.notes = notes
 
     def on_fit_begin(self, max_epochs: int) -> None:
-        if not self.path.parent.is_dir():  # said before an hour of training, not after
+        if not self.path.parent.is_dir():  # an early error, before an hour of training
             raise FileNotFoundError(errno.ENOENT, "no folder for the checkpoint", str(self.path))
         self._saved = time.monotonic()
 

@@ -1,8 +1,8 @@
-"""Is a gradient right?  Layers and losses against finite differences, in float64.
+"""Gradient checks: layers and losses against finite differences, in float64.
 
-For a function f and random directions u, the derivative along u by central differences
-of fourth order, [8 (f(a + h u) − f(a − h u)) − (f(a + 2h u) − f(a − 2h u))] / 12h, has to
-equal ⟨gradient, u⟩.
+For a function f and random directions u, the derivative along u by central differences of
+fourth order, [8 (f(a + h u) − f(a − h u)) − (f(a + 2h u) − f(a − 2h u))] / 12h, must equal
+⟨gradient, u⟩ within a tolerance.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from portable_mlp.members import PerMember
 from portable_mlp.network import Network
 from portable_mlp.schedules import Clock
 
-_H = 1e-4  # small enough to stay off kinks; truncation, ~h⁴, is below rounding, ~ε/h
+# Small enough to stay on one side of nearby kinks.  The truncation error, of order h⁴, is
+# below the rounding error, of order ε/h.
+_H = 1e-4
 _DIRECTIONS = 3
 
 Floats = NDArray[np.float64]
 
 
 class GradientError(AssertionError):
-    """A derivative disagrees with the function it belongs to; the message says where."""
+    """Error for a derivative that disagrees with its function; the message says where."""
 
 
 def check_layer(
@@ -39,24 +41,24 @@ def check_layer(
     ----------
     layer : Layer
     x : array-like (n, n_in)
-        Input to check at; keep away from kinks.
+        Input at which to check; it should be away from kinks.
     params : list of array-like, optional
-        The layer's parameters; its own initial draw if not given.
+        The layer's parameters; drawn by its initializers if not given.
     tol : float, default=1e-6
         Largest allowed error, relative to the size of the derivatives.
     seed : int, default=0
-        Of the directions, and of the layer's noise if it draws some.
+        Seed of the directions, and of the layer's noise if it draws any.
 
     Returns
     -------
     float
-        The largest error found, relative.
+        The largest relative error.
 
     Raises
     ------
     GradientError
-        If a derivative is off by more than ``tol``, has the wrong shape, or a method
-        changes what it is given.
+        If a derivative is off by more than ``tol`` or has the wrong shape, if ``gradients``
+        returns the wrong number of arrays, or if a method changes its arguments.
     """
     rng = np.random.RandomState(seed)
     drawn = [p.init(rng, p.shape, p.fan_in, p.fan_out) for p in layer.params]
@@ -74,6 +76,7 @@ def check_layer(
 
     try:
         y, residual = layer.forward(points[1:], points[0], xp, **noise)
+        # ⟨output, dy⟩ is a scalar function; its gradients are what the methods return for dy
         dy = _frozen(rng.standard_normal(y.shape))
         grads = [
             layer.backward(points[1:], residual, dy, xp),
@@ -103,23 +106,27 @@ def check_loss(
 
     Parameters
     ----------
-    loss : Loss, or a function as `losses.CallableLoss` takes it
+    loss : Loss or callable
+        An instance, or a function for `losses.CallableLoss`.
     z : array-like (n, k)
-        Logits to check at; keep away from kinks.
+        Logits at which to check; they should be away from kinks.
     y : array-like (n,) or (n, k)
+        Targets.
     weights : array-like (n,), optional
+        Weights of the rows.
     tol, seed
         As for `check_layer`.
 
     Returns
     -------
     float
-        The largest error found, relative.
+        The largest relative error.
 
     Raises
     ------
     GradientError
-        As for `check_layer`.
+        If the gradient is off by more than ``tol`` or has the wrong shape, or if the loss
+        changes its arguments.
     """
     where = type(loss).__name__
     if not isinstance(loss, Loss):
@@ -149,7 +156,7 @@ def _compare(
     tol: float,
     rng: np.random.RandomState,
 ) -> float:
-    """Largest relative error over points and directions; raises above ``tol``."""
+    """Return the largest relative error over points and directions; raise above ``tol``."""
     worst = 0.0
     for i, (point, name, grad) in enumerate(zip(points, names, grads, strict=True)):
         shape = getattr(grad, "shape", None)
@@ -173,7 +180,7 @@ def _compare(
             numeric, analytic = slope(u), float(np.sum(grad * u))
             size = max(abs(numeric), abs(analytic), float(np.linalg.norm(grad)), 1e-8)
             error = abs(numeric - analytic) / size
-            if not error <= tol:
+            if not error <= tol:  # true for NaN as well
                 raise GradientError(
                     f"{where}: the derivative with respect to {name} is wrong: along a random"
                     f" direction {analytic:.10g}, by finite differences {numeric:.10g}"
@@ -185,7 +192,7 @@ def _compare(
 
 
 def _worst_element(grad: Floats, slope: Callable[[Floats], float], most: int = 2000) -> str:
-    """Name the element that is furthest off, among the first ``most``."""
+    """Describe the element with the largest error among the first ``most``."""
     numeric = np.empty(min(grad.size, most))
     for j in range(numeric.size):
         u = np.zeros(grad.size)
@@ -198,6 +205,7 @@ def _worst_element(grad: Floats, slope: Callable[[Floats], float], most: int = 2
 
 
 def _frozen(x: Any) -> Floats:
+    # A read-only copy: a method that changes its argument raises an error
     array = np.array(x, dtype=np.float64)
     array.flags.writeable = False
     return array

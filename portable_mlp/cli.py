@@ -1,4 +1,4 @@
-"""The program: runs a command, and turns what goes wrong into one line and an exit code."""
+"""The command-line program: runs a command, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def main(argv: list[str] | None = None) -> int:
     Parameters
     ----------
     argv : list of str, optional
-        Without the program's name; the process's own if not given.
+        Arguments without the program's name; those of the process if not given.
 
     Returns
     -------
     int
-        0; 2 after an error, which is one line on stderr, unless ``--debug`` shows where
-        it comes from; 130 after Ctrl-C.
+        Exit code: 0 on success, 2 after an error, 130 after Ctrl-C.  An error is reported
+        in one line on stderr.  With ``--debug``, its exception is raised instead.
     """
     try:
         return _run(sys.argv[1:] if argv is None else argv)

@@ -65,7 +65,7 @@ def log_mean_exp(x: Array, xp: Namespace) -> Array:
 
     The maximum is subtracted first, so nothing overflows.
     """
-    top = xp.max(x, axis=0)
+    top = xp.max(x, axis=0)  # (...)
     return top + xp.log(xp.sum(xp.exp(x - top), axis=0) / x.shape[0])
 
 

@@ -1,7 +1,7 @@
-"""Groups of parameters: how the update and the penalty treat each.
+"""Groups of parameters: how the update and the penalty treat each group.
 
-A layer labels its parameters (`Param.group`); what a label means is said here, by a map from
-labels to treatments.  A label that nobody treats is treated as weights are.
+A layer labels its parameters (`Param.group`).  A map from labels to treatments gives the
+labels their meaning.  A label without a treatment is treated like the weights.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from portable_mlp.schedules import Schedule, reacts
 
 @dataclass(frozen=True)
 class Treatment:
-    """How the parameters of a group are treated, relative to the others.
+    """The treatment of a group's parameters, relative to the settings of the fit.
 
     Parameters
     ----------
     rate : float >= 0, or a tuple of them, default=1
-        Factor on the learning rate; 0 leaves the parameters as they are.  A tuple has one for
-        each member of an ensemble.
+        Factor on the learning rate; 0 freezes the parameters.  A tuple has one for each
+        member of an ensemble.
     decay : float >= 0, or a tuple of them, default=1
-        Factor on the optimizer's ``weight_decay``; a tuple as of ``rate``.
+        Factor on the optimizer's ``weight_decay``; a tuple has one for each member.
     penalty : float >= 0, default=1
         Factor on the L2 penalty α.
     schedule : Schedule, optional
-        Of the group's learning rate, in place of the common one; it must not react to the loss.
+        Schedule of the group's learning rate, in place of the common one.  It must not react
+        to the loss.
 
     Raises
     ------
@@ -53,7 +54,7 @@ class Treatment:
                 real = isinstance(number, Real) and not isinstance(number, bool)
                 if not (real and 0.0 <= number < inf):
                     raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
-            # Python's: NumPy's scalars would turn float32 into float64
+            # Python floats: NumPy's float64 scalars would promote float32 arrays to float64
             own = tuple(map(float, value)) if several else float(value)
             object.__setattr__(self, name, own)
         if self.schedule is not None and reacts(self.schedule):
@@ -61,17 +62,17 @@ class Treatment:
 
     @cached_property
     def apart(self) -> bool:
-        """Whether there is a number for each member."""
+        """Whether the rate or the decay has a value for each member."""
         return isinstance(self.rate, tuple) or isinstance(self.decay, tuple)
 
 
 DEFAULT = Treatment()
 TREATMENTS = {"bias": Treatment(penalty=0.0)}
-"""By label, where it is not `DEFAULT`."""
+"""Treatments that differ from `DEFAULT`, by label."""
 
 
 def check(given: Mapping[Any, Any]) -> None:
-    """Raise a ValueError unless a map is one from labels to treatments."""
+    """Raise a ValueError unless all keys are labels and all values are treatments."""
     for label, treatment in given.items():
         if not (isinstance(label, str) and isinstance(treatment, Treatment)):
             raise ValueError(
@@ -87,13 +88,13 @@ class Treatments:
     Attributes
     ----------
     updates : tuple of Treatment
-        Those that differ in the update, by rate, decay or schedule, each once.
+        Distinct treatments of the update: those that differ in rate, decay or schedule.
     kinds : dict
-        By label: its place in ``updates``.
+        Index into ``updates``, by label.
     penalties : tuple of float
-        Factors on α, each once; without 0.
+        Distinct factors on α, without 0.
     penalised : dict
-        By label: its place in ``penalties``; None if it is not penalised.
+        Index into ``penalties``, by label; None if the label is not penalised.
     """
 
     updates: tuple[Treatment, ...]
@@ -111,17 +112,21 @@ class Treatments:
         ----------
         params : tuple of Param
         optimizer : Optimizer
-            Whether there is a decay, and whether biases take part in it.
+            Optimizer whose ``weight_decay`` and ``decay_biases`` are used.
         given : dict, optional
-            By label, in place of `TREATMENTS`.
+            Treatments by label, which take precedence over `TREATMENTS`.
+
+        Returns
+        -------
+        Treatments
 
         Raises
         ------
         ValueError
-            If a label is given that no parameter has, a treatment has one number for each of
-            other members than the parameters have, or `check` finds something.
+            If no parameter has a given label, a treatment's tuple does not have one number for
+            each member, or ``given`` does not map labels to treatments.
         TypeError
-            If the optimizer decides by itself which parameters decay, as optimizers once did.
+            If the optimizer has the outdated method ``decays``.
         """
         if hasattr(optimizer, "decays"):
             raise TypeError(
@@ -146,6 +151,7 @@ class Treatments:
             treatment = known.get(label, DEFAULT)
             for name in ("rate", "decay"):
                 each(getattr(treatment, name), labels[label], f"treatments, {name} of {label!r}")
+            # Treatments that have the same effect on the update must compare equal
             update = replace(treatment, penalty=1.0)
             if not optimizer.weight_decay:
                 update = replace(update, decay=1.0)

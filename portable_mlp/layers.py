@@ -299,5 +299,5 @@ def _hash_int32(h: Array) -> Array:
     # The constants are those of C. Wellons' "lowbias32".  A right shift of a signed
     # integer copies the sign bit; the mask makes the shift logical.  The products wrap.
     h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
-    h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)  # the constant as a signed 32-bit integer
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)  # as a signed 32-bit integer
     return h ^ ((h >> 16) & 0xFFFF)

@@ -145,7 +145,7 @@ class Loss(ABC):
         if total is None:
             total = total_weight(weights, xp)
             total = total[:, None] if z.ndim == 3 else total
-        share = weights / total
+        share = weights / total  # (n,) or (m, n)
         return xp.sum(share * values, axis=-1), dz * share[..., None]
 
 
@@ -250,17 +250,19 @@ def _clip(p: Array, xp: Namespace) -> Array:
 
 @dataclass(frozen=True)
 class BinaryCrossEntropy(_CrossEntropy):
-    """ℓ = −Σₖ [t log σ(z) + (1 − t) log(1 − σ(z))] = Σₖ [max(z, 0) − z t + log(1 + e^(−|z|))].
+    """Binary cross-entropy, ℓ = −Σₖ [t log σ(z) + (1 − t) log(1 − σ(z))],  ∂ℓ/∂z = σ(z) − t.
 
-    ∂ℓ/∂z = σ(z) − t.  One output, or several independent ones (multi-label).
+    It is computed as Σₖ [max(z, 0) − z t + log(1 + e^(−|z|))].  There may be one output, or
+    several independent ones (multi-label).
 
     Parameters
     ----------
     label_smoothing : float in [0, 1), or Scheduled, default=0
-        t = (1 − s) y + s / 2, as for two classes of a softmax.
+        Smoothing s of the targets, t = (1 − s) y + s / 2, as for two classes of a softmax.
     clipped : bool, default=False
-        Whether ℓ, but not its derivative, is that of probabilities within [ε, 1 − ε]: at most
-        −log ε for each output, 36 in float64 and 16 in float32.  As in scikit-learn.
+        Whether to clip the probabilities in ℓ, but not in its derivative, to [ε, 1 − ε], as
+        in scikit-learn.  This limits ℓ to −log ε for each output: 36 in float64 and 16 in
+        float32.
     """
 
     link_name: ClassVar[str] = "logistic"
@@ -297,7 +299,7 @@ class SoftmaxCrossEntropy(_CrossEntropy):
     Parameters
     ----------
     label_smoothing : float in [0, 1), or Scheduled, default=0
-        t = (1 − s) y + s / k (Szegedy et al., 2016, sec. 7).
+        Smoothing s of the targets, t = (1 − s) y + s / k (Szegedy et al., 2016, sec. 7).
     clipped : bool, default=False
         Whether to clip probabilities in the loss value, as in `BinaryCrossEntropy`.
     """

@@ -9,21 +9,22 @@ import numpy as np
 
 
 class PerMember:
-    """A number of a step, one value for each member.
+    """A number of a step with one value for each member.
 
-    To the step it is a number, as others are, that has axes: engines bring the values in as an
-    array of the data type that they meet.
+    A step uses it like any other number.  Engines pass the values as an array whose dtype is
+    that of the arrays it is combined with.
 
     Parameters
     ----------
-    values : sequence of int or float, one a member
+    values : sequence of int or float
+        One value for each member.
     ndim : int
-        Axes of what it is combined with; the members' is the first of them.
+        Number of axes of the arrays it is combined with; the first is that of the members.
 
     Attributes
     ----------
     values : ndarray (members, 1, ...)
-        In float64 or int64.
+        The values, in int64 if all are ints and in float64 otherwise.
     dtype : type
         int or float.
     """
@@ -43,12 +44,21 @@ class PerMember:
 
 
 def each(value: float | tuple[float, ...], members: int | None, name: str) -> list[float]:
-    """Values of all members, from one for all or one for each; of one network, its own.
+    """Return a list with the value of each member.
+
+    Parameters
+    ----------
+    value : float, or a tuple of them
+        One value for all members, or a tuple with one for each.
+    members : int or None
+        Number of members; None for a single network, whose list has one value.
+    name : str
+        Beginning of the error message.
 
     Raises
     ------
     ValueError
-        If there are other numbers of values and members; the message begins with ``name``.
+        If the length of a tuple is not the number of members.
     """
     if not isinstance(value, tuple):
         return [value] * (members or 1)

@@ -59,10 +59,10 @@ class Network:
                     f" but the layers before it give {width}"
                 )
             width = getattr(layer, "n_out", None) or n_in
-        # Layers without parameters need not declare members, but no parameter may lack them
         said = [getattr(layer, "members", None) for layer in self.layers]
         counts = {n for n in said if n is not None}
-        counts |= {param.members for param in self.params}  # all of them, or none
+        # None counts too: either all parameters have members, or none
+        counts |= {param.members for param in self.params}
         if len(counts) > 1:
             raise ValueError(f"not all layers are for as many members: {self.layers}")
 

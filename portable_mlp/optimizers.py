@@ -1,15 +1,16 @@
 """Optimizers: update rules, each written for one array.
 
-A rule sees a parameter p, its gradient g and its moments, and returns the new p and
-moments.  It may overwrite p and the moments it is handed (on NumPy, CuPy and torch the
-augmented assignments below work in place; on JAX they rebind): callers use only what
-comes back.  Numbers that shall not cost a new compilation when they change (the learning
-rate, corrections of the bias, momentum) come from ``coefficients``, which computes them
-on the host in float64.
+A rule takes a parameter p, its gradient g and its moments (the optimizer state), and returns
+the new p and moments.  It may overwrite p and the moments it receives: on NumPy, CuPy and
+torch the augmented assignments below work in place; on JAX they rebind.  Callers must use
+only the returned arrays.  Numbers that may change without a new compilation (the learning
+rate, bias corrections, momentum) come from ``coefficients``, which computes them on the host
+in float64.
 
-To add one, subclass `Optimizer` and list it in `SOLVERS`: estimators, command line and tests
-take their names from there.  By name, its fields are set by an estimator's parameters of the
-same names.  An instance needs no name to be a solver.
+To add an optimizer, subclass `Optimizer` and list it in `SOLVERS`: estimators, the command
+line and the tests take their names from there.  If an estimator selects it by name, the
+estimator's parameters set the fields of the same names.  An instance can also be given
+directly as a solver, without a name.
 """
 
 from __future__ import annotations
@@ -29,21 +30,26 @@ Coefficients = tuple[Any, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(ABC):
-    """Base of all optimizers.
+    """Base class of all optimizers.
 
     Parameters
     ----------
     weight_decay : float >= 0, or Scheduled, default=0
-        Decoupled decay (Loshchilov and Hutter, 2019): before the rule,
+        Decoupled weight decay (Loshchilov and Hutter, 2019): before the rule is applied,
         p ← (1 − rate · weight_decay) p.
     decay_biases : bool, default=True
         Whether the group "bias" decays too.
+
+    Raises
+    ------
+    ValueError
+        If a number is negative, not finite, or out of its range.
     """
 
     weight_decay: float | Scheduled = 0.0
     decay_biases: bool = True
     n_moments: ClassVar[int] = 0
-    """Number of arrays of a parameter's shape that the rule remembers, first zero."""
+    """Number of state arrays per parameter, each of the parameter's shape and initially zero."""
 
     def __post_init__(self) -> None:
         for name, given in vars(self).items():
@@ -61,18 +67,27 @@ class Optimizer(ABC):
                 raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
 
     def init(self, params: Params, xp: Namespace) -> list[Moments]:
-        """Moments before the first step."""
+        """Return the moments before the first step: zeros, a tuple for each parameter."""
         return [tuple(xp.zeros_like(p) for _ in range(self.n_moments)) for p in params]
 
     def coefficients(self, step: int, rate: float) -> Coefficients:
-        """Numbers that ``update`` needs at a step, from 1 on; the learning rate first."""
+        """Return the numbers that ``update`` needs in a step, the learning rate first.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step, counted from 1.
+        rate : float
+            Learning rate of the step.
+        """
         return (rate,)
 
     def rule(self) -> Optimizer:
-        """Return what the step calls: equal for optimizers that differ in numbers of the step only.
+        """Return the optimizer that a compiled step calls.
 
-        These are the decay, and what ``coefficients`` returns.  A subclass of one's own is its
-        own rule, unless it says otherwise here.
+        Optimizers that differ only in numbers of the step (the decay, and what ``coefficients``
+        returns) have equal rules, so they can share a compiled step.  A subclass defined
+        elsewhere is its own rule unless it overrides this method.
         """
         own = type(self).__module__ == __name__
         return replace(self, weight_decay=0.0, decay_biases=True) if own else self
@@ -81,15 +96,16 @@ class Optimizer(ABC):
     def update(
         self, p: Array, g: Array, moments: Moments, c: Coefficients, xp: Namespace
     ) -> tuple[Array, Moments]:
-        """One step of one parameter.
+        """Update one parameter.
 
         Parameters
         ----------
         p, g : array
-            The parameter and its gradient, of one shape.
+            The parameter and its gradient, of the same shape.  ``p`` may be overwritten.
         moments : tuple of ``n_moments`` arrays of that shape
+            Optimizer state; it may be overwritten.
         c : tuple of float
-            From ``coefficients``.
+            Numbers from ``coefficients``.
         xp : namespace
 
         Returns
@@ -107,21 +123,23 @@ class Optimizer(ABC):
         xp: Namespace,
         keep: Any = None,
     ) -> tuple[list[Array], list[Moments]]:
-        """One step of parameters that are treated alike.
+        """Update a list of parameters that have the same treatment.
 
         Parameters
         ----------
         params, grads : lists of arrays
-        moments : list, from ``init`` or the step before
+        moments : list of tuples of arrays
+            Optimizer state, from ``init`` or the previous step.
         c : tuple of float
-            From ``coefficients``.
+            Numbers from ``coefficients``.
         xp : namespace
         keep : float, optional
             Factor on the parameters before the rule, 1 − rate · weight_decay; 1 if not given.
 
         Returns
         -------
-        params, moments
+        params : list of arrays
+        moments : list of tuples of arrays
         """
         new_params, new_moments = [], []
         for p, g, m in zip(params, grads, moments, strict=True):
@@ -135,20 +153,22 @@ class Optimizer(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(Optimizer):
-    """Gradient descent, with momentum as in torch.optim.SGD (Sutskever et al., 2013).
+    """Stochastic gradient descent with momentum, as in torch.optim.SGD.
 
-    b ← μ b + g;  p ← p − rate · b, or with Nesterov's look-ahead p − rate (g + μ b).
+    b ← μ b + g;  p ← p − rate · b, or with Nesterov's look-ahead p − rate (g + μ b)
+    (Sutskever et al., 2013).
 
     Parameters
     ----------
     momentum : float in [0, 1], default=0
-        μ; at 0, plain gradient descent.
+        The momentum μ; 0 gives plain gradient descent.
     nesterov : bool, default=False
+        Whether to use Nesterov's look-ahead.
 
     Raises
     ------
     ValueError
-        If ``nesterov`` is asked for without momentum, which it would look ahead along.
+        If ``nesterov`` is set without momentum.
     """
 
     momentum: float = 0.0
@@ -168,6 +188,7 @@ class SGD(Optimizer):
 
     def rule(self) -> Optimizer:
         rule = super().rule()
+        # Any momentum above 0 runs the same code: its value comes in as a coefficient
         shared = type(self) is SGD and self.momentum
         return replace(rule, momentum=1.0) if shared else rule  # type: ignore[call-arg]
 
@@ -187,16 +208,17 @@ class SGD(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class SklearnSGD(Optimizer):
-    """Momentum as in scikit-learn, where the velocity has the learning rate inside.
+    """Momentum as in scikit-learn, where the velocity includes the learning rate.
 
     v ← μ v − rate · g;  p ← p + v, or with Nesterov's look-ahead p + μ v − rate · g.
-    At a constant rate it is `SGD`; where the rate changes the two differ.
+    With a constant rate it is equivalent to `SGD`; with a changing rate the two differ.
 
     Parameters
     ----------
     momentum : float in [0, 1], default=0.9
-        μ.
+        The momentum μ.
     nesterov : bool, default=True
+        Whether to use Nesterov's look-ahead.
     """
 
     momentum: float = 0.9
@@ -230,16 +252,19 @@ class Adam(Optimizer):
     m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²;
     p ← p − rate · m̂ / (√v̂ + ε)  with  m̂ = m / (1 − β₁ᵗ),  v̂ = v / (1 − β₂ᵗ).
 
-    What is constant in a step is moved to the host.  With the moments kept as
-    m′ = m / (1 − β₁) and v′ = v / (1 − β₂),  m′ ← β₁ m′ + g,  v′ ← β₂ v′ + g²,
-    p ← p − sizeₜ · m′ / (√v′ + εₜ),  where, with c = √((1 − β₂ᵗ) / (1 − β₂)),
+    Factors that are constant within a step are computed on the host.  The moments are stored
+    as m′ = m / (1 − β₁) and v′ = v / (1 − β₂), so that m′ ← β₁ m′ + g,  v′ ← β₂ v′ + g² and
+    p ← p − sizeₜ · m′ / (√v′ + εₜ).  With c = √((1 − β₂ᵗ) / (1 − β₂)),
     sizeₜ = rate · c (1 − β₁) / (1 − β₁ᵗ)  and  εₜ = ε c.
 
     Parameters
     ----------
     beta_1 : float in [0, 1), default=0.9
+        Decay rate of the first moment.
     beta_2 : float in [0, 1), default=0.999
+        Decay rate of the second moment.
     epsilon : float >= 0, default=1e-8
+        Addend ε to the square root in the denominator.
     """
 
     beta_1: float = 0.9
@@ -278,9 +303,10 @@ class AdamW(Adam):
 
 @dataclass(frozen=True, kw_only=True)
 class SklearnAdam(Adam):
-    """Adam as in scikit-learn: ε is added to √v, not to √v̂.
+    """Adam as in scikit-learn, where ε is added to √v, not to √v̂.
 
-    The "ε̂" form at the end of Kingma and Ba's section 2: εₜ = ε / √(1 − β₂).
+    This is the "ε̂" form at the end of section 2 of Kingma and Ba (2015).  With the moments
+    stored as in `Adam`, εₜ = ε / √(1 − β₂).
     """
 
     def coefficients(self, step: int, rate: float) -> Coefficients:
@@ -290,14 +316,16 @@ class SklearnAdam(Adam):
 
 @dataclass(frozen=True, kw_only=True)
 class RMSprop(Optimizer):
-    """v ← ρ v + (1 − ρ) g²;  p ← p − rate · g / (√v + ε), as in torch.optim.RMSprop.
+    """RMSprop (Tieleman and Hinton, 2012, lecture 6.5), as in torch.optim.RMSprop.
 
-    (Tieleman and Hinton, 2012, lecture 6.5.)
+    v ← ρ v + (1 − ρ) g²;  p ← p − rate · g / (√v + ε).
 
     Parameters
     ----------
     rho : float in [0, 1], default=0.99
+        Decay rate ρ of the second moment.
     epsilon : float >= 0, default=1e-8
+        Addend ε to the square root in the denominator.
     """
 
     rho: float = 0.99
@@ -318,13 +346,23 @@ class RMSprop(Optimizer):
 def clip_by_global_norm(
     grads: Params, max_norm: float, xp: Namespace, members: int | None = None
 ) -> list[Array]:
-    """Scale all gradients by min(1, max_norm / (‖g‖ + 10⁻⁶)), ‖g‖ over all of them.
+    """Scale all gradients by min(1, max_norm / (‖g‖ + 10⁻⁶)), with ‖g‖ their joint norm.
 
-    As torch.nn.utils.clip_grad_norm_ (Pascanu et al., 2013, algorithm 1).  Where there are
-    members, each gradient is (members, n), and each member has a norm of its own.
+    The formula is that of torch.nn.utils.clip_grad_norm_ (Pascanu et al., 2013, algorithm 1).
+
+    Parameters
+    ----------
+    grads : list of arrays
+        Gradients of any shapes; (members, n) if there are members.
+    max_norm : float
+        Largest norm that is left unchanged.
+    xp : namespace
+    members : int, optional
+        Number of members of an ensemble.  Each member's gradients then have their own norm.
     """
     squares: Any = 0.0
     for g in grads:
+        # () for one network, (members, 1) for an ensemble
         own = xp.sum(g * g) if members is None else xp.sum(g * g, axis=1, keepdims=True)
         squares = squares + own
     scale = xp.minimum(max_norm / (xp.sqrt(squares) + 1e-6), 1.0)
@@ -336,6 +374,6 @@ SOLVERS: dict[str, type[Optimizer] | None] = {
     "adam": Adam,
     "adamw": AdamW,
     "rmsprop": RMSprop,
-    "lbfgs": None,  # it has no steps (`portable_mlp.training.lbfgs`)
+    "lbfgs": None,  # no update rule: SciPy runs it (`portable_mlp.training.lbfgs`)
 }
 OPTIMIZERS: dict[str, type[Optimizer]] = {n: kind for n, kind in SOLVERS.items() if kind}

@@ -1,10 +1,10 @@
-"""Which parameters lie together in memory.
+"""Packing: how parameters share memory.
 
-An update rule is elementwise, so it does not care whether it sees one parameter or
-many laid end to end; what differs is the number of calls (kernels, on a GPU).  A
-*leaf* is what the rule is applied to: parameters packed into one vector, or a single
-one.  That of an ensemble's members has two axes, (members, n), so that numbers of the
-members' own, (members, 1), go with it.
+An update rule is elementwise, so its result is the same for separate parameters and for
+parameters joined in one vector.  Only the number of calls differs (of kernels, on a GPU).
+A *leaf* is an array to which the rule is applied: several parameters packed into one
+vector, or a single parameter.  In an ensemble a leaf has two axes, (members, n), so that
+one number for each member, (members, 1), broadcasts against it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from portable_mlp.typing import Array, Namespace, Params
 
 @dataclass(frozen=True)
 class Layout:
-    """How parameters are laid out in leaves.
+    """The assignment of parameters to leaves.
 
     Parameters
     ----------
-    shapes : tuple of shapes, one a parameter
+    shapes : tuple of tuples of int
+        Shapes of the parameters.
     leaves : tuple of tuples of int
-        For each leaf, the parameters it holds.
+        For each leaf, the indices of the parameters it holds.
     groups : tuple of str
         For each leaf, the group of its first parameter.
     members : int, optional
-        The first axis of all shapes is that of so many members.
+        Number of members of an ensemble, which is then the first axis of all shapes.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -40,19 +41,18 @@ class Layout:
 
     @classmethod
     def plan(cls, params: tuple[Param, ...], treatment: Callable[[str], Hashable] | None) -> Layout:
-        """Pack parameters whose groups are treated alike.
+        """Return a layout in which groups with the same treatment share a leaf.
 
-        In a leaf the order is that of the groups' first appearance (weights, then
-        biases), and in each group that of the parameters, as scikit-learn's L-BFGS
-        packs.
+        Within a leaf, groups come in the order of their first appearance (weights, then
+        biases), and the parameters of a group in their own order.  scikit-learn's L-BFGS
+        packs in the same order.
 
         Parameters
         ----------
         params : tuple of Param
         treatment : callable, optional
-            From a group to anything; groups with equal results share a leaf.  None:
-            every parameter is a leaf.  So are those of members, of which each is one run of
-            memory.
+            Function of a group; groups with equal results share a leaf.  If None, every
+            parameter is a leaf.  The parameters of an ensemble are always separate leaves.
         """
         shapes = tuple(p.shape for p in params)
         members = params[0].members if params else None
@@ -79,7 +79,7 @@ class Layout:
         )
 
     def pack(self, arrays: Params, xp: Namespace) -> list[Array]:
-        """Arrays in the order of the parameters -> leaves."""
+        """Pack arrays, given in the order of the parameters, into leaves."""
         if self.members is not None:
             pairs = zip(arrays, self.leaf_shapes, strict=True)
             return [xp.reshape(array, shape) for array, shape in pairs]
@@ -91,7 +91,7 @@ class Layout:
         ]
 
     def unpack(self, leaves: Params, xp: Namespace) -> list[Array]:
-        """Leaves -> arrays in the order of the parameters: views, where arrays have them."""
+        """Return the arrays in the order of the parameters; views where the library has them."""
         if self.members is not None:
             pairs = zip(leaves, self.shapes, strict=True)
             return [xp.reshape(leaf, shape) for leaf, shape in pairs]
@@ -106,7 +106,7 @@ class Layout:
 
     @cached_property
     def _spans(self) -> dict[int, slice]:
-        """For each parameter, its place in its leaf."""
+        """The slice of each parameter in its leaf, by the parameter's index."""
         spans = {}
         for members in self.leaves:
             start = 0

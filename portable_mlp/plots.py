@@ -1,4 +1,4 @@
-"""Pictures of training."""
+"""Plots of training."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import Any, Self
 
 
 class LossCurveDisplay:
-    """Losses, and the validation score if there is one, over the epochs.
+    """A plot of the losses, and of the validation score if there is one, over the epochs.
 
-    Made by `from_estimator`, as scikit-learn's displays are.
+    Like scikit-learn's displays, it is created by `from_estimator`.
 
     Parameters
     ----------
     loss_curve : sequence of float
+        Training loss of each epoch.
     validation_loss_curve, validation_scores : sequence of float, optional
+        Loss and score of the validation set for each epoch.
 
     Attributes
     ----------
     ax_ : matplotlib Axes
-        Of the losses.
+        Axes of the losses.
     score_ax_ : matplotlib Axes or None
-        Of the scores, on the right.
+        Axes of the scores, on the right; None without scores.
     figure_ : matplotlib Figure
     lines_ : list of matplotlib Line2D
     """
@@ -43,9 +45,9 @@ class LossCurveDisplay:
         Parameters
         ----------
         estimator : MLPClassifier or MLPRegressor
-            Fitted by any solver but "lbfgs", which keeps no curve.
+            Estimator fitted with any solver except "lbfgs", which keeps no curve.
         ax : matplotlib Axes, optional
-            Of a new figure of pyplot's if not given.
+            Axes to draw into; those of a new pyplot figure if not given.
 
         Returns
         -------
@@ -54,7 +56,7 @@ class LossCurveDisplay:
         Raises
         ------
         ValueError
-            If the estimator has no curve.
+            If the estimator has no loss curve.
         ModuleNotFoundError
             If matplotlib is missing; the message names what to install.
         """
@@ -70,7 +72,10 @@ class LossCurveDisplay:
         return cls(*curves).plot(ax=ax)
 
     def plot(self, *, ax: Any = None) -> Self:
-        """Draw into ``ax``, or into a new figure."""
+        """Draw the curves into ``ax``, or into a new pyplot figure; return the display itself.
+
+        The losses have a logarithmic scale if they are positive and span more than a decade.
+        """
         _matplotlib()
         from matplotlib.ticker import MaxNLocator
 
@@ -104,7 +109,7 @@ class LossCurveDisplay:
 
 
 def figure(**options: Any) -> Any:
-    """Return a matplotlib Figure without pyplot, which would keep it.
+    """Return a matplotlib Figure made without pyplot, which would keep a reference to it.
 
     Raises
     ------

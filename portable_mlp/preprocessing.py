@@ -1,4 +1,4 @@
-"""From a table's columns to numbers: what stands before the network, fitted and stored with it."""
+"""Preprocessing: from a table's columns to the network's numbers; stored with the model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 KINDS = {"number": pl.Float64, "boolean": pl.Boolean, "category": pl.String, "date": pl.Datetime}
-"""What a column can be, and the type that a model takes it in."""
+"""The kinds of columns, and the polars dtype in which a model takes each."""
 
-_MOST = 1e150  # its square is finite
-_MAX_CATEGORIES = 64  # the rarer ones of a column are all zeros, as unknown ones are
+_MOST = 1e150  # its square, needed for the variance, is finite
+_MAX_CATEGORIES = 64  # rarer categories of a column are encoded as zeros, like unknown ones
 
 
 def column_kinds(X: pl.DataFrame) -> dict[str, str]:
@@ -46,7 +46,7 @@ def _kind(name: str, dtype: Any) -> str:
 
 
 def useless_columns(X: pl.DataFrame) -> dict[str, str]:
-    """Columns that tell rows apart in no way, and why: "all missing" or "constant"."""
+    """Return the columns that carry no information, each with "all missing" or "constant"."""
     found = {}
     for name in X.columns:
         if X[name].null_count() == X.height:
@@ -57,7 +57,11 @@ def useless_columns(X: pl.DataFrame) -> dict[str, str]:
 
 
 def nearly_numbers(X: pl.DataFrame) -> dict[str, list[str]]:
-    """Columns of text that is numbers but for one value in ten or fewer; the first few of those."""
+    """Return the text columns in which some values, but at most one in ten, are not numbers.
+
+    Each comes with its first three distinct values that are not numbers.  Missing values are
+    not counted.
+    """
     found = {}
     for name, dtype in X.schema.items():
         if dtype == pl.String:
@@ -69,7 +73,7 @@ def nearly_numbers(X: pl.DataFrame) -> dict[str, list[str]]:
 
 
 def check_finite(X: pl.DataFrame) -> None:
-    """Raise a ValueError that names a column with values that are infinite, or nearly so."""
+    """Raise a ValueError that names a column with infinite or extremely large values."""
     for name, dtype in X.schema.items():
         largest: Any = X[name].drop_nans().abs().max() if dtype.is_float() else None
         if largest == inf:
@@ -79,22 +83,28 @@ def check_finite(X: pl.DataFrame) -> None:
 
 
 def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name: bool) -> Any:
-    """Return a transformer, not fitted, from a table to numbers.
+    """Return an unfitted transformer from a table to numbers.
 
-    Numbers and booleans are scaled to mean 0 and variance 1, missing ones set to the
-    median and marked in a column of their own; text is one-hot encoded; dates become
-    days, and the time of the year, week and day as points on circles.
+    Missing numbers and booleans are replaced by the median.  If ``X`` has missing values in
+    such a column, an additional column marks them.  Text is one-hot encoded.  Dates are
+    encoded by `DateParts`.  Numbers, booleans and dates are then scaled to mean 0 and
+    variance 1 if ``scale`` is set.
 
     Parameters
     ----------
     X : polars.DataFrame
-        The rows to fit it to.
+        Rows to which the transformer will be fitted.
     used : list of str
-        The columns to keep.
+        Names of the columns to keep.
     scale : bool
+        Whether to standardise the numeric columns.
     by_name : bool
         Whether the transformer finds its columns by name, in a data frame, or by
         position, in an array.
+
+    Returns
+    -------
+    sklearn.compose.ColumnTransformer
     """
     kinds = column_kinds(X)
 
@@ -127,16 +137,27 @@ def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name
 
 
 def _frequent(texts: pl.Series) -> list[str | None]:
-    """Return the categories that get a place of their own, missing among them; in order."""
+    """Return the most frequent categories, sorted, with a missing value (None) last.
+
+    These get a column each in the one-hot encoding.
+    """
     counts = texts.value_counts(name="n").sort("n", texts.name, descending=[True, False])
     found: list[str | None] = counts[texts.name].head(_MAX_CATEGORIES).to_list()
     return sorted(found, key=lambda text: (text is None, text or ""))
 
 
 class DateParts(TransformerMixin, BaseEstimator):
-    """Dates as numbers: days since 1970, and the time of year, week and day on circles.
+    """A transformer from dates to numbers.
 
-    A missing one is set to the median, and marked.
+    Each date becomes the days since 1970, the sine and cosine of its place in the year, the
+    week and the day, and a mark.  The mark is 1 for a missing date, which is replaced by the
+    median.
+
+    Attributes
+    ----------
+    n_features_in_ : int
+    medians_ : ndarray (n_features_in_,)
+        Median of each column, in days since 1970.
     """
 
     PERIODS = 365.2425, 7.0, 1.0
@@ -147,14 +168,20 @@ class DateParts(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any) -> NDArray[np.float64]:
-        """Eight columns for each of X, a data frame; the last marks the missing."""
+        """Return eight columns for each column of X, a data frame; the last marks missing dates.
+
+        Returns
+        -------
+        ndarray (n, 8 * n_features_in_)
+        """
         parts = []
         for days, median in zip(self._days(X), self.medians_, strict=True):
             missing = np.isnan(days)
             filled = np.where(missing, median, days)
             parts.append(filled)
             for period in self.PERIODS:
-                # Whole turns off: else the noise of their sines would be scaled up
+                # Whole turns are removed first: the sine of a large angle has rounding noise,
+                # which scaling would amplify
                 angle = 2 * np.pi * (filled / period % 1.0)
                 parts += [np.sin(angle), np.cos(angle)]
             parts.append(missing)
@@ -166,5 +193,5 @@ class DateParts(TransformerMixin, BaseEstimator):
 
 
 def model_input(X: pl.DataFrame, by_name: bool) -> Any:
-    """Return a table as a model takes it: as it is, or as an array whose columns have no names."""
+    """Return a table as a model takes it: unchanged, or as a float64 array without names."""
     return X if by_name else X.to_numpy().astype(np.float64, copy=False)

@@ -1,13 +1,13 @@
 """Learning-rate schedules: a factor on the learning rate, computed on the host.
 
-``factor(clock, state)`` is asked before every step.  A schedule that reacts to what
-happens keeps its memory in ``state``: ``init`` makes it, ``observe`` sees the loss (or
-the negative validation score) after each epoch, and ``stalled`` is asked when the loop
-would stop for lack of progress.
+``factor(clock, state)`` is called before every step.  A schedule that reacts to the loss
+keeps its memory in ``state``: ``init`` creates it, ``observe`` receives the loss (or the
+negative validation score) after each epoch, and ``stalled`` is called when the loop would
+stop for lack of progress.
 
-To add one, subclass `Schedule` and list it in `SCHEDULES`: estimators and command line take
-their names from there.  By name, its other fields than an estimator's parameters are as by
-default.  An instance needs no name.
+To add a schedule, subclass `Schedule` and list it in `SCHEDULES`: estimators and the command
+line take their names from there.  If an estimator selects it by name, fields that are not
+parameters of the estimator keep their defaults.  An instance can be given without a name.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 
 
 class Clock(NamedTuple):
-    """Where training stands before a step.
+    """The position of training before a step.
 
     Attributes
     ----------
     step : int
-        Steps done.
+        Number of completed steps.
     total_steps : int
-        Steps that training will do if nothing stops it.
+        Number of steps of the whole training, unless it stops early.
     epoch : int
-        Epochs completed.
+        Number of completed epochs.
     rows : int
-        Rows seen in completed epochs.
+        Number of rows seen in completed epochs.
     """
 
     step: int
@@ -40,14 +40,14 @@ class Clock(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A constant rate; and the base of all schedules."""
+    """The constant schedule, and the base class of all schedules."""
 
     def init(self) -> Any:
-        """Memory before the first step."""
+        """Return the memory before the first step."""
         return None
 
     def factor(self, clock: Clock, state: Any) -> float:
-        """Return what to multiply the learning rate by."""
+        """Return the factor on the initial learning rate for the next step."""
         return 1.0
 
     def rate(self, initial: float, clock: Clock, state: Any) -> float:
@@ -55,16 +55,24 @@ class Schedule:
         return initial * self.factor(clock, state)
 
     def observe(self, state: Any, loss: float) -> Any:
-        """Memory after an epoch that ended with this loss."""
+        """Return the memory after an epoch that ended with this loss."""
         return state
 
     def stalled(self, state: Any, rate: float) -> Any | None:
-        """Memory to go on with although progress has stalled at this rate; None to stop."""
+        """Return the memory to continue with when progress has stalled, or None to stop.
+
+        Parameters
+        ----------
+        state : object
+            The schedule's memory.
+        rate : float
+            Learning rate of the last step.
+        """
         return None
 
 
 def reacts(schedule: Schedule) -> bool:
-    """Whether a schedule reacts to the loss: it remembers something, or goes on when stalled."""
+    """Tell whether a schedule reacts to the loss, by overriding ``observe`` or ``stalled``."""
     kind = type(schedule)
     return kind.observe is not Schedule.observe or kind.stalled is not Schedule.stalled
 
@@ -73,15 +81,15 @@ def reacts(schedule: Schedule) -> bool:
 class Scheduled:
     """A number that follows a schedule within a fit.
 
-    Replaces a number that training looks up in each step: the rate of
-    `layers.Dropout`, the ``weight_decay`` of an optimizer.
+    It can replace a number that training looks up in each step, such as the rate of
+    `layers.Dropout` or the ``weight_decay`` of an optimizer.
 
     Parameters
     ----------
     value : float, or a tuple of them
-        A tuple has one for each member of an ensemble.
+        Initial value; a tuple has one for each member of an ensemble.
     schedule : Schedule
-        Its factor on the value; it must not react to the loss.
+        Schedule whose factor multiplies the value; it must not react to the loss.
 
     Raises
     ------
@@ -98,19 +106,27 @@ class Scheduled:
 
 
 def at(number: float | tuple[float, ...] | Scheduled, clock: Clock) -> Any:
-    """Return what a number is before a step; of a tuple, each."""
+    """Return the value of a number before a step; for a tuple, the values of all its items."""
     if isinstance(number, Scheduled):
         schedule, value = number.schedule, number.value
         if isinstance(value, tuple):
             return tuple(float(schedule.rate(v, clock, None)) for v in value)
         return float(schedule.rate(value, clock, None))
-    # Python's: NumPy's scalars would turn float32 into float64
+    # Python floats: NumPy's float64 scalars would promote float32 arrays to float64
     return tuple(map(float, number)) if isinstance(number, tuple) else float(number)
 
 
 @dataclass(frozen=True)
 class InverseScaling(Schedule):
-    """1 / (rows + 1)^power, once an epoch: scikit-learn's "invscaling"."""
+    """Inverse scaling, 1 / (rows + 1)^power: scikit-learn's "invscaling".
+
+    The factor changes once an epoch; it is 1 in the first.
+
+    Parameters
+    ----------
+    power : float, default=0.5
+        Exponent of the number of rows seen in completed epochs.
+    """
 
     power: float = 0.5
 
@@ -118,19 +134,25 @@ class InverseScaling(Schedule):
         return self.rate(1.0, clock, state)
 
     def rate(self, initial: float, clock: Clock, state: Any) -> float:
-        # Divided, as there: the last bit is the same
+        # scikit-learn divides too; multiplying by a factor could round the last bit differently
         return initial / (clock.rows + 1.0) ** self.power if clock.epoch else initial
 
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """gamma^⌊epoch / every⌋.
+    """Step decay, gamma^⌊epoch / every⌋.
 
     Parameters
     ----------
     every : int >= 1, default=50
-        Epochs.
+        Number of epochs between two changes.
     gamma : float >= 0, default=0.1
+        Factor of each change.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of its range.
     """
 
     every: int = 50
@@ -147,23 +169,28 @@ class Step(Schedule):
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
-    """Half a cosine wave from start (progress 0) to end (progress 1 and beyond)."""
+    """Return half a cosine wave from start (progress 0) to end (progress 1 and beyond)."""
     progress = min(progress, 1.0)
     return end + (start - end) * (1.0 + cos(pi * progress)) / 2.0
 
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Linear warm-up from nothing, then half a cosine wave down to ``final``.
+    """Cosine decay to ``final`` after a linear warm-up from zero.
 
-    Loshchilov and Hutter (2017), eq. 5, without restarts.
+    The decay is that of Loshchilov and Hutter (2017), eq. 5, without restarts.
 
     Parameters
     ----------
     warmup : float in [0, 1), default=0
-        Share of all steps that the warm-up takes.
+        Fraction of all steps that the warm-up takes.
     final : float, default=0
         Factor reached after the last step.
+
+    Raises
+    ------
+    ValueError
+        If ``warmup`` is not in [0, 1).
     """
 
     warmup: float = 0.0
@@ -176,22 +203,30 @@ class Cosine(Schedule):
     def factor(self, clock: Clock, state: Any) -> float:
         up = self.warmup * clock.total_steps
         if clock.step < up:
-            return (clock.step + 1.0) / (up + 1.0)
+            return (clock.step + 1.0) / (up + 1.0)  # a factor of 0 would waste the first step
         return _cosine(1.0, self.final, (clock.step - up) / (clock.total_steps - up))
 
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
-    """Up from ``start`` to 1 and down to ``final``, by cosines (Smith and Topin, 2018).
+    """One cycle: up from ``start`` to 1, then down to ``final``, by cosines.
 
-    The defaults are those of torch.optim.lr_scheduler.OneCycleLR.
+    The schedule is that of Smith and Topin (2018), with the defaults of
+    torch.optim.lr_scheduler.OneCycleLR.
 
     Parameters
     ----------
     peak : float in (0, 1), default=0.3
-        Share of all steps before the peak.
+        Fraction of all steps before the peak.
     start : float, default=1/25
+        Factor of the first step.
     final : float, default=1/250000
+        Factor of the last step.
+
+    Raises
+    ------
+    ValueError
+        If ``peak`` is not in (0, 1).
     """
 
     peak: float = 0.3
@@ -211,6 +246,8 @@ class OneCycle(Schedule):
 
 
 class _Plateau(NamedTuple):
+    """Memory of `ReduceOnPlateau`: its factor, the best loss, and epochs without improvement."""
+
     factor: float = 1.0
     best: float = inf
     waited: int = 0
@@ -218,19 +255,27 @@ class _Plateau(NamedTuple):
 
 @dataclass(frozen=True)
 class ReduceOnPlateau(Schedule):
-    """Multiply by ``gamma`` when the loss has not improved for ``patience`` epochs.
+    """Multiplication by ``gamma`` when the loss has not improved for ``patience`` epochs.
 
-    Improved means: below best · (1 − threshold) for a positive best, as
-    torch.optim.lr_scheduler.ReduceLROnPlateau counts it in its relative mode.
+    An improvement is a loss below best · (1 − threshold) for a positive best, as in the
+    relative mode of torch.optim.lr_scheduler.ReduceLROnPlateau.
 
     Parameters
     ----------
     gamma : float in (0, 1), default=0.1
+        Factor of each reduction.
     patience : int >= 0, default=10
-        Epochs without improvement that are let pass.
+        Number of epochs without improvement that are tolerated.
     threshold : float >= 0, default=1e-4
+        Smallest relative decrease of the loss that counts as an improvement.
     min_factor : float >= 0, default=1e-4
-        When the factor is there, training may stop for lack of progress.
+        Lower limit of the factor.  Once it is reached, training may stop for lack of
+        progress.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of its range.
     """
 
     gamma: float = 0.1
@@ -252,6 +297,7 @@ class ReduceOnPlateau(Schedule):
         return state.factor
 
     def observe(self, state: _Plateau, loss: float) -> _Plateau:
+        # abs: with a negative best, such as a negated score, the margin must still lie below it
         if state.best == inf or loss < state.best - self.threshold * abs(state.best):
             return state._replace(best=loss, waited=0)
         if state.waited < self.patience:
@@ -260,21 +306,23 @@ class ReduceOnPlateau(Schedule):
         return state._replace(factor=factor, waited=0)
 
     def stalled(self, state: _Plateau, rate: float) -> _Plateau | None:
-        # A rate lowered in this very epoch deserves its chance
+        # If the rate was lowered in this epoch, training must go on to try it
         lowered = state.waited == 0 and state.factor > self.min_factor
         return state if lowered else None
 
 
 class _Divided(NamedTuple):
+    """Memory of `Adaptive`: the factor, and the rate that follows from it by divisions."""
+
     factor: float = 1.0
     rate: float | None = None
 
 
 @dataclass(frozen=True)
 class Adaptive(Schedule):
-    """Divide by 5 whenever training would stop, until the rate is at most 10⁻⁶.
+    """Division by 5 whenever training would stop, until the rate is at most 10⁻⁶.
 
-    scikit-learn's "adaptive".
+    This is scikit-learn's "adaptive".
     """
 
     def init(self) -> _Divided:
@@ -284,7 +332,8 @@ class Adaptive(Schedule):
         return state.factor
 
     def stalled(self, state: _Divided, rate: float) -> _Divided | None:
-        # Divided one by one, as there: a product of factors may round across 10⁻⁶
+        # The rate is divided each time, as in scikit-learn: a product of factors may round
+        # to the other side of 10⁻⁶
         rate = rate if state.rate is None else state.rate
         return None if rate <= 1e-6 else _Divided(state.factor / 5.0, rate / 5.0)
 

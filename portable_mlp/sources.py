@@ -1,11 +1,11 @@
 """Sources: where the training loop takes its rows from, and in which order.
 
-The loop asks for all rows once an epoch and never indexes X itself, so a source may
-hold them in any form, and read them when they are asked for.  It hands out *parts*: arrays,
-and which of their rows in which order.
+The loop asks for all rows once an epoch and never indexes X itself.  A source may therefore
+hold the rows in any form, and read them only when they are needed.  It yields *parts*: arrays,
+together with the rows to use and their order.
 
-To train on rows from anywhere (a reader, a database), subclass `Source` and give an instance
-to ``fit`` in the place of X.
+To train on rows from elsewhere (a reader, a database), subclass `Source` and pass an instance
+to ``fit`` in place of X.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Part = tuple[Batch, NDArray[np.intp] | None]
 
 
 class Source(ABC):
-    """Base of all sources.
+    """Base class of all sources.
 
     Attributes
     ----------
     n_rows : int
-        Rows of an epoch.
+        Number of rows in an epoch.
     """
 
     n_rows: int
@@ -38,50 +38,54 @@ class Source(ABC):
     def begin(  # noqa: B027 (there need be no choice)
         self, epoch: int, rng: np.random.RandomState | None
     ) -> None:
-        """Choose the order of an epoch; the next ``parts`` are in it.
+        """Choose the order of an epoch, which the following calls of ``parts`` use.
 
-        A source is read many times.  An estimator begins it once or twice before training, to
-        see the first rows and the classes.  Where training goes on after a pause, the epochs
-        that are done begin again, without their parts.  So the order has to depend on the
-        arguments, and on the epochs before, alone.
+        A source is read many times.  An estimator calls this method once or twice before
+        training, to see the first rows and the classes.  When training resumes, it is called
+        again for each completed epoch, without reading the parts.  The order must therefore
+        depend only on the arguments and on the epochs before.
 
         Parameters
         ----------
         epoch : int
-            From 0 in each run.
+            Number of the epoch, counted from 0 in each run.
         rng : RandomState or None
-            That of the run, to draw from; None in a run with ``shuffle=False``.  Before
-            training it is another one.
+            The run's random generator; None in a run with ``shuffle=False``.  Before training
+            it is a different generator.
         """
 
     @abstractmethod
     def parts(self, batch_size: int) -> Iterator[Part]:
-        """All rows of an epoch once.
+        """Yield each row of an epoch once, in parts.
 
         Parameters
         ----------
         batch_size : int
-            Every part but the last has a multiple of so many rows.
+            The number of rows of every part but the last must be a multiple of it.
 
         Yields
         ------
         data : Batch
-            On the backend, for `Trainer.fit`.  For an estimator, a tuple of x, y and, where
-            there are any, weights, as its ``fit`` takes them; parts without rows are left out.
+            For `Trainer.fit`, arrays on the backend.  For an estimator, a tuple (x, y) or
+            (x, y, weights) of anything its ``fit`` takes; parts without rows are skipped.
         rows : array of int, optional
             Row numbers of ``data``, from 0, in the order to train on; on the host.  None
-            stands for all rows in their own order.  The other rows are checked, too, and
-            their labels count among the classes.
+            stands for all rows in their own order.  Rows of ``data`` that are not listed are
+            still checked, and their labels count among the classes.
         """
 
     def whole(self, batch_size: int) -> Batch | None:
-        """Return the one batch that every epoch repeats, on the backend; None if they differ."""
+        """Return the batch of all rows, on the backend, if every epoch is this one batch.
+
+        Otherwise return None.
+        """
         return None
 
     def targets(self, batch_size: int) -> NDArray[Any]:
-        """All targets, in any order: a classifier asks for them once, to learn the classes.
+        """Return all targets, in any order, as a host array (n,) or (n, k).
 
-        By default one pass over the rows, in parts for that batch size.
+        A classifier calls this once to learn the classes.  By default the targets are
+        collected in one pass over the parts for this batch size.
         """
         self.begin(0, np.random.RandomState(0))
         parts = (checked_part(part, type(self).__name__)[0] for part in self.parts(batch_size))
@@ -89,14 +93,14 @@ class Source(ABC):
 
 
 class _Shuffled(Source):
-    """A source of rows that can be taken in any order, which is drawn for each epoch.
+    """A source with random access to its rows; their order is drawn for each epoch.
 
     Parameters
     ----------
     n : int
-        Rows that there are.
+        Number of all rows.
     rows : array of int, optional
-        Those to use, on the host; all if not given.
+        Numbers of the rows to use, on the host; all if not given.
     """
 
     def __init__(self, n: int, rows: NDArray[np.intp] | None) -> None:
@@ -110,11 +114,12 @@ class _Shuffled(Source):
             return
         if epoch == 0 or self._order is None:
             self._order = np.arange(self.n_rows)
-        rng.shuffle(self._order)  # in place: scikit-learn's orders compose, too
+        # Each epoch shuffles the order of the previous one, as in scikit-learn
+        rng.shuffle(self._order)
 
     @property
     def chosen(self) -> NDArray[np.intp] | None:
-        """The rows to use, in this epoch's order; None for all rows in their own order."""
+        """The row numbers to use, in this epoch's order; None for all rows in their own order."""
         if self._rows is None or self._order is None:
             return self._order if self._rows is None else self._rows
         return self._rows[self._order]
@@ -126,9 +131,9 @@ class ArraySource(_Shuffled):
     Parameters
     ----------
     data : Batch
-        On the backend.
+        Arrays on the backend.
     rows : array of int, optional
-        The rows to use, on the host; all if not given.
+        Numbers of the rows to use, on the host; all if not given.
     """
 
     def __init__(self, data: Batch, rows: NDArray[np.intp] | None = None) -> None:
@@ -139,23 +144,23 @@ class ArraySource(_Shuffled):
         yield self._data, None if self.whole(batch_size) is not None else self.chosen
 
     def whole(self, batch_size: int) -> Batch | None:
-        # A mean over all rows does not depend on their order
+        # The mean over all rows does not depend on their order, so no gather is needed
         return self._data if self._rows is None and batch_size >= self.n_rows else None
 
 
 class SparseSource(_Shuffled):
-    """Rows of a sparse matrix, made dense and moved to the backend a batch at a time.
+    """Rows of a sparse matrix, made dense and moved to the backend one batch at a time.
 
     Parameters
     ----------
-    x : scipy.sparse matrix or array, CSR
+    x : scipy.sparse matrix or array (n, d), CSR
     y : ndarray (n,) or (n, k)
     weights : ndarray (n,), optional
     backend : Backend
     dtype : {"float32", "float64"}
-        Integer labels stay integers.
+        Type of x, weights and targets; integer labels become int32.
     rows : array of int, optional
-        The rows to use; all if not given.
+        Numbers of the rows to use; all if not given.
     """
 
     def __init__(
@@ -190,20 +195,20 @@ class SparseSource(_Shuffled):
 
 
 class CheckedSource(Source):
-    """A source whose parts are checked, and made what the training loop takes.
+    """A source whose parts are checked and prepared for the training loop.
 
     Parameters
     ----------
     source : Source
     prepare : callable
-        From a part's data to what it is on the backend; raises a ValueError if it is not as
-        it must be.
+        Function from a part's data to arrays on the backend; it raises a ValueError for
+        invalid data.
 
     Raises
     ------
     ValueError
-        From ``parts``: if they are not as many rows as the source says, or of other lengths or
-        shapes than they have to be.
+        From the constructor, if the source's ``n_rows`` is invalid.  From ``parts``, if the
+        number of rows is not ``n_rows``, a part is malformed, or lengths or shapes are wrong.
     """
 
     def __init__(self, source: Source, prepare: Callable[[Batch], Batch]) -> None:
@@ -245,12 +250,12 @@ class CheckedSource(Source):
 
 
 def row_count(source: Source) -> int:
-    """Return the number of rows that a source says.
+    """Return the number of rows that a source declares.
 
     Raises
     ------
     ValueError
-        If it is no integer above 0.
+        If it is not an integer above 0.
     """
     n = getattr(source, "n_rows", None)
     if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
@@ -259,12 +264,12 @@ def row_count(source: Source) -> int:
 
 
 def checked_part(part: Any, name: str) -> tuple[Batch, NDArray[np.intp] | None]:
-    """Return a part that somebody's source has given.
+    """Check a part from a custom source; return it as a `Batch` and row numbers.
 
     Raises
     ------
     ValueError
-        If it has another form, or names rows that it does not have; the message begins with
+        If the part is malformed or a row number is out of range; the message begins with
         ``name``.
     """
     form = f"{name}: parts() has to yield pairs, ((x, y) or (x, y, weights), rows or None)"
@@ -278,7 +283,7 @@ def checked_part(part: Any, name: str) -> tuple[Batch, NDArray[np.intp] | None]:
         return batch, None
     rows, n = np.asarray(to_host(rows)), _length(batch.x)
     inside = rows.ndim == 1 and (not rows.size or (rows.dtype.kind in "iu" and rows.min() >= 0))
-    # Engines read what a number points at: one that is too large must not get there
+    # Engines gather rows without bounds checks, so a number out of range must not reach them
     if not inside or (rows.size and rows.max() >= n):
         raise ValueError(
             f"{name}: the rows of a part have to be numbers from 0 to {n - 1}, got {rows!r}"
@@ -291,7 +296,7 @@ def _length(x: Any) -> int:
 
 
 def on_backend(x: Any, y: NDArray[Any], weights: Any, backend: Backend, dtype: str) -> Batch:
-    """Return a batch on a backend, in its data type; integer labels as int32."""
+    """Return a batch on a backend in the given dtype, with integer labels as int32."""
     labels = "int32" if y.dtype.kind == "i" else dtype
     return Batch(
         backend.asarray(x, dtype),

@@ -1,8 +1,8 @@
 """The step: from arrays, a batch and a few numbers to the next arrays.
 
-A pure function of arrays: it never looks at a value, so an engine may record it,
+A step is a pure function of arrays.  It never inspects a value, so an engine may record it,
 compile it and replay it (`portable_mlp.engines`).  The mathematics is in the layers, the
-losses and the optimizers; here it is put together.
+losses and the optimizers; this module combines them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from portable_mlp.typing import Array, Namespace, Params
 class Batch(NamedTuple):
     """Rows to learn from: x (n, d), y (n,) or (n, k), weights (n,) or None.
 
-    Rows of an ensemble's members, each its own, have the members' axis before these.
+    If the members of an ensemble have separate rows, the members' axis comes first in each.
     """
 
     x: Array
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What a step changes: leaves of the parameters, and their moments."""
+    """The arrays that a step changes: leaves of the parameters, and their moments."""
 
     leaves: list[Array]
     moments: list[Moments]
@@ -46,15 +46,15 @@ class Hyper(NamedTuple):
     Attributes
     ----------
     alphas : tuple of float
-        The L2 penalty α of each group of penalised parameters: as `Treatments.penalties`.
+        L2 penalties α, one for each factor in `Treatments.penalties`.
     coefficients : tuple of Coefficients
-        From the optimizer, for each treatment of `Treatments.updates`.
+        The optimizer's coefficients, one for each treatment in `Treatments.updates`.
     keeps : tuple of float or PerMember
-        Of each, 1 − learning rate · weight decay.
+        For each of these treatments, 1 − learning rate · weight decay.
     layers : tuple of tuple
-        What layers take, from `Network.per_step`.
+        Numbers for the layers, from `Network.per_step`.
     loss : tuple of float
-        What the loss takes, from `Loss.per_step`.
+        Numbers for the loss, from `Loss.per_step`.
     """
 
     alphas: tuple[float, ...]
@@ -65,17 +65,19 @@ class Hyper(NamedTuple):
 
     @property
     def forward(self) -> tuple[Numbers, tuple[float, ...]]:
-        """What the first half of a step takes."""
+        """The numbers that the first half of a step takes."""
         return self.layers, self.loss
 
 
 NO_NUMBERS: tuple[Numbers, tuple[float, ...]] = (), ()
-"""`Hyper.forward` where neither layers nor loss take any, or all do as in prediction."""
+"""`Hyper.forward` if neither layers nor loss take numbers, or all behave as in prediction."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a step does; static, and hashable, so that a compiled step is found again.
+    """The static part of a step.
+
+    It is hashable, so that it can be the key of a cache of compiled steps.
 
     Parameters
     ----------
@@ -85,11 +87,11 @@ class Recipe:
     optimizer : Optimizer
     layout : Layout
     kinds : tuple of int
-        For each leaf, which coefficients and which factor it takes.
+        For each leaf, the index into `Hyper.coefficients` and `Hyper.keeps`.
     decays : tuple of bool
-        Of those, which decay: the others' factor is not looked at.
+        For each entry of `Hyper.keeps`, whether it is applied.
     penalised : tuple of int or None
-        For each parameter, which α it takes; None if it is not penalised.
+        For each parameter, the index into `Hyper.alphas`; None if it is not penalised.
     clip_norm : float, optional
         Largest global norm of the gradients, see `optimizers.clip_by_global_norm`.
     """
@@ -111,14 +113,14 @@ class Recipe:
 
     @property
     def n_losses(self) -> int:
-        """Number of values of the loss: one, or one for each member."""
+        """The number of loss values: one, or one for each member."""
         return self.network.members or 1
 
 
 def objective(
     recipe: Recipe, leaves: Params, batch: Batch, alphas: Sequence[float], numbers: Any
 ) -> tuple[Array, Array, list[Array]]:
-    """Return the mean loss, the L2 penalty, and their sum's gradient with respect to the leaves.
+    """Return the mean loss, the L2 penalty, and the gradient of their sum.
 
     The penalty is Σ α / (2 n) Σ w² over the groups of penalised parameters, with n the number
     of rows or the sum of their weights, as in scikit-learn.
@@ -129,9 +131,16 @@ def objective(
     leaves : list of arrays
     batch : Batch
     alphas : sequence of float
-        As `Hyper.alphas`.
+        Penalties, as `Hyper.alphas`.
     numbers : tuple
-        As `Hyper.forward`.
+        Numbers of the step, as `Hyper.forward`.
+
+    Returns
+    -------
+    value : array () or (members,)
+    penalty : array (), or 0.0 if nothing is penalised
+    grads : list of arrays
+        Gradient with respect to the leaves.
     """
     value, grads = sums(recipe, leaves, batch, numbers)
     penalty, grads = penalise(recipe, leaves, grads, alphas, weight_of(recipe, batch))
@@ -144,7 +153,7 @@ def objective(
 def sums(
     recipe: Recipe, leaves: Params, batch: Batch, numbers: Any, total: Any = None
 ) -> tuple[Array, list[Array]]:
-    """Return what rows add to a step: their share of the mean loss, and of its gradient.
+    """Return the contribution of rows to the mean loss and to its gradient.
 
     Parameters
     ----------
@@ -152,9 +161,10 @@ def sums(
     leaves : list of arrays
     batch : Batch
     numbers : tuple
-        As `Hyper.forward`.
+        Numbers of the step, as `Hyper.forward`.
     total : float or array (), optional
-        The sum of all rows' weights, if these are a part of the batch: see `Loss.__call__`.
+        Sum of the weights of the whole batch, if ``batch`` is a part of it: see
+        `Loss.__call__`.
 
     Returns
     -------
@@ -165,8 +175,9 @@ def sums(
     xp, network = recipe.xp, recipe.network
     params = recipe.layout.unpack(leaves, xp)
     of_layers, of_loss = numbers
+    # z (rows, n_out) or (members, rows, n_out)
     z, residuals = network.forward(params, batch.x, xp, of_layers)
-    # One's own loss need not know of parts of a batch, nor of numbers
+    # Passed only where needed, so that a custom loss may lack these parameters
     more = {} if total is None else {"total": total}
     if of_loss:
         more["numbers"] = of_loss
@@ -176,7 +187,10 @@ def sums(
 
 
 def for_members(batch: Batch, members: int | None, xp: Namespace) -> Batch:
-    """Return the batch, with targets and weights of each member where they are common to all."""
+    """Return the batch with targets and weights for each member.
+
+    Targets and weights that all members share are broadcast.
+    """
     if members is None or batch.x.ndim == 3:
         return batch
 
@@ -187,7 +201,11 @@ def for_members(batch: Batch, members: int | None, xp: Namespace) -> Batch:
 
 
 def weight_of(recipe: Recipe, batch: Batch) -> Any:
-    """Return the number of rows, or the sum of their weights; of rows of the members' own, each."""
+    """Return the divisor of the penalty: the number of rows, or the sum of their weights.
+
+    If the members have separate rows, weights give one sum for each member, (members,).
+    Without a penalty the sum is not needed: the result is then None for weighted rows.
+    """
     if batch.weights is None:
         return batch.x.shape[-2]
     return total_weight(batch.weights, recipe.xp) if recipe.has_penalty else None
@@ -196,7 +214,25 @@ def weight_of(recipe: Recipe, batch: Batch) -> Any:
 def penalise(
     recipe: Recipe, leaves: Params, grads: list[Array], alphas: Sequence[float], n: Any
 ) -> tuple[Any, list[Array]]:
-    """Add the penalty's gradient; returns the penalty, and the gradients as leaves."""
+    """Add the gradient of the L2 penalty to the gradients.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    leaves : list of arrays
+    grads : list of arrays
+        Gradients in the order of the parameters; they may be overwritten.
+    alphas : sequence of float
+        Penalties, as `Hyper.alphas`.
+    n : float or array, () or (members,)
+        Divisor, from `weight_of`.
+
+    Returns
+    -------
+    penalty : array (), or 0.0 if nothing is penalised
+    grads : list of arrays
+        Gradients of the leaves.
+    """
     xp = recipe.xp
     params, grads = recipe.layout.unpack(leaves, xp), list(grads)
     penalties = []
@@ -208,7 +244,7 @@ def penalise(
             if own == kind:
                 p, by_axes = params[i], (-1, *(1,) * (params[i].ndim - 1))
                 flat = xp.reshape(p, (p.shape[0], -1) if apart else (-1,))
-                squares = squares + xp.vecdot(flat, flat)
+                squares = squares + xp.vecdot(flat, flat)  # (), or (members,) if apart
                 grads[i] += (xp.reshape(scale, by_axes) if apart else scale) * p
         of_kind = 0.5 * scale * squares
         penalties.append(xp.sum(of_kind) if apart else of_kind)
@@ -219,25 +255,30 @@ def penalise(
 def update(
     recipe: Recipe, arrays: Arrays, grads: list[Array], n: Any, hyper: Hyper
 ) -> tuple[Arrays, Any]:
-    """Update the parameters by the sums of all rows; return the arrays and the penalty.
+    """Update the parameters, given the gradient over all rows of the batch.
 
     Parameters
     ----------
     recipe : Recipe
     arrays : Arrays
-        Donated.
+        Donated: they may be overwritten.
     grads : list of arrays
-        Of the mean loss, in the order of the parameters.
-    n : float or array ()
-        The sum of all rows' weights.
+        Gradients of the mean loss, in the order of the parameters.
+    n : float or array, () or (members,)
+        Sum of the weights of all rows.
     hyper : Hyper
+
+    Returns
+    -------
+    arrays : Arrays
+    penalty : array (), or 0.0 if nothing is penalised
     """
     penalty, grads = penalise(recipe, arrays.leaves, grads, hyper.alphas, n)
     return descend(recipe, arrays, grads, hyper), penalty
 
 
 def descend(recipe: Recipe, arrays: Arrays, grads: list[Array], hyper: Hyper) -> Arrays:
-    """Clip the leaves' gradients, and apply the rule."""
+    """Clip the gradients of the leaves and apply the optimizer's rule."""
     xp = recipe.xp
     if recipe.clip_norm is not None:
         grads = clip_by_global_norm(grads, recipe.clip_norm, xp, recipe.network.members)
@@ -260,9 +301,9 @@ def descend(recipe: Recipe, arrays: Arrays, grads: list[Array], hyper: Hyper) ->
 def step(
     recipe: Recipe, arrays: Arrays, batch: Batch, hyper: Hyper
 ) -> tuple[Arrays, tuple[Array, Array]]:
-    """One update; returns the new arrays, and the loss and penalty before it.
+    """Do one update; return the new arrays, and the loss and penalty before it.
 
-    The arrays handed in are donated: only what comes back may be used.
+    The input arrays are donated: use only the returned ones.
     """
     value, grads = sums(recipe, arrays.leaves, batch, hyper.forward)
     arrays, penalty = update(recipe, arrays, grads, weight_of(recipe, batch), hyper)
@@ -272,14 +313,15 @@ def step(
 def first_half(
     recipe: Recipe, leaves: Params, batch: Batch, numbers: Any, total: Any = None
 ) -> Array:
-    """Join `sums` in one vector: the leaves' gradients, the loss and, of weighted rows, Σ w.
+    """Return `sums` as one vector: the leaves' gradients, the loss and, for weighted rows, Σ w.
 
-    The loss is one number, or one for each member.  So is Σ w, which is left out if a ``total``
-    is given: it is one for each member where each member has its own rows.
+    The loss is one number, or one for each member.  Σ w is one number, or one for each member
+    if the members have separate rows.  It is left out if ``total`` is given.
     """
     xp = recipe.xp
     value, grads = sums(recipe, leaves, batch, numbers, total)
-    # Not joined of leaves, which are joined themselves: each gradient is written once
+    # Joined from the parameters' gradients in the order of the leaves, not from packed leaves:
+    # that would copy each gradient twice
     parts = [*(grads[i] for leaf in recipe.layout.leaves for i in leaf), value]
     if batch.weights is not None and total is None:
         parts.append(total_weight(batch.weights, xp))
@@ -289,17 +331,25 @@ def first_half(
 def second_half(
     recipe: Recipe, arrays: Arrays, vector: Array, hyper: Hyper, n: float | None = None
 ) -> tuple[Arrays, tuple[Array, Array]]:
-    """`update` from the vector of `first_half`, in which all rows' sums are added up.
+    """Update the parameters from vectors of `first_half`, summed over all rows of the batch.
 
     Parameters
     ----------
     recipe : Recipe
     arrays : Arrays
-        Donated.
+        Donated: they may be overwritten.
     vector : array
+        Sum of the vectors of `first_half`.
     hyper : Hyper
     n : float, optional
-        The number of rows, or the sum of their weights; if not given, it is the vector's end.
+        Number of rows, or sum of their weights.  It may be omitted for weighted rows, whose
+        Σ w is at the end of the vector.
+
+    Returns
+    -------
+    arrays : Arrays
+    values : tuple of arrays
+        Loss and penalty before the update.
     """
     xp, alphas, m = recipe.xp, hyper.alphas, recipe.n_losses
     grads, start = [], 0
@@ -311,7 +361,7 @@ def second_half(
     value = vector[start] if one else vector[start : start + m]
     penalty: Any = 0.0
     if recipe.has_penalty:
-        rest = vector.shape[0] - start - m  # one Σ w, or one of each member
+        rest = vector.shape[0] - start - m  # entries of Σ w: one, or one for each member
         total = n if n is not None else vector[-1] if rest == 1 else vector[start + m :]
         by_param = recipe.layout.unpack(grads, xp)
         penalty, grads = penalise(recipe, arrays.leaves, by_param, alphas, total)

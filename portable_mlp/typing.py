@@ -1,4 +1,4 @@
-"""Names for what the array API standard does not name in Python's type system."""
+"""Type aliases for arrays and namespaces, which the array API standard does not define."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Array: TypeAlias = Any
 """An array of any namespace that follows the array API standard."""
 
 Namespace: TypeAlias = Any
-"""A module with the standard's functions, by custom called ``xp``."""
+"""A module with the standard's functions, conventionally called ``xp``."""
 
 Params: TypeAlias = Sequence[Array]
 """Parameters, gradients or moments: arrays in the order of ``Network.params``."""

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's that led to them."""
+"""Warnings that point at the line of the user's code that led to them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _BETWEEN = ("portable_mlp", "sklearn", "joblib")
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn from the nearest frame that is not this library's, scikit-learn's or joblib's.
+    """Warn from the nearest frame outside of this library, scikit-learn and joblib.
 
-    A ``stacklevel`` would not do: how many frames of scikit-learn's lie between depends
-    on its version.
+    A fixed ``stacklevel`` would not work: the number of scikit-learn's frames in between
+    depends on its version.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and _package(frame.f_globals) in _BETWEEN:

@@ -1,1 +1,1 @@
-"""The command line: from a table to a folder with a model, and from it to predictions."""
+"""The command line: train a model on a table, evaluate it, and predict with it."""

@@ -1,4 +1,4 @@
-"""The commands that people type, and their options."""
+"""The commands of the command line; their docstrings are its help texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MANY = Parameter(consume_multiple=1, negative="")
 
 
 def _from_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Take what the command line leaves open from the files that it names."""
+    """Read options not given on the command line from the files of --config and --resume."""
     for argument in arguments:
         if argument.name in ("--config", "--resume") and argument.tokens:
             path = Path(argument.tokens[0].value)
@@ -28,7 +28,7 @@ def _from_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
                 raise FileNotFoundError(f"{argument.name}: there is no file {path}")
             given = Toml(path, use_commands_as_keys=False)
             for name, value in given.config.items():
-                if isinstance(value, dict):  # it would be passed over
+                if isinstance(value, dict):  # it would be ignored silently
                     raise ValueError(
                         f"{path} has a table [{name}]: options stand outside of tables"
                     )
@@ -52,18 +52,18 @@ def train(
     resume: Path | None = None,
     common: Common = Common(),
 ) -> int:
-    """Learn to predict a column from the others.
+    """Train a network to predict one column of a table from the others.
 
-    Leaves a folder with the model, the training history, the settings and a report to
+    Writes a folder with the model, the training history, the settings and a report to
     open in a browser.
 
     Parameters
     ----------
     config
-        A TOML file of these options, such as a run's config.toml; what is given here
-        overrides it.
+        A TOML file with these options, such as a run's config.toml; options on the command
+        line override it.
     resume
-        A run's folder, begun with --checkpoint-every: go on where it stopped.
+        The folder of a run that was started with --checkpoint-every: continue that run.
     """
     from portable_mlp.app.train import train
 
@@ -83,18 +83,18 @@ def predict(
     where: Where = Where(),
     common: Common = Common(),
 ) -> None:
-    """Predict a table's rows, in a file of any length.
+    """Predict the rows of a table of any length.
 
     Parameters
     ----------
     model
         The model.safetensors of a run.
     data
-        CSV, Parquet, .npy or .npz files; the target need not be in them.
+        CSV, Parquet, .npy or .npz files; they need not contain the target.
     out
-        CSV or Parquet, by its name.
+        File for the predictions, .csv or .parquet.
     chunk_rows
-        Rows that are in memory at a time [default: a quarter of a million numbers].
+        Rows in memory at a time [default: as many as hold a quarter of a million numbers].
     """
     from portable_mlp.app.streaming import load_stored, predict_file
 
@@ -111,14 +111,14 @@ def evaluate(
     where: Where = Where(),
     common: Common = Common(),
 ) -> None:
-    """Compare a model's predictions with a table that has the target.
+    """Score a model's predictions on a table that contains the target.
 
     Parameters
     ----------
     model
         The model.safetensors of a run.
     data
-        CSV, Parquet, .npy or .npz files with the target among their columns.
+        CSV, Parquet, .npy or .npz files; the target is one of their columns.
     """
     from portable_mlp.app.streaming import evaluate_file, load_stored
 
@@ -132,14 +132,14 @@ def evaluate(
 
 @app.command
 def export(model: Path, out: Path, *, common: Common = Common()) -> None:
-    """Write a model, with its preprocessing, as ONNX for other programs.
+    """Export a model with its preprocessing as ONNX, for other programs.
 
     Parameters
     ----------
     model
         The model.safetensors of a run.
     out
-        Such as model.onnx; overwritten.
+        File to write, such as model.onnx; overwritten if it exists.
     """
     from portable_mlp.app.export import export_onnx
 
@@ -149,7 +149,7 @@ def export(model: Path, out: Path, *, common: Common = Common()) -> None:
 
 @app.command
 def info(model: Path, *, common: Common = Common()) -> None:
-    """Tell what a model file holds.
+    """Describe the contents of a model file.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def info(model: Path, *, common: Common = Common()) -> None:
     if classes is not None:
         print(f"classes: {', '.join(map(str, classes))}")
     shapes = [shape for name, shape in told["shapes"].items() if name.startswith("coefs.")]
-    before = (f"Linear {n}x{m}" for n, m in shapes)  # of files that have no network
+    before = (f"Linear {n}x{m}" for n, m in shapes)  # files of the previous format store no layers
     print(f"layers: {', '.join([*map(_layer, told['network']), *before])}")
     for name, value in notes.items():
         print(f"{name}: {_shown(value)}")

@@ -1,4 +1,4 @@
-"""The rows of a run: read, looked through, and split into those to train and to test on."""
+"""The data set of a run: reads the rows, checks them, and splits them for training and test."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from portable_mlp.preprocessing import check_finite, column_kinds, useless_colum
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows to train and to test on.
+    """Training and test rows.
 
     Attributes
     ----------
     X, X_test : polars.DataFrame
     y, y_test : ndarray
     target, target_kind : str
-        The name of y, and its kind.
+        Name of the target column, and its kind.
     kinds, dropped : dict
-        Of the columns, by name: what they are, and why some are not used.
+        From the columns' names to their kinds, and to why a column is not used.
     by_name : bool
-        Whether the columns have names, and not their positions alone.
+        Whether the model finds its columns by name, rather than by position.
     digests : dict
-        SHA-256 of the files.
+        SHA-256 of each file, by path.
     classify : bool
+        Whether the task is classification.
     """
 
     X: pl.DataFrame
@@ -57,17 +58,17 @@ class Dataset:
 
     @property
     def used(self) -> list[str]:
-        """The columns that the network sees."""
+        """The names of the columns that the model uses."""
         return [name for name in self.kinds if name not in self.dropped]
 
 
 def read(settings: Settings) -> Dataset:
-    """Return the rows that settings name, split in two.
+    """Read the rows that the settings name, and split them into training and test rows.
 
     Raises
     ------
     ValueError
-        If the data cannot be learned from; the message says why.
+        If the data are not suitable for training; the message says why.
     """
     if settings.data:
         source = ", ".join(map(str, settings.data))
@@ -122,7 +123,7 @@ def _check_classes(target: str, y: NDArray[Any]) -> None:
 
 
 def _split(settings: Settings, y: NDArray[Any], classify: bool) -> tuple[Any, Any]:
-    """Return the rows to train on, and those to test on."""
+    """Return the indices of the training rows and of the test rows."""
     said = f"--test-fraction {settings.test_fraction} of {len(y)} rows"
     try:
         train, test = train_test_split(

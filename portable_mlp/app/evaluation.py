@@ -1,4 +1,4 @@
-"""How good predictions are: the numbers that reports and the command line show."""
+"""Evaluation of predictions: the metrics that reports and the command line show."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from sklearn.inspection import permutation_importance
 from portable_mlp.preprocessing import model_input
 
 _REPEATS = 5
-_BUDGET = 2**17  # rows times columns that are predicted in a repeat of the importance
-_BUDGET_OF_ALL = 2**29  # in all repeats, for all columns
-_OVERHEAD = 300  # what a column costs beside its rows, in rows
+# Limits on the cost of the permutation importance, in rows × columns that are predicted
+_BUDGET = 2**17  # for one shuffled column
+_BUDGET_OF_ALL = 2**29  # for all shuffled columns and all repeats
+_OVERHEAD = 300  # fixed cost of a prediction, expressed in rows
 
 
 class Bin(NamedTuple):
-    """Predictions of about the same probability."""
+    """Mean predicted probability and observed frequency of rows with similar probabilities."""
 
     predicted: float
     observed: float
@@ -29,14 +30,16 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions beside the truth.
+    """Predictions together with the true targets.
 
     Attributes
     ----------
     y, predicted : ndarray (n_samples,)
+        True and predicted targets.
     classes : ndarray or None
         None for a regression.
     probabilities : ndarray (n_samples, n_classes) or None
+        None for a regression.
     """
 
     y: NDArray[Any]
@@ -45,7 +48,7 @@ class Evaluation:
     probabilities: NDArray[Any] | None
 
     def scores(self) -> dict[str, float]:
-        """Numbers for the whole, by name; the first is the one to look at."""
+        """Return metrics over all rows, by name; the first is the main one."""
         y, predicted = self.y, self.predicted
         if self.classes is None:
             return {
@@ -71,7 +74,7 @@ class Evaluation:
         return normalised
 
     def by_class(self) -> list[dict[str, Any]]:
-        """Precision, recall, F1 and the number of rows of each class."""
+        """Return precision, recall, F1 and the number of rows of each class."""
         columns = metrics.precision_recall_fscore_support(
             self.y, self.predicted, labels=self.classes, zero_division=0.0
         )
@@ -83,16 +86,17 @@ class Evaluation:
         ]
 
     def confusion(self) -> NDArray[np.int64]:
-        """Rows of each class (downwards) by what was predicted (across)."""
+        """Return the confusion matrix: true classes down the rows, predicted across the columns."""
         counts: NDArray[np.int64] = metrics.confusion_matrix(
             self.y, self.predicted, labels=self.classes
         )
         return counts
 
     def calibration(self) -> list[Bin]:
-        """Probabilities in tenths of the rows, and how often they came true.
+        """Return a calibration curve: predicted against observed frequencies in ten quantiles.
 
-        Of the second class if there are two, and of the predicted one if there are more.
+        With two classes, the probabilities are those of the second class.  With more, they are
+        those of the predicted class.
         """
         p = self._float64()
         assert self.classes is not None
@@ -105,7 +109,7 @@ class Evaluation:
 
 
 def evaluate(model: Any, X: pl.DataFrame, y: NDArray[Any], *, by_name: bool) -> Evaluation:
-    """Predict, and put the truth beside it."""
+    """Predict X with a model, and return the predictions together with y."""
     given = model_input(X, by_name)
     if not hasattr(model, "predict_proba"):
         return Evaluation(np.asarray(y, np.float64), model.predict(given), None, None)
@@ -113,7 +117,7 @@ def evaluate(model: Any, X: pl.DataFrame, y: NDArray[Any], *, by_name: bool) -> 
 
 
 class Importance(NamedTuple):
-    """How much a score falls when a column's values are shuffled."""
+    """Mean and standard deviation of the drop in score when a column is shuffled."""
 
     column: str
     mean: float
@@ -123,16 +127,18 @@ class Importance(NamedTuple):
 def importances(
     model: Any, X: pl.DataFrame, y: NDArray[Any], columns: list[str], *, by_name: bool, seed: int
 ) -> list[Importance]:
-    """Permutation importance of some columns, the largest first.
+    """Return the permutation importance of the columns, the largest first.
 
-    Of wide tables, the first rows alone are looked at; of very wide ones, the first columns.
+    To bound the time, large tables are evaluated on their first rows only, and very wide
+    ones on their first columns only.
     """
     n = min(X.height, max(200, _BUDGET // X.width))
     columns = columns[: max(1, _BUDGET_OF_ALL // (_REPEATS * (n + _OVERHEAD) * X.width))]
     order = np.arange(n)
 
     def score(model: Any, rows: NDArray[np.intp], y: NDArray[Any]) -> float:
-        # scikit-learn shuffles row numbers; each column is read in its own order
+        # scikit-learn shuffles a matrix of row indices, whose columns stand for those of X;
+        # gathering by these indices keeps each column's dtype
         shuffled = X[:n].with_columns(
             pl.col(name).gather(rows[:, i])
             for i, name in enumerate(columns)
@@ -140,7 +146,7 @@ def importances(
         )
         return float(model.score(model_input(shuffled, by_name), y))
 
-    numbers = np.repeat(order[:, None], len(columns), axis=1)
+    numbers = np.repeat(order[:, None], len(columns), axis=1)  # (rows, columns)
     found = permutation_importance(
         model, numbers, y[:n], scoring=score, n_repeats=_REPEATS, random_state=seed
     )

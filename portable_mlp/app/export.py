@@ -1,7 +1,7 @@
-"""A run's model as ONNX, its table's columns as inputs.
+"""ONNX export of a run's model, with the table's columns as inputs.
 
-Importing this module tells skl2onnx of the two parts of the preprocessing that it does
-not know.
+Importing this module registers two transformers of the preprocessing with skl2onnx, which has
+no converters for them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,22 @@ _TYPES = {
 def export_onnx(path: Path, out: Path) -> None:
     """Write the model of a file, with its preprocessing, as ONNX.
 
-    Each column is an input (n, 1) of its name: numbers and booleans in float32, NaN where
-    one is missing; text, empty where it is missing; dates as days since 1970 in float64.
-    A model of arrays has one input, X (n, n_columns).
+    Each column is an input (n, 1) of the column's name.  Numbers and booleans are float32, with
+    NaN for missing values.  Text is strings, with the empty string for missing values.  Dates
+    are days since 1970 in float64, with NaN for missing values.  A model trained on arrays has
+    one input, X (n, n_columns).
+
+    Parameters
+    ----------
+    path : Path
+        The model file.
+    out : Path
+        The ONNX file; overwritten if it exists.
+
+    Raises
+    ------
+    ValueError
+        If a column has no name, or the model has no ONNX form.
     """
     pipeline, notes = load(path), read_metadata(path)["notes"]
     types = None
@@ -53,7 +66,7 @@ def export_onnx(path: Path, out: Path) -> None:
 
 
 def _name_missing(preprocessing: Any) -> None:
-    """Missing text is empty text: ONNX has no other."""
+    """Replace the category None by the empty string: ONNX's strings have no missing value."""
     for name, encoder, _ in preprocessing.transformers_:
         if name == "categories":
             encoder.categories_ = [
@@ -72,7 +85,7 @@ def _declare_dates(operator: Any) -> None:
 
 
 class _OperatorWriter:
-    """Adds operators to a graph that is being made."""
+    """Writer that adds operators to the graph that skl2onnx is building."""
 
     def __init__(self, scope: Any, container: Any) -> None:
         self._scope = scope
@@ -107,7 +120,7 @@ def _convert_dates(scope: Any, operator: Any, container: Any) -> None:
         parts.append(days)
         for period in DateParts.PERIODS:
             turns = write("Div", days, write.constant(TensorProto.DOUBLE, period))
-            # Whole turns are taken off in float64: what is left is enough in float32
+            # Subtract whole turns in float64: the remainder in [0, 1) is exact enough in float32
             rest = write("Cast", write("Sub", turns, write("Floor", turns)), to=TensorProto.FLOAT)
             angle = write("Mul", rest, write.constant(TensorProto.FLOAT, 2 * np.pi))
             for part in (write("Sin", angle), write("Cos", angle)):

@@ -1,4 +1,4 @@
-"""A run's folder: the files that it holds, and how they are written."""
+"""The folder of a run: its files, and how they are written."""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ from portable_mlp.plots import figure
 MODEL, HISTORY, SETTINGS = "model.safetensors", "history.csv", "config.toml"
 CURVE, REPORT, CHECKPOINT = "learning_curve.png", "report.html", "checkpoint.safetensors"
 _MAY_CHANGE = {"epochs", "device", "backend", "checkpoint_every", "out"}
-"""Settings that a run may have changed when it is resumed."""
+"""Settings that may differ when a run is resumed."""
 
 
 def check_writable(folder: Path) -> None:
-    """Create a folder, or raise an OSError: before training, not after it."""
+    """Create a folder and check that it is writable; called before training, to fail early.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be created or written to.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def check_same(settings: Settings, data: Dataset, checkpoint: Path) -> None:
-    """Raise a ValueError if a checkpoint is not of these settings, or of other data."""
+    """Raise a ValueError if a checkpoint was made with other settings or other data."""
     notes = read_metadata(checkpoint)["notes"]
-    # A run begun before an option was there had its default
+    # A checkpoint older than an option does not mention it: its run used the default
     then = settings_table(Settings()) | notes["settings"]
     now = json.loads(json.dumps(settings_table(settings)))
     changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
@@ -49,14 +55,14 @@ def check_same(settings: Settings, data: Dataset, checkpoint: Path) -> None:
 
 
 def write_settings(settings: Settings) -> None:
-    """Write the settings as a file for ``--config``."""
+    """Write the settings as a TOML file, for ``--config`` and ``--resume``."""
     _write(settings.out / SETTINGS, to_toml(settings))
 
 
 def write_model(
     settings: Settings, data: Dataset, preprocessing: Any, model: Any, history: Sequence[Epoch]
 ) -> None:
-    """Write what training leaves: the model, its history and its settings."""
+    """Write the results of training: the model, its history and its settings."""
     notes = {
         "target": data.target,
         "target_kind": data.target_kind,
@@ -71,7 +77,7 @@ def write_model(
 
 
 def write_results(run: Run) -> None:
-    """Write what people look at: the learning curve and the report."""
+    """Write the results for people to look at: the learning curve and the report."""
     out = run.settings.out
     if run.history:
         picture = figure(figsize=(7.0, 4.0), layout="constrained")

@@ -1,4 +1,4 @@
-"""A run as one page that needs nothing else: report.html."""
+"""The report of a run: report.html, one self-contained page."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from portable_mlp.app.settings import settings_table, to_command
 from portable_mlp.plots import LossCurveDisplay, figure
 
 _LIBRARIES = ("portable_mlp", "numpy", "scikit-learn", "polars", "matplotlib")
-_MOST_CLASSES = 30  # of a confusion matrix that can be read
-_MOST_POINTS = 5000
+_MOST_CLASSES = 30  # a larger confusion matrix is not legible
+_MOST_POINTS = 5000  # in a scatter plot
 _LOOK = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names of columns may hold a $
+    "text.parse_math": False,  # a $ in a column's name is no formula
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -39,7 +39,7 @@ _LOOK = {
 
 
 def report(run: Run) -> str:
-    """Return the page, as text."""
+    """Return the page as HTML text."""
     environment = Environment(
         loader=PackageLoader("portable_mlp.app", "."),
         autoescape=True,
@@ -80,20 +80,20 @@ def _svg(draw: Any, name: str, size: tuple[float, float] = (4.6, 3.2)) -> Markup
     from matplotlib import rc_context
 
     with rc_context({**_LOOK, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # text stays text, and browsers have fonts
+        warnings.filterwarnings("ignore", "Glyph")  # browsers bring the fonts for text
         picture = figure(figsize=size, layout="constrained")
         draw(picture.subplots())
         text = StringIO()
         picture.savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    # What stands before it is for files of their own
+    # Cut the XML declaration before the element: it belongs to stand-alone files
     return Markup(
         svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
     )
 
 
 def learning_curves(run: Run, ax: Any) -> None:
-    """Draw a run's losses, and its score, over the epochs."""
+    """Draw a run's losses, and a regression's validation score, over the epochs."""
     from matplotlib.ticker import LogLocator
 
     kept = _kept_epoch(run)
@@ -102,7 +102,7 @@ def learning_curves(run: Run, ax: Any) -> None:
     LossCurveDisplay(
         columns["loss"],
         columns["validation_loss"] if validated else None,
-        # Of a classification it is the loss once more
+        # For a classification the score is the log-likelihood: in essence the negative loss
         columns["validation_score"] if validated and not run.data.classify else None,
     ).plot(ax=ax)
     if validated:
@@ -116,7 +116,7 @@ def learning_curves(run: Run, ax: Any) -> None:
 
 
 def _kept_epoch(run: Run) -> int | None:
-    """Return the epoch whose weights are the model's, where the best were kept."""
+    """Return the epoch whose weights early stopping kept; None without early stopping."""
     if not run.model[-1].early_stopping or not run.history:
         return None
     return run.history[int(np.nanargmax([e.validation_score for e in run.history]))].epoch

@@ -1,4 +1,4 @@
-"""What a training run came to."""
+"""The result of a training run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from portable_mlp.losses import LOSSES
 
 @dataclass(frozen=True)
 class Run:
-    """What a run came to, for the report."""
+    """Result of a training run, as the report shows it."""
 
     settings: Settings
     data: Dataset
@@ -30,12 +30,16 @@ class Run:
 
     @property
     def scaled_target(self) -> bool:
-        """Whether the network saw the target scaled."""
+        """Whether the network was trained on a scaled target."""
         return scales_target(self.settings, self.data)
 
 
 def scales_target(settings: Settings, data: Dataset) -> bool:
-    """Whether the target is scaled: it is a number that the loss takes as the output itself."""
+    """Tell whether the target of a regression is scaled.
+
+    The output layer can undo the scaling only if the loss has the identity as its link.  A loss
+    that takes no negative targets cannot take scaled ones.
+    """
     if data.classify or not settings.scaling:
         return False
     loss = LOSSES[settings.loss or MLPRegressor().loss]

@@ -1,4 +1,4 @@
-"""What can be set for a training run: one typed description for options and TOML files."""
+"""The settings of a training run, declared once for command-line options and TOML files."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ _COUNT = Parameter(group=_NETWORK, validator=Number(gte=1), converter=whole)
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What every command takes."""
+    """Options of every command."""
 
     debug: Annotated[bool, Parameter(negative="")] = False
-    """Show where an error comes from."""
+    """Show the traceback of an error."""
 
 
 @Parameter(name="*", group=_WHERE)
@@ -79,15 +79,15 @@ class Where:
     """Where to compute."""
 
     device: _Device | None = None
-    """NumPy or CuPy; auto takes the GPU where there is one [default: cpu]."""
+    """cpu: NumPy, gpu: CuPy, auto: the GPU if there is one [default: cpu]."""
     backend: _Backend | None = None
-    """Another library to compute with."""
+    """The array library to compute with [default: by --device]."""
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A training run, from the files it reads to the folder it leaves."""
+    """Settings of a training run, from its input files to its output folder."""
 
     data: Annotated[
         tuple[Path, ...],
@@ -95,17 +95,18 @@ class Settings:
     ] = ()
     """CSV, Parquet, .npy or .npz files with the same columns."""
     dataset: Annotated[_Bundled, Parameter(group=_DATA)] = "digits"
-    """A bundled table, if no files are given."""
+    """A bundled table to use if no files are given."""
     target: Annotated[str, Parameter(group=_DATA)] = "-1"
     """The column to predict: its name, or its position from 0 (negative: from the end)."""
     task: Annotated[Literal["auto", "classification", "regression"], Parameter(group=_DATA)] = (
         "auto"
     )
-    """auto: labels are text, booleans, and at most 20 different whole numbers."""
+    """auto: classification if the target is text, booleans, or at most 20 different whole
+    numbers."""
     test_fraction: Annotated[float, Parameter(group=_DATA, validator=Number(gt=0, lt=1))] = 0.2
-    """Share of the rows that is kept for the report."""
+    """Fraction of the rows held out to test the model in the report."""
     scaling: Annotated[bool, Parameter(group=_DATA)] = True
-    """Scale inputs to unit variance, and a regression's target where its loss allows it."""
+    """Scale inputs to unit variance, and a regression's target if its loss allows it."""
 
     hidden: Annotated[
         tuple[int, ...],
@@ -120,65 +121,65 @@ class Settings:
     ] = (100,)
     """Widths of the hidden layers, such as 128,64."""
     activation: Annotated[_Activation, Parameter(group=_NETWORK)] = "relu"
-    """Of the hidden layers."""
+    """Activation of the hidden layers."""
     loss: Annotated[_Loss | None, Parameter(group=_NETWORK)] = None
-    """Of a regression [default: squared_error]; huber's delta is 1, in units of the scaled target
-    (unless --no-scaling)."""
+    """Loss of a regression [default: squared_error]; huber's delta is 1, in units of the scaled
+    target (unless --no-scaling)."""
     class_weight: Annotated[Literal["none", "balanced"], Parameter(group=_NETWORK)] = "none"
-    """Of a classification; balanced: all rows of a class together weigh the same."""
+    """Weights of the classes in a classification; balanced: all classes have the same total."""
     label_smoothing: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lt=1))] = (
         0.0
     )
-    """Of a classification: share of each label that is spread over all classes."""
+    """Fraction of each label that is spread over all classes, in a classification."""
     optimizer: Annotated[_Solver, Parameter(group=_NETWORK)] = "adam"
-    """How the weights are updated."""
+    """Method that updates the weights."""
     learning_rate: Annotated[float, Parameter(group=_NETWORK, validator=_POSITIVE)] = 1e-3
-    """Length of a step."""
+    """Initial learning rate."""
     schedule: Annotated[_Schedule, Parameter(group=_NETWORK)] = "constant"
-    """How the learning rate changes; invscaling and adaptive are for sgd."""
+    """How the learning rate changes in training; invscaling and adaptive are for sgd."""
     momentum: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lte=1))] = 0.9
-    """Of sgd."""
+    """Momentum of sgd."""
     clip_norm: Annotated[float | None, Parameter(group=_NETWORK, validator=_POSITIVE)] = None
     """Largest norm of a step's gradients."""
     alpha: Annotated[float, Parameter(group=_NETWORK, validator=_NOT_NEGATIVE)] = 1e-4
-    """L2 penalty on the weights, in the loss."""
+    """L2 penalty on the weights."""
     weight_decay: Annotated[float | None, Parameter(group=_NETWORK, validator=_NOT_NEGATIVE)] = None
-    """Share of the parameters, times the learning rate, that each step takes away
+    """Each step subtracts this fraction of the parameters, times the learning rate
     [default: 0.01 for adamw, 0 for others]."""
     epochs: Annotated[int, _COUNT] = 200
-    """Passes over the rows, at most."""
+    """Largest number of passes over the training rows."""
     batch_size: Annotated[int | None, _COUNT] = None
-    """Rows in a step [default: a hundredth of all, from 32 to 1024]."""
+    """Rows per step [default: a hundredth of the training rows, from 32 to 1024]."""
     dropout: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lt=1))] = 0.0
-    """Share of hidden units that is left out of a step at random."""
+    """Fraction of hidden units that each step drops at random."""
     early_stopping: Annotated[bool, Parameter(group=_NETWORK)] = True
-    """Hold out a tenth of the training rows, and keep the weights that are best on them."""
+    """Hold out a tenth of the training rows, and keep the weights that score best on them."""
     patience: Annotated[int, _COUNT] = 20
-    """Epochs without progress before training stops."""
+    """Epochs without improvement before training stops."""
     seed: Annotated[
         int, Parameter(group=_NETWORK, validator=Number(gte=0, lt=2**32), converter=whole)
     ] = 0
-    """Of all that is random."""
+    """Seed of all random numbers."""
 
     where: Where = Where()
     dtype: Annotated[_Dtype, Parameter(group=_WHERE)] = "float32"
-    """Of weights and arithmetic."""
+    """Dtype of weights and arithmetic."""
 
     out: Annotated[Path, Parameter(group=_FILES)] = Path("runs/latest")
-    """The run's folder: model, history, settings, report."""
+    """Folder for the run's model, history, settings and report."""
     checkpoint_every: Annotated[float | None, Parameter(group=_FILES, validator=Number(gte=0))] = (
         None
     )
-    """Seconds between checkpoints, from which --resume goes on."""
+    """Seconds between checkpoints; --resume continues from the last one."""
 
     @property
     def stops_early(self) -> bool:
-        """Whether rows are held out to stop by: L-BFGS has no epochs to stop after."""
+        """Whether rows are held out for early stopping; never with L-BFGS, which has no epochs."""
         return self.early_stopping and self.optimizer != "lbfgs"
 
 
 def settings_table(settings: Settings) -> dict[str, Any]:
-    """Return the settings as TOML has them; what is not set is left out."""
+    """Return the settings as TOML values, by name; settings that are None are left out."""
     table: dict[str, Any] = {}
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -192,12 +193,12 @@ def settings_table(settings: Settings) -> dict[str, Any]:
 
 
 def to_toml(settings: Settings) -> str:
-    """Return the text of a file for ``--config``."""
+    """Return the settings as the text of a TOML file for ``--config``."""
     return tomli_w.dumps(settings_table(settings))
 
 
 def to_command(settings: Settings) -> str:
-    """Return the command line that repeats a run: whatever is not as it is by default."""
+    """Return the command line that repeats a run, with the options that are not defaults."""
     default = settings_table(Settings())
     words = ["portable-mlp", "train"]
     for name, value in settings_table(settings).items():

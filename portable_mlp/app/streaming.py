@@ -1,4 +1,4 @@
-"""Predictions for tables of any length: a chunk is read, predicted and written at a time."""
+"""Prediction for tables of any length: they are read, predicted and written in chunks."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from portable_mlp.persistence.files import replacing
 from portable_mlp.preprocessing import model_input
 from portable_mlp.training.pauses import deferred_interrupt
 
-_NUMBERS = 2**18  # in a chunk of the table
+_NUMBERS = 2**18  # rows × columns in a chunk of the table
 
 
 class Stored(NamedTuple):
-    """A model, and what it learned from.
+    """Loaded model, and the description of the table that it was trained on.
 
     Attributes
     ----------
     pipeline : Pipeline
+        Preprocessing and network.
     target, target_kind : str
+        Name of the target column, and its kind.
     kinds : dict
-        Of the columns it was given, by name.
+        Kinds of the other columns, by name.
     used : list of str
-        Those that it looks at.
+        Names of the columns that the model uses.
     by_name : bool
+        Whether the model finds its columns by name, rather than by position.
     """
 
     pipeline: Any
@@ -47,13 +50,13 @@ class Stored(NamedTuple):
 
 
 def load_stored(path: Path, device: str | None, backend: str | None) -> Stored:
-    """Load a model that a training run left, to compute on a device.
+    """Load the model of a training run, and set where it computes.
 
     Raises
     ------
     ValueError
-        If it is no such model: the file is damaged, or it was saved by other means and
-        does not say which columns it takes.
+        If the file is damaged, or is not of a training run and does not say which columns
+        the model takes.
     """
     notes = read_metadata(path)["notes"] or {}
     pipeline = load(path)
@@ -75,19 +78,29 @@ def predict_file(
     chunk_rows: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Predict the rows of files, in their order.
+    """Predict the rows of files, and write the predictions in the same order.
 
     Parameters
     ----------
     stored : Stored
     data : sequence of path
+        The files to predict.
     out : path
-        Parquet, or CSV, by its name: the column "prediction", and for a classification
-        one of probabilities for each class.
+        The file to write, .csv or .parquet.  It has a column "prediction" and, for a
+        classification, a column of probabilities for each class.
     chunk_rows : int, optional
-        A quarter of a million numbers if not given.  It is halved when memory runs out.
+        Rows in memory at a time.  The default is as many as hold a quarter of a million
+        numbers.  The number is halved when memory runs out.
     say : callable
-        Is told when it is.
+        Function that is called with a message when the number is halved.
+
+    Raises
+    ------
+    ValueError
+        If ``out`` has another suffix, or the files have no rows or other columns than the model
+        takes.
+    OSError
+        If a file cannot be read or written.
     """
     if out.suffix not in (".csv", ".parquet"):
         raise ValueError(f"{out}: predictions are written as .csv or .parquet")
@@ -115,7 +128,7 @@ def predict_file(
                     return
                 yield part
         except Exception as error:
-            failures.append(error)  # Polars has errors of its own
+            failures.append(error)  # Polars replaces it by an error of its own: keep the cause
             raise
 
     lazy = register_io_source(every, schema=first.schema)
@@ -124,18 +137,18 @@ def predict_file(
             _sink(lazy.sink_csv if out.suffix == ".csv" else lazy.sink_parquet, beside)
         except pl.exceptions.PolarsError as error:
             raise (failures[0] if failures else OSError(f"{out}: {error}")) from error
-        if interrupted.is_set():  # Polars may take it for the end of the rows
+        if interrupted.is_set():  # Polars may have taken it for the end of the rows
             raise KeyboardInterrupt
 
 
 def _sink(sink: Callable[[Path], Any], path: Path) -> None:
-    """Write a lazy frame; Ctrl-C is a KeyboardInterrupt."""
+    """Write a lazy frame to a path; raise one KeyboardInterrupt on Ctrl-C."""
     try:
         sink(path)
     except KeyboardInterrupt:
-        # Polars raises one, and passes the signal on to Python, which raises another: here,
-        # and not while the first is cleaned up after
-        try:  # noqa: SIM105  # suppress is a call itself, and would meet it
+        # Polars raises one, and passes the signal on to Python, which raises a second one.  Let
+        # the second arrive here, and not during the clean-up after the first
+        try:  # noqa: SIM105  # suppress is a call itself: the second could arrive inside it
             time.sleep(0)
         except KeyboardInterrupt:
             pass
@@ -143,7 +156,7 @@ def _sink(sink: Callable[[Path], Any], path: Path) -> None:
 
 
 def evaluate_file(stored: Stored, data: Sequence[Path]) -> Evaluation:
-    """Compare predictions with the target in files, which are read whole.
+    """Compare predictions with the target in files, which are read into memory as a whole.
 
     Raises
     ------
@@ -166,7 +179,7 @@ def evaluate_file(stored: Stored, data: Sequence[Path]) -> Evaluation:
 
 
 class _Halving:
-    """Predictions for a table, of fewer rows at a time each time memory runs out."""
+    """Predictor of a table's rows that halves the rows at a time when memory runs out."""
 
     def __init__(self, stored: Stored, rows: int, say: Callable[[str], None]) -> None:
         self._stored = stored

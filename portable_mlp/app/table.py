@@ -1,4 +1,4 @@
-"""Tables: from files, or a bundled data set, to rows and a target."""
+"""Reading of tables, from files or bundled data sets, as rows and a target."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 _MISSING = ["", "?", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL"]
-_AT_ONCE = 2**17  # rows of a whole file that are looked at together
+_AT_ONCE = 2**17  # rows per block when a file that is read as a whole is checked
 _ARRAYS = (".npy", ".npz")
 
 BUNDLED = ("digits", "breast_cancer", "iris", "wine", "diabetes")
-"""Data sets that ship with scikit-learn; the last is a regression."""
+"""Data sets that come with scikit-learn; the last is for regression, the others have classes."""
 
 PENGUINS = Path(__file__).with_name("penguins.csv")
-"""Birds of three species, to tell their sex (Gorman et al. 2014, doi:10.1371/journal.pone.0090081).
+"""Penguins of three species; the target is their sex (Gorman et al. 2014).
 
-Numbers, text, booleans, dates and missing values, by way of the palmerpenguins package; CC0.
+Source: doi:10.1371/journal.pone.0090081, by way of the palmerpenguins package; CC0.  The table
+has numbers, text, booleans, dates and missing values.
 """
 
 
@@ -40,7 +41,7 @@ def load_bundled(name: str) -> tuple[Any, NDArray[Any]]:
 
 
 def bundled_table(name: str) -> Any:
-    """Return a data set of `BUNDLED`, or the mixed columns of `PENGUINS`, the target the last."""
+    """Return a data set of `BUNDLED`, or `PENGUINS`, as a frame whose last column is the target."""
     if name == PENGUINS.stem:
         return read_table([PENGUINS])
     import sklearn.datasets
@@ -53,26 +54,27 @@ def bundled_table(name: str) -> Any:
 
 
 def is_array_file(path: Path) -> bool:
-    """Whether a file holds arrays, whose columns have no names but their positions."""
+    """Tell, by its suffix, whether a file holds arrays, whose columns have no names."""
     return path.suffix.lower() in _ARRAYS
 
 
 def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
-    """All rows of one or more files.
+    """Read all rows of one or more files into a table.
 
-    A file is Parquet, ``.npy`` or ``.npz`` by its name, and CSV otherwise.  CSV columns
-    are separated by commas, semicolons or tabs, whatever the first line has most of; the
-    first line is a header unless all of its fields but the target's are numbers.  Empty
-    fields and NA, N/A, NaN, nan, null are missing values.  The columns of an array are
-    called column_0, column_1, …, as are those of a CSV
-    without header; in an ``.npz`` by the array's name, such as X_0.
+    The suffix tells whether a file is Parquet (``.parquet``, ``.pq``), ``.npy`` or ``.npz``;
+    any other file is CSV.  The separator of a CSV file is the comma, semicolon or tab,
+    whichever is most frequent in the first line.  The first line is a header unless all its
+    fields other than the target's are numbers.  Empty fields and ?, NA, N/A, #N/A, NaN, nan,
+    null, NULL are missing values.  The columns of a CSV file without header and of an
+    ``.npy`` array are called column_0, column_1, …  Those of an ``.npz`` file take the
+    array's name: X_0, X_1, … for a matrix X.
 
     Parameters
     ----------
     paths : sequence of path
-        With the same columns, in any order.
+        Files with the same columns, in any order.
     target : str, default="-1"
-        The target's name or position, to tell a header from numbers.
+        Name or position of the target; used to tell a header from a row of numbers.
 
     Returns
     -------
@@ -81,7 +83,9 @@ def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
     Raises
     ------
     ValueError
-        If a file is empty, malformed or unlike the first.
+        If a file is empty or malformed, or its columns are not those of the first.
+    FileNotFoundError
+        If a file does not exist.
     """
     pl = _polars()
     frames: list[Any] = []
@@ -94,7 +98,8 @@ def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
             check_columns(path, frames[0].columns, frame.columns)
             frame = frame.select(frames[0].columns)
         empty = [c.name for c in frame.select(pl.col(pl.String)) if c.null_count() == len(c)]
-        frames.append(frame.cast(dict.fromkeys(empty, pl.Null)))  # of any type, in other files
+        # Another file may give such a column any type
+        frames.append(frame.cast(dict.fromkeys(empty, pl.Null)))
     try:
         return plain_types(pl.concat(frames, how="vertical_relaxed"))
     except pl.exceptions.PolarsError as error:
@@ -105,21 +110,22 @@ def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
 def read_chunks(
     paths: Sequence[Path], kinds: dict[str, str], rows: int | None, known: Sequence[str] = ()
 ) -> Iterator[Any]:
-    """Yield the columns that a model takes, a few rows at a time.
+    """Yield the columns that a model takes, in chunks of rows.
 
-    Memory is that of one chunk, except for ``.npz``, which has to be read whole.
+    Only one chunk is in memory at a time; an ``.npz`` file has to be read as a whole.
 
     Parameters
     ----------
     paths : sequence of path
+        Files to read one after the other.
     kinds : dict
-        From the columns' names to their kinds, see `portable_mlp.preprocessing.KINDS`.
+        Map from the columns' names to their kinds, see `portable_mlp.preprocessing.KINDS`.
     rows : int or None
-        At most, in a chunk; None for all of a file.
+        Largest number of rows in a chunk; None for a chunk per file.
     known : sequence of str
-        All columns of the table that the model learned from, the target the last: errors
-        do not call them extra, and where columns have their positions for names, the
-        target's need not be there.
+        All columns of the table that the model was trained on, the target last.  Errors do
+        not list these as extra.  In tables whose columns are named by position, the target
+        may be absent.
 
     Yields
     ------
@@ -128,8 +134,10 @@ def read_chunks(
     Raises
     ------
     ValueError
-        If columns are missing (it says which there are instead), or hold values of
+        If columns are missing (the message also lists the extra ones), or hold values of
         another kind.
+    FileNotFoundError
+        If a file does not exist.
     """
     from portable_mlp.preprocessing import KINDS
 
@@ -145,15 +153,15 @@ def read_chunks(
 
 
 def split_target(frame: Any, target: str, source: str) -> tuple[Any, NDArray[Any], str]:
-    """Take the target out of a table.
+    """Split a table into the target column and the others.
 
     Parameters
     ----------
     frame : polars.DataFrame
     target : str
-        A column's name, or its position (from the end if negative).
+        Name of the target's column, or its position (from the end if negative).
     source : str
-        What the table is called in errors.
+        Name of the table in error messages.
 
     Returns
     -------
@@ -164,7 +172,8 @@ def split_target(frame: Any, target: str, source: str) -> tuple[Any, NDArray[Any
     Raises
     ------
     ValueError
-        If there is no such column, it is alone, or values are missing in it.
+        If there is no such column or no other, or if its values are missing, not finite, or
+        neither labels nor numbers.
     """
     name = find_column(frame.columns, target, source)
     if frame.width < 2:
@@ -185,7 +194,13 @@ def split_target(frame: Any, target: str, source: str) -> tuple[Any, NDArray[Any
 
 
 def find_column(names: Sequence[str], wanted: str, source: str) -> str:
-    """Return the name of a column that is given by its name or its position."""
+    """Return the name of the column that ``wanted`` gives by name or position.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column; the message suggests similar names.
+    """
     if wanted in names:
         return wanted
     if re.fullmatch(r"-?\d+", wanted):
@@ -200,9 +215,9 @@ def find_column(names: Sequence[str], wanted: str, source: str) -> str:
 def check_columns(
     path: Path, expected: Sequence[str], found: Sequence[str], known: Sequence[str] | None = None
 ) -> None:
-    """Raise a ValueError that says which columns are missing, and which are extra.
+    """Raise a ValueError that lists missing and extra columns, if there are any.
 
-    With ``known``, columns that may be there, extra ones alone are no error.
+    With ``known``, the columns that a table may have, extra columns alone are not an error.
     """
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in (known or expected)]
@@ -214,7 +229,7 @@ def check_columns(
 
 
 def plain_types(frame: Any) -> Any:
-    """Decimals as floating-point numbers, categories as text, times as UTC, NaN as missing."""
+    """Convert decimals to floats, categories to text, times to UTC, and NaN to missing values."""
     pl = _polars()
     plain = {pl.Decimal: pl.Float64, pl.Categorical: pl.String, pl.Enum: pl.String}
     plain |= {pl.Datetime: pl.Datetime}  # without a time zone
@@ -229,7 +244,7 @@ def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any
     ----------
     path : path
     target : str or int, default=-1
-        Name, or position (from the end if negative), of the target's column.
+        Name of the target's column, or its position (from the end if negative).
 
     Returns
     -------
@@ -239,7 +254,9 @@ def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any
     Raises
     ------
     ValueError
-        If the file is empty or malformed, has no such column, or holds the target alone.
+        If the file is empty or malformed, or has no such column or no other.
+    FileNotFoundError
+        If the file does not exist.
     """
     X, y, _ = split_target(read_table([Path(path)], str(target)), str(target), str(path))
     return X, y
@@ -255,7 +272,7 @@ def _parts(
     names: list[str] | None,
     types: dict[str, Any],
 ) -> Iterator[Any]:
-    """Frames of at most ``rows`` rows; of any number if that is None."""
+    """Yield a file's rows as frames of at most ``rows`` rows; as one if that is None."""
     pl = _polars()
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
@@ -333,7 +350,7 @@ def _csv_parts(
     blocks = _checked_blocks(path, separator, len(first), header, rows or _AT_ONCE)
     if rows is None:
         height = sum(n for _, n in blocks)
-        frame = parse(path, header).head(height)  # polars reads empty lines at the end, too
+        frame = parse(path, header).head(height)  # polars also reads empty lines at the end
         yield frame if types else _with_dates(path, frame)
         return
     for number, (block, _) in enumerate(blocks):
@@ -344,12 +361,12 @@ def _csv_parts(
 
 
 def _with_dates(path: Path, frame: Any) -> Any:
-    """Text that is dates throughout, as dates.
+    """Return the frame with columns of text that holds only dates converted to dates.
 
     Raises
     ------
     ValueError
-        If a column is numbers, but for spaces or decimal commas: polars takes it for text.
+        If a column holds numbers with spaces or decimal commas, which polars reads as text.
     """
     pl = _polars()
     for column in frame.select(pl.col(pl.String)):
@@ -368,7 +385,7 @@ def _with_dates(path: Path, frame: Any) -> Any:
 
 
 def _first_line(path: Path) -> tuple[list[str], str]:
-    """Return the fields of the first line, and what separates them."""
+    """Return the fields of the first line, and the character that separates them."""
     with open(path, "rb") as file:
         lines = _text_lines(path, file)
         line = next(lines, "")
@@ -386,7 +403,11 @@ def _are_positions(names: list[str]) -> bool:
 
 
 def _positions(width: int, names: list[str] | None) -> list[str]:
-    """Names for columns without: of those of ``names``, the last, the target, may be left out."""
+    """Return names for ``width`` columns that have none.
+
+    They are those of ``names`` without the last, the target, if these are positions and one
+    more than the columns.
+    """
     if names and _are_positions(names) and width == len(names) - 1:
         return names[:-1]
     return [f"column_{i}" for i in range(width)]
@@ -404,10 +425,11 @@ def _has_header(first: list[str], target: str | None, names: list[str] | None) -
 def _checked_blocks(
     path: Path, separator: str, width: int, header: bool, rows: int
 ) -> Iterator[tuple[bytes, int]]:
-    """Yield the text, ``rows`` rows at a time, once each row has as many fields as the first.
+    """Yield blocks of the text of ``rows`` rows each, and the number of rows of each block.
 
-    Each block comes with the number of its rows.  Empty lines at the end are left out.
-    Polars fills a short row with missing values, and does not say where a long one is.
+    Raise a ValueError for a row that does not have as many fields as the first line.  Polars
+    would fill a short row with missing values, and would not say where a long one is.  Empty
+    lines at the end are left out.
     """
     lines: list[str] = []
     n_rows, blank = -1 if header else 0, None

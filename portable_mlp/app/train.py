@@ -1,4 +1,4 @@
-"""Training as the command line does it: from settings to a run, whose folder is written."""
+"""Training from the command line: from the settings to a run, and the files in its folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from portable_mlp.training.pauses import deferred_interrupt
 from portable_mlp.typing import Array
 
 _OF_LABELS = ("class_weight", "label_smoothing")
-# What the estimators refuse, or do not look at, with L-BFGS; here by the names of the options
+# Settings that the estimators reject or ignore with L-BFGS.  Here all of them are rejected, with
+# the name of the option: silently ignoring a setting would hide mistakes
 _OF_STEPS = (
     "learning_rate", "schedule", "batch_size", "clip_norm", "weight_decay", "dropout",
     "checkpoint_every",
@@ -38,15 +39,15 @@ _OF_STEPS = (
 
 
 def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None] = print) -> Run:
-    """Train as the settings say, and write the run's folder.
+    """Train a model according to the settings, and write the run's folder.
 
     Parameters
     ----------
     settings : Settings
     resume : bool, default=False
-        Go on from the checkpoint in the folder, if there is one.
+        Whether to continue from the checkpoint in the folder, if there is one.
     say : callable
-        Is told what happens.
+        Function that is called with each message on the progress of the run.
 
     Returns
     -------
@@ -54,9 +55,14 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
 
     Raises
     ------
+    ValueError
+        If the settings or the data are not valid.
     KeyboardInterrupt
-        If interrupted before there was a model.  After that the run is written as far
-        as it came; it is ``interrupted``.
+        If interrupted before the first epoch has ended, or after training, when the model is
+        saved already.  An interrupt in between ends training; the run is written, and its
+        ``interrupted`` is True.
+    MemoryError
+        If memory runs out in training; the message says which options to lower.
     """
     began = time.perf_counter()
     _check_optimizer(settings)
@@ -64,7 +70,7 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
         raise ValueError(f"{settings.out} was begun without --checkpoint-every: begin anew")
     data = read(settings)
     _check_task(settings, data)
-    if settings.stops_early and len(data.y) <= 10:  # a tenth has to be two
+    if settings.stops_early and len(data.y) <= 10:  # a tenth, rounded up, has to be two
         raise ValueError(f"{len(data.y)} rows are too few to hold some out: --no-early-stopping")
     say(
         f"{'classification' if data.classify else 'regression'} of {data.target}:"
@@ -85,7 +91,7 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
     if interrupted and not history:
         raise KeyboardInterrupt
 
-    with deferred_interrupt() as late:  # what took hours is not lost in its last second
+    with deferred_interrupt() as late:  # an interrupt waits until the model is saved
         folder.write_model(settings, data, preprocessing, model, history)
     if late.is_set():
         raise KeyboardInterrupt
@@ -114,7 +120,7 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
 
 
 def _changed(settings: Settings, names: Sequence[str]) -> Iterator[str]:
-    """Yield the options among names that differ from their default."""
+    """Yield the options, of the settings in ``names``, that differ from their default."""
     default = Settings()
     for name in names:
         if getattr(settings, name) != getattr(default, name):
@@ -122,7 +128,7 @@ def _changed(settings: Settings, names: Sequence[str]) -> Iterator[str]:
 
 
 def _check_optimizer(settings: Settings) -> None:
-    """Raise a ValueError if something is set that the optimizer does not look at."""
+    """Raise a ValueError if an option is set that the optimizer does not use."""
     if settings.optimizer == "lbfgs":
         for option in _changed(settings, _OF_STEPS):
             raise ValueError(f"{option} is for the other optimizers: lbfgs takes all rows at once")
@@ -132,7 +138,7 @@ def _check_optimizer(settings: Settings) -> None:
 
 
 def _check_task(settings: Settings, data: Dataset) -> None:
-    """Raise a ValueError if something is set that is for the other kind of task."""
+    """Raise a ValueError if an option is set that only applies to the other kind of task."""
     kinds = "regression", "classification"
     for option in _changed(settings, _OF_LABELS if not data.classify else ["loss"]):
         other, this = kinds if data.classify else kinds[::-1]
@@ -147,7 +153,7 @@ def _fit(
     resume: bool,
     say: Callable[[str], None],
 ) -> tuple[Any, list[Epoch], bool]:
-    """Return the model, its history, and whether it was interrupted."""
+    """Fit a model; return it, its history, and whether training was interrupted."""
     y, scaler = data.y, None
     if scales_target(settings, data):
         scaler = StandardScaler()
@@ -159,7 +165,7 @@ def _fit(
         folder.check_same(settings, data, checkpoint)
         model = load(checkpoint)
     else:
-        checkpoint.unlink(missing_ok=True)  # another run's is none of this
+        checkpoint.unlink(missing_ok=True)  # left by another run
         model = _new_model(settings, data)
     history = _History(model._state.history if hasattr(model, "_state") else ())
     watching: list[Callback] = [history, Progress(full=True)]
@@ -178,17 +184,18 @@ def _fit(
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "Training interrupted")
         if settings.optimizer == "lbfgs":
-            # The other solvers see to interrupts themselves
+            # The other solvers handle interrupts themselves
             with deferred_interrupt() as event:
                 watching.append(_StopWhen(event))
                 model.fit(numbers, y)
                 interrupted = event.is_set()
         else:
-            model.continue_fit(numbers, y)  # on a new model, it begins
+            model.continue_fit(numbers, y)  # a new model starts from the beginning
             interrupted = model.stop_reason_ == "interrupted"
     model.set_params(callbacks=None, scoring=None)
     if scaler is not None:
-        # y = mean + scale · ŷ is linear: the output layer can do it itself
+        # y = mean + scale · ŷ is linear, so it can be folded into the output layer; scalars of
+        # the weights' dtype, since a float64 scalar of NumPy's would promote float32
         real = model.coefs_[-1].dtype.type
         model.coefs_[-1] *= real(scaler.scale_[0])
         model.intercepts_[-1] *= real(scaler.scale_[0])
@@ -224,10 +231,10 @@ def _new_model(settings: Settings, data: Dataset) -> Any:
 
 
 def _log_score(model: Any, X: Any, y: NDArray[Any], sample_weight: Any = None) -> float:
-    """Mean log-likelihood of labels, weighted as in training.
+    """Return the mean log-likelihood of the labels, weighted as in training.
 
-    On few held-out rows accuracy changes too rarely to stop by, and scikit-learn's
-    "neg_log_loss" wants every class among them.
+    On few held-out rows, accuracy changes too rarely to decide when to stop, and
+    scikit-learn's "neg_log_loss" requires every class among them.
     """
     logs = model.predict_log_proba(X)
     found = logs[np.arange(len(y)), np.searchsorted(model.classes_, y)]
@@ -243,7 +250,7 @@ def _batch_size(settings: Settings, n_rows: int) -> int:
 
 
 class _History(Callback):
-    """All epochs, those before a checkpoint included."""
+    """Callback that collects all epochs, including those before a checkpoint."""
 
     def __init__(self, before: Sequence[Epoch]) -> None:
         self.epochs = list(before)
@@ -253,7 +260,7 @@ class _History(Callback):
 
 
 class _StopWhen(Callback):
-    """Stops after the epoch in which an event is set."""
+    """Callback that stops training after the epoch in which an event is set."""
 
     def __init__(self, event: Event) -> None:
         self._event = event
@@ -264,7 +271,7 @@ class _StopWhen(Callback):
 
 @contextmanager
 def _named_shortage(settings: Settings, n_rows: int) -> Iterator[None]:
-    """When memory runs out, say what to lower."""
+    """Turn out-of-memory errors into a MemoryError that says which options to lower."""
     try:
         yield
     except Exception as error:

@@ -136,7 +136,7 @@ class Construction(Fitted, BaseEstimator):
     def _is_scheduled(self) -> bool:
         """Tell whether ``learning_rate`` is a schedule that lbfgs, which has no steps, rejects.
 
-        "constant", "invscaling" and "adaptive" are not: scikit-learn ignores them for lbfgs.
+        The names "constant", "invscaling" and "adaptive" are not: scikit-learn ignores them.
         """
         if isinstance(self.learning_rate, str):
             kind = SCHEDULES.get(self.learning_rate, Schedule)

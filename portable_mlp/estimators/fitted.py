@@ -47,7 +47,7 @@ class Shown:
     """Descriptor that shows some of the fitted parameters as an attribute.
 
     A model that is not fitted has no parameters to show.  Values that are set on it are kept
-    in ``_before``, and a warm start begins with them.
+    in ``_before``; a call that continues training starts from them.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Fitting: from rows and parameters to fitted attributes, in all the ways that there are."""
+"""Fitting: the methods that train an estimator, and the steps that they share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _without_steps(model: Any) -> str | None:
 
 
 def without_partial_fit(model: Any) -> str | None:
-    """Why a model cannot be fitted in parts; None if it can."""
+    """Return why ``partial_fit`` is not available for a model; None if it is."""
     if model.early_stopping:
         return "partial_fit does not support early_stopping=True"
     if getattr(model, "class_weight", None) == "balanced":
@@ -62,16 +62,16 @@ _OF_EPOCHS = {
     "_state", "loss_curve_", "best_loss_",
     "validation_loss_curve_", "validation_scores_", "best_validation_score_",
 }  # fmt: skip
-"""Attributes that L-BFGS does not set."""
+"""Attributes that a fit in epochs sets, and L-BFGS does not."""
 
 
 def _takes_weights(scorer: Any) -> bool:
-    """Whether a scorer, or the metric that it is made of, has weights of rows."""
+    """Tell whether a scorer, or the metric that it wraps, takes sample weights."""
     return "sample_weight" in signature(getattr(scorer, "_score_func", scorer)).parameters
 
 
 class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
-    """What classifier and regressor share."""
+    """Base class of the classifier and the regressor: the methods that fit."""
 
     _target_dtype: ClassVar[type | None] = None  # labels may be anything
     _learns_classes: ClassVar[bool] = False
@@ -95,15 +95,15 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         Parameters
         ----------
         X : array-like or sparse matrix (n_samples, n_features), or a `sources.Source`
-            From any backend; computation follows it unless ``device`` or ``backend``
-            say otherwise.  A source brings y and weights, too.
+            Arrays of any backend; computation follows X unless ``device`` or ``backend``
+            is set.  A source also supplies y and the weights.
         y : array-like (n_samples,) or (n_samples, n_outputs)
             Labels (strings too), indicators of several labels, or real targets.
         sample_weight : array-like (n_samples,), optional
-            Not negative, not all zero.
+            Weights of the rows: not negative, and not all zero.
         X_val, y_val, sample_weight_val : array-like, optional
-            Rows to validate on after each epoch, instead of a share of X where
-            ``early_stopping`` is on; their curves are kept in any case.
+            Validation set, evaluated after each epoch.  With ``early_stopping``, it replaces
+            the held-out fraction of X.  Its loss and score are recorded in either case.
 
         Returns
         -------
@@ -112,12 +112,12 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         Raises
         ------
         ValueError
-            If a parameter or the data is not as it must be; the model is unchanged.
+            If a parameter or the data is invalid; the model is unchanged.
         DivergenceError
-            If training leads to NaN or infinite values; the model is unchanged.  With
-            early stopping it is a RuntimeWarning instead, and the best weights are kept.
+            If training produces NaN or infinite values; the model is unchanged.  With early
+            stopping this is a RuntimeWarning instead, and the best weights are kept.
         BackendError
-            If the device or backend asked for cannot be used.
+            If the requested device or backend cannot be used.
         """
         validation = X_val, y_val, sample_weight_val
         return self._guarded(X, y, sample_weight, "fit", validation=validation)
@@ -135,20 +135,20 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         y_val: Any = None,
         sample_weight_val: Any = None,
     ) -> Self:
-        """Go on exactly where the last call stopped, up to ``max_iter`` epochs in all.
+        """Continue training exactly where the last call stopped, up to ``max_iter`` epochs in all.
 
-        Weights, the optimizer's moments, the random generator, the schedule and early
-        stopping go on as if training had never stopped: with ``max_iter=n + m``, one
-        ``fit`` and ``continue_fit`` of n and of m epochs give the same model.  (A warm
-        start, as in scikit-learn, resets the generator and the optimizer state.)  On a
-        model that is not fitted it begins.
+        Weights, optimizer state, random generator, schedule and early stopping continue as
+        if training had never stopped.  With ``max_iter=n + m``, one ``fit`` gives the same
+        model as ``continue_fit`` for n and then for m epochs.  (A warm start, as in
+        scikit-learn, resets the generator and the optimizer state.)  A model that is not
+        fitted starts training.
 
         Parameters
         ----------
         X, y, sample_weight, X_val, y_val, sample_weight_val
-            As in the call that is continued; see `fit`.
+            The same as in the call that is continued; see `fit`.
         n_iter : int, optional
-            Epochs to do now; all that ``max_iter`` leaves, if not given.
+            Number of epochs of this call.  The default is all that remain of ``max_iter``.
 
         Returns
         -------
@@ -157,11 +157,11 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         Raises
         ------
         UnavailableError
-            An AttributeError and a ValueError: with ``solver="lbfgs"``, which has no steps
-            to go on with.
+            With ``solver="lbfgs"``, which keeps no state to continue from.  It is an
+            AttributeError and a ValueError.
         ValueError, DivergenceError, BackendError
-            As `fit`; also if the last call stopped in the middle of an epoch over other rows,
-            or had other layers.
+            As in `fit`; also if the last call stopped in the middle of an epoch over other
+            rows, or had other layers.
         """
         if n_iter is not None and not (isinstance(n_iter, Integral) and n_iter >= 1):
             raise ValueError(f"n_iter must be at least 1, an integer, got {n_iter!r}")
@@ -169,16 +169,16 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         return self._guarded(X, y, sample_weight, "continue", n_iter=n_iter, validation=validation)
 
     def init_model(self, X: Any, y: Any) -> Self:
-        """Draw the initial weights that ``fit`` would start from, and do not train.
+        """Draw the initial weights that ``fit`` would start from, without training.
 
-        What the model predicts then is what it begins with; `continue_fit`,
-        `partial_fit`, and ``fit`` with ``warm_start`` go on from there.
+        The model can then predict with these weights.  `continue_fit`, `partial_fit`, and
+        ``fit`` with ``warm_start`` train from there.
 
         Parameters
         ----------
         X : array-like (n_samples, n_features)
         y : array-like (n_samples,) or (n_samples, n_outputs)
-            All classes have to occur.
+            Targets.  All classes have to occur.
 
         Returns
         -------
@@ -187,24 +187,25 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         Raises
         ------
         ValueError, BackendError
-            As `fit`.
+            As in `fit`.
         """
         return self._guarded(X, y, None, "init")
 
-    # -------------------------------------------------------- steps of all of them
+    # -------------------------------------------------------- shared steps
 
     def _guarded(self, X: Any, y: Any, sample_weight: Any, mode: Mode, **how: Any) -> Self:
         context = None
         told = hasattr(self, "_skl_callbacks") or hasattr(self, "_parent_callback_ctx")
         if told and mode in ("fit", "continue"):
-            # Outside of what is undone on an error: callbacks are torn down after it
+            # Outside of the block that restores attributes on an error: the context tears the
+            # callbacks down afterwards, and needs the attributes that it has set
             context = self._init_callback_context(max_subtasks=self.max_iter)
         with self._unchanged_on_error():
             return self._fit(X, y, sample_weight, mode, context, **how)
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
-        # Attributes are replaced, never altered in place, so references are enough
+        # A shallow copy suffices: a fit replaces attributes, and never modifies them in place
         before = dict(vars(self))
         try:
             yield
@@ -235,7 +236,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         )
         home = backend_of(X)
         backend = get_backend(self.device, self.backend, like=X)
-        # A source's rows are nobody's to score: callbacks get none
+        # Callbacks get X and y for scoring; of a source only its first rows are at hand: pass none
         as_given = (X, y) if read is None else (None, None)
         X = check_X(self, X, reset=not again)
         dtype = self.dtype or ("float32" if str(X.dtype).endswith("float32") else "float64")
@@ -250,10 +251,10 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         network = self._network(X.shape[1], n_outputs)
         rng = check_random_state(self.random_state)
         params = self._params_for(network) if again else network.init(rng)
-        some = mode != "partial" and read is None  # a part may have none
+        some = mode != "partial" and read is None  # the rows of one part may all weigh nothing
         weights = self._class_weighted(y, weights, dtype, some=some)
         if read is not None:
-            X = None  # its memory is free while others are read
+            X = None  # frees the memory of the first rows before others are read
         elif not issparse(X):
             with backend.scope(dtype):
                 X = move(X, backend, dtype)
@@ -268,11 +269,11 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
             callbacks.append(FitCallbacks(self, context, *as_given))
         if self.solver == "lbfgs" and mode != "init":
             params, fitted = self._run_lbfgs(trainer, params, rows, callbacks)
-            for name in vars(self).keys() & _OF_EPOCHS:  # those of an earlier fit
+            for name in vars(self).keys() & _OF_EPOCHS:  # set by an earlier fit in epochs
                 delattr(self, name)
         else:
             state = self._state_to_go_on(trainer, params, again, mode)
-            del params  # copied: training would hold them for nothing
+            del params  # the state holds a copy; free the original during training
             if mode == "init":
                 state.generator = rng.get_state()
                 fitted = self._curves(state, 0)
@@ -335,7 +336,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         held_out: Rows | None,
         n_iter: int | None,
     ) -> dict[str, Any]:
-        """Train, changing the state; returns fitted attributes."""
+        """Train, updating ``state`` in place; return the fitted attributes by name."""
         if mode == "continue" and state.generator is not None:
             rng = np.random.RandomState()
             rng.set_state(state.generator)
@@ -363,7 +364,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
                 f" It is going to be clipped to {source.n_rows}",
                 UserWarning,
             )
-        # Epochs of the history that are not of this fit
+        # The history also holds epochs of earlier fits; `n_iter_` does not count these
         before = len(state.history) if mode != "continue" else len(state.history) - state.done
         whole = 1 if mode == "partial" else self.max_iter
         reason = trainer.fit(
@@ -407,14 +408,14 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         if mode == "continue":
             new = trainer.resume(old, state)
             if old.watched == "score" and self.early_stopping and old.arrays.leaves:
-                # The fitted parameters are the best ones; training goes on from the last
+                # The fitted parameters are the best ones; training continues from the last ones
                 new.best_leaves = new.arrays.leaves
                 backend = trainer.backend
                 with backend.scope(trainer.dtype):
                     last = trainer.load([move(p, backend) for p in old.last_params])
                 new.arrays = new.arrays._replace(leaves=last)
             return new
-        # A warm start forgets the moments and the schedule
+        # A warm start resets the optimizer state and the schedule
         return replace(
             state,
             rows=old.cut_short().rows,
@@ -427,7 +428,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
     def _curves(
         self, state: State, before: int, reason: StopReason | None = None
     ) -> dict[str, Any]:
-        """Fitted attributes that tell of the training."""
+        """Return the fitted attributes that describe the training, by name."""
         history = state.history
         losses = [epoch.loss for epoch in history]
         validated = bool(history) and (
@@ -452,7 +453,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         }
 
     def _validation(self, trainer: Trainer, rows: Rows) -> Validate:
-        """Score and loss of held-out rows as a function of the parameters."""
+        """Return a function from parameters to the score and the loss of the held-out rows."""
         backend, network, xp = trainer.backend, trainer.network, trainer.backend.xp
         with backend.scope(trainer.dtype):
             moved = rows.x if issparse(rows.x) else move(rows.x, backend, trainer.dtype)
@@ -463,13 +464,13 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         scorer = None if self.scoring is None else check_scoring(self, self.scoring)
         weighs = rows.weights is not None and scorer is not None and _takes_weights(scorer)
         given = {"sample_weight": rows.weights} if weighs else {}
-        chunk = -(-trainer.batch_size // 2)  # beside what training holds
+        chunk = -(-trainer.batch_size // 2)  # small: training's buffers are in memory too
 
         def validate(params: list[Array]) -> tuple[float, float]:
             z = logits(network, params, x, backend, trainer.dtype, chunk, trainer.loss)
             (loss,) = backend.fetch([trainer.loss(z, target, xp, weights)[0]]).tolist()
             loss = trainer.reported(loss)
-            # Where e to the power of z overflows, the prediction is infinite
+            # With a log link, exp(z) may overflow; metrics raise on infinite predictions
             if not bool(xp.all(xp.isfinite(trainer.loss.link(z, xp)))):
                 return nan, loss
             if scorer is not None:
@@ -483,7 +484,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         return validate
 
     def _view(self, fitted: dict[str, Any]) -> Self:
-        """Return a copy with other fitted attributes."""
+        """Return a shallow copy of the estimator with some fitted attributes replaced."""
         view = copy.copy(self)
         for name, value in fitted.items():
             setattr(view, name, value)

@@ -1,4 +1,4 @@
-"""Prediction: what a fitted network gives for rows, a bounded number of them at a time."""
+"""Prediction with a fitted network, in chunks of rows that bound the memory used."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from portable_mlp.losses import Loss
 from portable_mlp.network import Network
 from portable_mlp.typing import Array
 
-_CHUNK = 2**22  # elements of the widest activation that prediction holds at once
+_CHUNK = 2**22  # most elements, rows times width, of an activation in one chunk of prediction
 
 
 class Selection:
-    """Some rows of a matrix that are not copied before they are asked for.
+    """View of some rows of a matrix; rows are copied only when they are asked for.
 
     Parameters
     ----------
     x : array, or scipy.sparse CSR
-        Anywhere.
+        The matrix, on any backend.
     indices : array of int, optional
-        The rows, on the host; all if not given.
+        Indices of the rows, on the host; all rows if not given.
     """
 
     def __init__(self, x: Any, indices: NDArray[np.intp] | None = None) -> None:
@@ -41,7 +41,7 @@ class Selection:
         self.n_rows = x.shape[0] if indices is None else len(indices)
 
     def rows(self, start: int, end: int) -> Any:
-        """Return a range of them where x is, sparse if x is."""
+        """Return a range of the selected rows, on x's device, and sparse if x is."""
         span = slice(start, min(end, self.n_rows))
         if self._home is None:
             return self._x[span if self._indices is None else self._indices[span]]
@@ -51,7 +51,7 @@ class Selection:
             return self._home.xp.take(self._x, self._indices[span], axis=0)
 
     def dense(self, start: int, end: int, backend: Backend, dtype: str) -> Array:
-        """Return a range of them on a backend."""
+        """Return a range of the selected rows as a dense array on a backend."""
         found = self.rows(start, end)
         return move(found.toarray() if issparse(found) else found, backend, dtype)
 
@@ -65,10 +65,10 @@ def logits(
     chunk: int,
     loss: Loss | None = None,
 ) -> Array:
-    """Return what the network gives for all rows, computed so many at a time.
+    """Return the network's outputs for all rows, computed ``chunk`` rows at a time.
 
-    Of an ensemble, that is what its members give together by a ``loss``, or each, (members, n,
-    k), without one.
+    The outputs of an ensemble's members are pooled by ``loss``, to (n, k).  Without one they
+    stay apart, (members, n, k).
     """
     xp, parts = backend.xp, []
     for start in range(0, x.n_rows, chunk):
@@ -78,32 +78,34 @@ def logits(
 
 
 def pooled(z: Array, loss: Loss, xp: Any) -> Array:
-    """Logits (n, k) from those of one network, or of an ensemble's members."""
+    """Return logits (n, k), from (n, k) as they are, or pooled from (members, n, k)."""
     return z if z.ndim == 2 else loss.pool(z, xp)
 
 
 class Inference(Construction):
-    """What is computed from fitted parameters."""
+    """Base of the estimators that computes outputs from the fitted parameters."""
 
     _results_on_host = False
 
     def hidden_activations(self, X: Any, layer: int = -1) -> Array:
-        """Return what a hidden layer makes of X: learned features for another model.
+        """Return a hidden layer's activations for X, for use as features of another model.
 
         Parameters
         ----------
         X : array-like or sparse matrix (n_samples, n_features)
         layer : int, default=-1
-            Of the hidden layers, from 0; negative from the last.
+            Index of the hidden layer, from 0; negative indices count from the last.
 
         Returns
         -------
         h : array (n_samples, hidden_layer_sizes[layer])
-            Of an ensemble, (members, n_samples, ...).  In the namespace and on the device of X.
+            The activations, in the namespace and on the device of X.  Those of an ensemble
+            are (members, n_samples, ...).
 
         Raises
         ------
         NotFittedError
+            If the model is not fitted.
         ValueError
             If there is no such layer, or X does not fit the model.
         """
@@ -116,7 +118,7 @@ class Inference(Construction):
         return self._predict_with(lambda h, *_: h, X, "hidden_activations", n_layers=ends[layer])[0]
 
     def _score(self, X: Any, y: Any, sample_weight: Any) -> float:
-        # On the host: scikit-learn's metrics refuse a device's arrays
+        # scikit-learn's metrics reject arrays on a device, so everything goes to the host
         weights = None if sample_weight is None else to_host(sample_weight)
         y = y.toarray() if issparse(y) else to_host(y)
         return float(self._metric(y, to_host(self.predict(X)), sample_weight=weights))
@@ -124,7 +126,10 @@ class Inference(Construction):
     def _predict_with(
         self, function: Any, X: Any, method: str, n_layers: int | None = None
     ) -> tuple[Array, Backend]:
-        """``function(logits, loss, xp)`` where it is computed, moved to where X is."""
+        """Return ``function(logits, loss, xp)`` moved to the backend of X, and that backend.
+
+        With ``n_layers``, the activations after so many layers take the place of the logits.
+        """
         check_is_fitted(self)
         check_same_namespace(X, self, method)
         home = NumPyBackend() if self._results_on_host else backend_of(X)
@@ -135,7 +140,7 @@ class Inference(Construction):
         with backend.scope(dtype):
             params = [move(p, backend, dtype) for p in params]
             part = Network(network.layers[:n_layers])
-            # Elements of the widest activation, a row
+            # Elements per row of the widest activation; the members of an ensemble share a row
             widths = (
                 max(p.shape[bool(p.members) :], default=1) * (p.members or 1) for p in part.params
             )

@@ -1,7 +1,7 @@
-"""What the estimators ask of their input, before any training.
+"""Validation of the estimators' input, before any training.
 
-Arrays that are not NumPy's are checked here, without scikit-learn: its own checks
-refuse them, or turn them silently into NumPy, unless its array dispatch is on.
+Arrays other than NumPy's are checked here, without scikit-learn.  Unless its array dispatch
+is on, scikit-learn's checks reject such arrays, or silently convert them to NumPy.
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ from portable_mlp.typing import Array
 
 
 def check_X(estimator: Any, X: Any, reset: bool) -> Array:
-    """X, two-dimensional, real, finite, of the width seen in fit, where it is.
+    """Return X, checked to be two-dimensional, real, finite, and as wide as in ``fit``.
 
     Parameters
     ----------
     estimator : estimator
     X : array-like or sparse matrix (n_samples, n_features)
-        Sparse comes back as CSR.
     reset : bool
         Whether this is a fit, which sets ``n_features_in_`` and ``feature_names_in_``.
+
+    Returns
+    -------
+    array or CSR matrix
+        In a real floating dtype, on the backend of X; sparse X as CSR.
 
     Raises
     ------
     ValueError
-        If it is not as said.
+        If X fails one of these checks.
     """
     if isinstance(X, Source):
         raise ValueError("X: a Source is what fit and continue_fit take; here it has to be rows")
@@ -69,9 +73,9 @@ def check_X(estimator: Any, X: Any, reset: bool) -> Array:
 
 
 def check_y(estimator: Any, y: Any, X: Array, dtype: type | None) -> NDArray[Any]:
-    """Targets on the host, of a type if one is given, as many as X has rows.
+    """Return the targets on the host, checked to be as many as X has rows.
 
-    One column becomes a vector.
+    They are converted to ``dtype`` unless it is None.  A single column becomes a vector.
     """
     if y is None:
         raise ValueError(
@@ -89,10 +93,10 @@ def check_y(estimator: Any, y: Any, X: Array, dtype: type | None) -> NDArray[Any
 
 
 def _refuse_other_kinds(a: Any, name: str) -> None:
-    """Refuse dates and text, which NumPy would turn into numbers, and torch's sparse tensors."""
-    for dtype in [a.dtype] if hasattr(a, "dtype") else getattr(a, "dtypes", ()):  # a frame's
+    """Raise a ValueError for dates and text, which NumPy would convert, and sparse tensors."""
+    for dtype in [a.dtype] if hasattr(a, "dtype") else getattr(a, "dtypes", ()):  # data frames
         other = getattr(dtype, "kind", "") in ("m", "M", "U", "S")
-        if other or str(dtype).startswith(("Date", "Time", "Duration", "String")):  # Polars'
+        if other or str(dtype).startswith(("Date", "Time", "Duration", "String")):  # Polars
             raise ValueError(f"{name}: numbers are expected, got dtype {dtype}")
     if str(getattr(a, "layout", "torch.strided")).startswith("torch.sparse"):
         raise ValueError(f"{name}: sparse tensors are not supported; SciPy's matrices are")
@@ -101,9 +105,13 @@ def _refuse_other_kinds(a: Any, name: str) -> None:
 def check_weights(
     sample_weight: Any, X: Array, dtype: str, name: str = "sample_weight", some: bool = True
 ) -> NDArray[np.float64] | None:
-    """Weights of the rows on the host: not negative, their sum finite in a data type.
+    """Return the rows' weights on the host, or None; a scalar stands for equal weights.
 
-    Not all zero either, if there have to be ``some``.
+    Raises
+    ------
+    ValueError
+        If a weight is negative, if their sum is not finite in ``dtype``, or, with ``some``, if
+        all weights are zero.  The message begins with ``name``.
     """
     if sample_weight is None:
         return None

@@ -1,4 +1,4 @@
-"""Rows to train and to validate on: checked, encoded, weighted, and split."""
+"""Preparation of the rows for training and validation: checks, encoding, weights, split."""
 
 from __future__ import annotations
 
@@ -18,10 +18,22 @@ from portable_mlp.steps import Batch
 
 
 class Rows(NamedTuple):
-    """Checked rows: x where it is (or CSR), y as it came and as numbers, weights.
+    """Checked rows.
 
-    Of x, only the rows ``indices`` if given: it is never copied.  Where they come from a source
-    that is read, all this is of its first rows.
+    Attributes
+    ----------
+    x : array or CSR matrix
+        On any backend.  It is never copied: ``indices`` selects from it.
+    y : ndarray
+        Targets as they were given.
+    target : ndarray
+        Targets as numbers, encoded for the loss.
+    weights : ndarray or None
+    indices : ndarray, optional
+        The rows of x that are meant; all if None.
+    read : Source, optional
+        Where the rows come from.  Then the other fields describe its first rows only, and x
+        is None.
     """
 
     x: Any
@@ -37,14 +49,20 @@ class Rows(NamedTuple):
 
 
 class Preparation(Inference):
-    """What an estimator does with rows before it trains on them."""
+    """Base of the estimators that prepares rows for training."""
 
     _target_dtype: ClassVar[type | None] = None  # labels may be anything
 
     def _look_into(
         self, source: Source, y: Any, sample_weight: Any, X_val: Any
     ) -> tuple[Any, NDArray[Any]]:
-        """Return the first rows of a source, which tell what kind they are."""
+        """Return x and y of the first rows of a source, to determine their shapes and dtypes.
+
+        Raises
+        ------
+        ValueError
+            If a setting or an argument does not go with a source, or it has no rows.
+        """
         if y is not None or sample_weight is not None:
             raise ValueError("a source brings y and the weights itself: do not pass them")
         if self.solver == "lbfgs":
@@ -62,7 +80,7 @@ class Preparation(Inference):
         raise ValueError(f"{type(source).__name__}: a source without rows")
 
     def _prepared(self, backend: Backend, dtype: str, data: Batch) -> Batch:
-        """Rows of a source, checked, on a backend."""
+        """Return rows of a source, checked, encoded and moved to a backend."""
         X = check_X(self, data.x, reset=False)
         y = check_y(self, data.y, X, self._target_dtype)
         weights = check_weights(data.weights, X, dtype, "the source's weights", some=False)
@@ -83,7 +101,8 @@ class Preparation(Inference):
             return weights
         labels = y
         if isinstance(class_weight, dict) and y.ndim == 1:
-            # A dict may name a class that is not among these rows: each is put before them once
+            # scikit-learn may raise where the dict names a class that these rows lack: put each
+            # class before the rows once; the slice below drops its weight
             labels = np.concatenate([self.classes_, y])
         by_class: NDArray[np.float64] = compute_sample_weight(class_weight, labels)[-len(y) :]
         name = f"class_weight{where}"
@@ -107,8 +126,8 @@ class Preparation(Inference):
         return Rows(X, y, self._encode_target(y), weights)
 
     def _split(self, rows: Rows, rng: np.random.RandomState) -> list[NDArray[np.intp]]:
-        """Row numbers to train on, and to validate on."""
-        # Binary labels alone are stratified, as in scikit-learn
+        """Return the indices of the rows to train on and of those to validate on."""
+        # Only binary labels are stratified, as in scikit-learn
         binary = rows.target.ndim == 1 and self._loss.link_name == "logistic"
         numbers = np.arange(rows.x.shape[0])
         split: list[NDArray[np.intp]] = train_test_split(

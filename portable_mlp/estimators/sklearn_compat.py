@@ -1,9 +1,8 @@
-"""What touches scikit-learn's private and experimental parts, in one place.
+"""The only module that uses scikit-learn's private and experimental parts.
 
-scikit-learn's own tests of its MLP look at a few of its private attributes;
-`PeerInternals` answers them from the state of ours, so that those tests run here
-unmodified.  Nothing else uses them.  The rest is what newer versions have and older
-ones lack.
+scikit-learn's own tests of its MLP read a few of its private attributes.  `PeerInternals`
+provides them, computed from this library's state, so that those tests run here unmodified;
+nothing else uses them.  The rest makes up for what older versions of scikit-learn lack.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ try:
 except ImportError:  # before scikit-learn 1.9
 
     class CallbackSupportMixin:  # type: ignore[no-redef]
-        """Without scikit-learn's callbacks, nothing."""
+        """Stand-in without function, for versions that have no callbacks."""
 
     def with_callbacks(method: Any) -> Any:
-        """Return the method as it is."""
+        """Return the method unchanged."""
         return method
 
 
@@ -46,14 +45,15 @@ __all__ = [
 
 
 class FitCallbacks(Callback):
-    """The epochs of a fit, told to callbacks that follow ``sklearn.callback``.
+    """Callback that reports the epochs of a fit to callbacks of ``sklearn.callback``.
 
     Parameters
     ----------
     estimator : estimator with `CallbackSupportMixin`
     context : CallbackContext
-        Of the fit.
-    X, y : array-like
+        Context of the fit.
+    X, y : array-like or None
+        The data as they were given.
     """
 
     def __init__(self, estimator: Any, context: Any, X: Any, y: Any) -> None:
@@ -79,20 +79,20 @@ class FitCallbacks(Callback):
 
 
 class UnavailableError(AttributeError, ValueError):
-    """A method does not go with the parameters: ``hasattr`` says no, a call says why.
+    """A method is not available with the estimator's parameters; the message says why.
 
-    Two kinds at once: meta-estimators ask by ``hasattr``, and scikit-learn raises a
-    ValueError where ``partial_fit`` meets early stopping.
+    It is an AttributeError because meta-estimators ask with ``hasattr``.  It is a ValueError
+    too because scikit-learn raises one for ``partial_fit`` with early stopping.
     """
 
 
 class only_if:  # noqa: N801 (a decorator)
-    """A method that is there only if ``why_not`` of the instance is None.
+    """Decorator of a method that exists only while ``why_not(instance)`` is None.
 
     Parameters
     ----------
     why_not : callable
-        From the instance to the message of the `UnavailableError`, or None.
+        Function from the instance to None, or to the message of an `UnavailableError`.
     """
 
     def __init__(self, why_not: Callable[[Any], str | None]) -> None:
@@ -112,7 +112,7 @@ class only_if:  # noqa: N801 (a decorator)
 
 
 class _Reading:
-    """An attribute computed when it is looked at, unless the instance has one of its own."""
+    """Descriptor that computes an attribute on access, unless the instance has its own."""
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
         self.read = read
@@ -122,11 +122,11 @@ class _Reading:
 
 
 class PeerInternals:
-    """Private attributes of scikit-learn's MLP that its tests look at."""
+    """Private attributes of scikit-learn's MLP that its tests read."""
 
     @staticmethod
     def _learning_rate(model: Any) -> SimpleNamespace:
-        """Return what the next step would take."""
+        """Return an object that holds the learning rate of the next step."""
         state = model._state
         clock = Clock(state.steps, state.steps + 1, state.epochs, state.rows)
         schedule = model._make_schedule()
@@ -139,7 +139,7 @@ class PeerInternals:
     def _loss_grad_lbfgs(
         self, theta: NDArray[np.float64], X: Array, y: Array, sample_weight: Any, *buffers: Any
     ) -> tuple[float, NDArray[np.float64]]:
-        """Value and gradient at packed parameters: weights first, then biases."""
+        """Return the loss and its gradient at packed parameters: weights first, then biases."""
         model: Any = self
         trainer = model._trainer(model.network_, NumPyBackend(), str(theta.dtype))
         recipe = trainer.recipe
@@ -149,7 +149,10 @@ class PeerInternals:
 
 
 def check_same_namespace(X: Any, estimator: Any, method: str) -> None:
-    """With scikit-learn's array dispatch on, X has to come from where the fit's X did."""
+    """Raise unless X has the namespace and device of the fit; only with array dispatch on.
+
+    Versions of scikit-learn without this check skip it.
+    """
     check = getattr(_array_api, "check_same_namespace", None)
     if check is not None:
         check(X, estimator, attribute="_first_coef", method=method)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writing: a file is complete, or not there at all."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to, which takes its place when the block ends.
+    """Yield a temporary path in the same folder; the file there replaces ``path`` at the end.
 
-    What was written is forced to the disk before it does.  If the block raises, or the
-    process ends, what was there before is what remains.
+    The file is flushed to the disk before it replaces ``path``.  If the block raises, or the
+    process ends, the previous file remains.
 
     Raises
     ------
     OSError
-        If it cannot be written; it names ``path``.
+        If the file cannot be written; the error names ``path``.
     """
-    target = Path(os.path.realpath(path))  # not the link, but what it leads to
+    target = Path(os.path.realpath(path))  # replace the target of a link, not the link
     beside = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.part{target.suffix}")
     try:
         beside.touch(exist_ok=False)
@@ -29,14 +29,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(beside, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, target)
-        if os.name == "posix":  # elsewhere folders cannot be opened
+        if os.name == "posix":  # Windows cannot open folders
             folder = os.open(target.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # the name, too, is on the disk
+                os.fsync(folder)  # the renaming has to reach the disk too
             finally:
                 os.close(folder)
     except BaseException as error:
-        with suppress(OSError):  # on a read-only disk, even if there is no such file
+        with suppress(OSError):  # a read-only disk refuses even if there is no such file
             beside.unlink()
         if isinstance(error, OSError) and error.errno is not None:
             said = f"cannot save: {os.strerror(error.errno)}"

@@ -1,9 +1,10 @@
-"""Models in files: what of an estimator is written, and how it is put together again.
+"""Saving and loading of estimators: what is written, and how the model is rebuilt from it.
 
-Arrays lie in the file as they are, everything else as JSON (`portable_mlp.persistence.modelfile`);
-no pickle.  What follows from the arrays' shapes is not written, and what is read has to
-fit them.  What comes before the network (scaling, encoding) is a scikit-learn
-transformer; it rides along as the bytes of a skops file, which loads known types only.
+Arrays are stored as their bytes and everything else as JSON
+(`portable_mlp.persistence.modelfile`); there is no pickle.  Values that follow from the arrays'
+shapes are not stored.  Values that are read are checked against these shapes.  The
+preprocessing (scaling, encoding) is a scikit-learn transformer.  It is stored as the bytes of
+a skops file, which loads known types only.
 """
 
 from __future__ import annotations
@@ -56,34 +57,36 @@ _COUNTS = ("steps", "rows", "epochs", "done", "stalled_for")
 def save(
     model: Any, path: str | Path, preprocessing: Any = None, *, notes: dict[str, Any] | None = None
 ) -> Path:
-    """Write a fitted model; a crash at any point leaves the old file or the new one.
+    """Write a fitted model to a file; a crash at any point leaves the old file or the new one.
 
     Parameters
     ----------
     model : MLPClassifier or MLPRegressor
-        Parameters given as objects, and the layers, have to be this library's own, or be
-        `register`-ed.  Callbacks and a callable ``scoring`` are left out; in the place of a
-        function ``architecture`` the network is written.
+        A fitted model.  Its layers, and parameters that are objects, have to be of this
+        library's classes, or of classes given to `register`.  Callbacks and a callable
+        ``scoring`` are not stored.  If ``architecture`` is a function, the network is stored
+        in its place.
     path : path
-        Overwritten.
+        The file; overwritten if it exists.
     preprocessing : scikit-learn transformer, optional
-        Fitted; stored with the model and applied before it by what `load` returns.
+        A fitted transformer, stored with the model.  `load` then returns a pipeline of both.
     notes : dict, optional
-        Anything that JSON can hold; `read_metadata` gives it back.
+        Additional information, of types that JSON can hold; `read_metadata` returns it.
 
     Returns
     -------
     Path
+        The path of the file.
 
     Raises
     ------
     TypeError
-        If a parameter of the model, a class or the preprocessing cannot be written, or
-        the model is of another class.
+        If the model is of another class, or if one of its parameters, its labels, the
+        preprocessing or the notes cannot be stored.
     ValueError
-        If the model's parameters are not valid, or its JSON is too long to be read.
+        If the model's parameters are not valid, or its JSON is longer than `load` accepts.
     OSError
-        If the file cannot be written; what was there before is still there.
+        If the file cannot be written; the previous file remains.
     """
     meta, arrays = _describe(model, preprocessing, notes)
     if isinstance(model.random_state, np.random.RandomState):
@@ -95,7 +98,11 @@ def save(
 def save_checkpoint(
     model: Any, path: str | Path, preprocessing: Any = None, *, notes: dict[str, Any] | None = None
 ) -> Path:
-    """Write a model as `save` does, and what `continue_fit` needs beside it."""
+    """Write a model as `save` does, with the training state that `continue_fit` needs.
+
+    The model has to be trained in epochs, not by L-BFGS.  Parameters, result and errors are
+    those of `save`.
+    """
     meta, arrays = _describe(model, preprocessing, notes)
     state: State = model._state
     _, _, layout, backend, dtype = state.origin
@@ -121,7 +128,7 @@ def save_checkpoint(
 
 
 def load(path: str | Path) -> Any:
-    """Read what `save` wrote, or a checkpoint.
+    """Read a model that `save` wrote, or a checkpoint.
 
     Parameters
     ----------
@@ -130,13 +137,16 @@ def load(path: str | Path) -> Any:
     Returns
     -------
     MLPClassifier, MLPRegressor, or a Pipeline of the preprocessing and one of these
-        With NumPy arrays; ``device`` and ``backend`` as they were at fit.
+        The model.  Its arrays are NumPy's; ``device`` and ``backend`` are those of the
+        saved model.
 
     Raises
     ------
     ModelFileError
-        If the file is not a model of this format, or is damaged, or asks for anything
-        that `save` does not write.  Nothing in a file is ever run.
+        If the file is not a model of this format, is damaged, or contains anything that
+        `save` does not write.  Nothing in a file is executed.
+    OSError
+        If the file cannot be read.
     """
     with opened(path) as contents:
         model = _build(contents)
@@ -148,7 +158,7 @@ def load(path: str | Path) -> Any:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Return what a model file says of its model; the file is verified, nothing is built.
+    """Return the description of the model in a file; verify the file, but do not build the model.
 
     Parameters
     ----------
@@ -158,14 +168,17 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     -------
     dict
         ``format``, ``library_version``, ``estimator``; ``params``, ``fitted`` and ``network``
-        as they are written, the network as a list of layers, empty in files of the format
-        before; ``classes`` and ``feature_names``, arrays or None; ``notes``;
-        ``preprocessing``, whether there is one; ``checkpoint``, whether training can go on;
-        and the arrays' ``shapes``.
+        as they are stored (``network`` is a list of layers, empty in files of the previous
+        format); ``classes`` and ``feature_names``, arrays or None; ``notes``;
+        ``preprocessing``, whether there is one; ``checkpoint``, whether training can be
+        continued; and the arrays' ``shapes``, by name.
 
     Raises
     ------
     ModelFileError
+        If the file is not a model of this format, or is damaged.
+    OSError
+        If the file cannot be read.
     """
     with opened(path) as contents:
         meta = contents.meta
@@ -201,7 +214,7 @@ def _describe(
     }
     _check(model)
     for name in ("params", "network", "loss"):
-        try:  # what cannot be read is not written
+        try:  # fail now rather than in `load`
             written = json.loads(json.dumps(meta[name]))
             for value in written.values() if name == "params" else [written]:
                 decode(value)
@@ -242,7 +255,7 @@ def _build(contents: Contents) -> Any:
     for name in _CURVES:
         if name in contents:
             setattr(model, name, contents.array(name).tolist())
-        elif "best_loss_" in meta["fitted"]:  # trained in epochs, without held-out rows
+        elif "best_loss_" in meta["fitted"]:  # fitted in epochs, without a validation set
             setattr(model, name, None)
     if meta["format"] == OLD_FORMAT:
         model._adopt_plain({name: contents.arrays(name[:-1]) for name in OF_SCIKIT_LEARN})
@@ -265,9 +278,9 @@ def _build(contents: Contents) -> Any:
 
 
 def _check(model: Any) -> None:
-    """Raise a ValueError unless parameters and fitted attributes go together."""
+    """Raise a ValueError unless parameters and fitted attributes are consistent."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they were said at fit
+        warnings.simplefilter("ignore")  # they were shown at fit
         model._check_parameters()
         check_names(model.device, model.backend)
         model._make_optimizer()
@@ -317,8 +330,8 @@ def _build_state(model: Any, contents: Contents) -> State:
             raise ValueError(f"its schedule remembers {memory}")
     kind, position, *rest = meta["generator"]
     generator = (kind, contents.array("state.generator"), position, *rest)
-    np.random.RandomState().set_state(generator)  # raises unless it is one
-    if not 0 <= position <= len(generator[1]):  # NumPy would read beyond its memory
+    np.random.RandomState().set_state(generator)  # raises if it is not a valid state
+    if not 0 <= position <= len(generator[1]):  # NumPy would read out of bounds
         raise ValueError(f"its random generator is at {position}")
     if meta["watched"] not in ("loss", "score"):
         raise ValueError(f"it watches {meta['watched']!r}")
@@ -346,7 +359,7 @@ def _build_state(model: Any, contents: Contents) -> State:
 
 
 def _encode_labels(name: str, values: NDArray[Any]) -> tuple[str, NDArray[Any]]:
-    """Return a kind and an array of numbers: texts as their characters' numbers, (n, length)."""
+    """Return a kind and an array of numbers: strings as code points, uint32 (n, length)."""
     kind = values.dtype.kind
     if kind in "iuf":
         return "numbers", values

@@ -1,11 +1,12 @@
-"""The container of a model: arrays and JSON in one file that is whole, or not there.
+"""The container of a model: arrays and JSON in one file, written atomically.
 
-The format is safetensors (a length, a JSON header, the arrays' bytes), and safetensors
-reads it.  Its metadata holds two texts: ``portable_mlp``, JSON of what is no array, and
-``sha256``, the digest of the whole file with the digest's own 64 digits taken for
-zeros.  It shows damage, not who wrote the file: nothing that is read is
-trusted because of it.  So the header's size and the number of its values are bounded
-before it is parsed, and arrays are made after their sizes are known to be the file's.
+The format is safetensors (a length, a JSON header, the arrays' bytes), and the safetensors
+library can read it.  Its metadata holds two strings.  ``portable_mlp`` is the JSON of everything
+that is not an array.  ``sha256`` is the digest of the whole file, with the digest's own 64
+digits replaced by zeros.  The digest detects damage; it does not show who wrote the file, so
+no content is trusted because of it.  The header's size and the number of its values are
+bounded before it is parsed.  Arrays are allocated only after their sizes have been checked
+against the file's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from portable_mlp.persistence.files import replacing
 
 FORMAT, OLD_FORMAT = "portable_mlp/3", "portable_mlp/2"
 
-# Python's objects for JSON take many times its length: these keep them below 50 MB
+# Parsed JSON takes many times its length in memory: these limits keep it below 50 MB
 _MOST_CHARACTERS = 2**22
 _MOST_VALUES = 2**18
 
@@ -41,7 +42,7 @@ _DTYPES = {
 
 
 class ModelFileError(ValueError):
-    """A file is not a model, or damaged, or of another version; the message names it."""
+    """A file is not a model, is damaged, or has another version; the message names the file."""
 
 
 # ---------------------------------------------------------------- writing
@@ -50,18 +51,18 @@ class ModelFileError(ValueError):
 def write(path: str | Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Path:
     """Write a container; a crash at any point leaves the old file or the new one.
 
-    A process that is killed while it writes leaves ``.NAME.*.part`` beside it, which
-    nothing reads.
+    A process that is killed while it writes leaves a file ``.NAME.*.part`` in the same folder;
+    nothing reads it.
 
     Raises
     ------
     ValueError
-        If ``meta`` is larger than what may be read.
+        If ``meta`` is larger than what `opened` accepts.
     OSError
-        If it cannot be written: the file that was there, or none, is what remains.
+        If the file cannot be written; the previous file, if any, remains.
     """
     text = json.dumps({"format": FORMAT, **meta})
-    # Contiguous: safetensors would store a transposed array's memory as it lies
+    # safetensors stores an array's memory as it lies: that of a transposed array would be wrong
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     data = to_bytes(contiguous, {"portable_mlp": text, "sha256": _ZEROS.decode()})
     start = data.index(_DIGEST) + len(_DIGEST)
@@ -71,7 +72,7 @@ def write(path: str | Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]
 
 
 def write_whole(path: str | Path, parts: list[bytes | memoryview]) -> Path:
-    """Write a file of these parts, in place of what was there: all of it, or nothing."""
+    """Write the concatenation of these parts to a file atomically, and return its path."""
     with replacing(path) as beside, open(beside, "wb") as file:
         file.writelines(parts)
     return Path(path)
@@ -88,11 +89,11 @@ class _Entry(NamedTuple):
 
 
 class _BeforeBeginningError(OSError):
-    """As of files, where a reader looks for what is not there; not the system's."""
+    """A reader seeks before the start of a `Section`; an OSError as of files, but of bad data."""
 
 
 class Section:
-    """A stretch of a file, as a file to read from."""
+    """Range of a file's bytes as a read-only file object."""
 
     def __init__(self, file: BufferedReader, start: int, size: int) -> None:
         self._file = file
@@ -101,15 +102,15 @@ class Section:
         self._at = 0
 
     def seekable(self) -> bool:
-        """Whether `seek` works."""
+        """Return True: `seek` works."""
         return True
 
     def tell(self) -> int:
-        """Where the next byte is read."""
+        """Return the position of the next byte to read."""
         return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Go there; ``whence`` as for files."""
+        """Set the position and return it; ``whence`` is as for files."""
         at = (0, self._at, self._size)[whence] + offset
         if at < 0:
             raise _BeforeBeginningError("a place before the beginning")
@@ -117,7 +118,7 @@ class Section:
         return at
 
     def read(self, n: int | None = -1) -> bytes:
-        """So many bytes, or what is left if that is less."""
+        """Return the next n bytes, or all that are left if these are fewer or n is negative."""
         left = max(0, self._size - self._at)
         n = left if n is None or n < 0 else min(n, left)
         self._file.seek(self._start + self._at)
@@ -126,16 +127,16 @@ class Section:
 
 
 class Contents:
-    """What a container holds: arrays are read when they are asked for.
+    """Contents of an open container; arrays are read when they are asked for.
 
     Attributes
     ----------
     meta : dict
-        The JSON.
+        The parsed JSON.
     shapes : dict
-        Of the arrays, by name.
+        Shapes of the arrays, by name.
     unread : set
-        Names of arrays that nobody asked for yet.
+        Names of the arrays that have not been read yet.
     """
 
     def __init__(self, file: BufferedReader, meta: dict[str, Any], entries: Any) -> None:
@@ -156,29 +157,29 @@ class Contents:
         return self._entries[name]
 
     def array(self, name: str) -> NDArray[Any]:
-        """Return an array of its own memory."""
+        """Read an array, and return it as a new one."""
         entry = self._asked_for(name)
         self._file.seek(entry.start)
         found = np.fromfile(self._file, entry.dtype, prod(entry.shape))
         return found.reshape(entry.shape)
 
     def arrays(self, prefix: str) -> list[NDArray[Any]]:
-        """All of ``prefix.0``, ``prefix.1``, ..."""
+        """Read all arrays ``prefix.0``, ``prefix.1``, ..., and return them in this order."""
         count = sum(name.startswith(prefix + ".") for name in self._entries)
         return [self.array(f"{prefix}.{i}") for i in range(count)]
 
     def section(self, name: str) -> Section:
-        """Return an array's bytes as a file."""
+        """Return an array's bytes as a file object."""
         entry = self._asked_for(name)
         return Section(self._file, entry.start, entry.size)
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Contents]:
-    """Open a container, verified.
+    """Open a container, verify it, and yield its contents.
 
-    Whatever goes wrong inside the ``with``, too, is a `ModelFileError` that names the
-    file, except for errors of the system such as a file that is not there.
+    Any error in the body of the ``with`` is raised as a `ModelFileError` that names the file.
+    Errors of the operating system, such as a missing file, are raised unchanged.
     """
     try:
         with open(path, "rb") as file:
@@ -188,7 +189,7 @@ def opened(path: str | Path) -> Iterator[Contents]:
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, _BeforeBeginningError):
             raise
-        # Bytes that somebody else made may break any rule of any reader that sees them
+        # Crafted bytes can make any reader fail in any way: hence every kind of exception
         said = str(error) if isinstance(error, ValueError) else repr(error)
         said = said.partition("\n")[0]
         raise ModelFileError(f"{path} is not a model file, or is damaged: {said}") from error
@@ -231,8 +232,8 @@ def _read(file: BufferedReader) -> Contents:
 
 
 def _verify(file: BufferedReader, head: bytes, raw: bytes) -> None:
-    """Compare the digest; the file stands behind the header."""
-    # In valid JSON the quotes inside of texts are escaped: this is the key, once
+    """Raise a ValueError unless the digest is right; the file's position is after the header."""
+    # Valid JSON escapes quotes inside strings, so the first match is the metadata's key
     start = raw.index(_DIGEST) + len(_DIGEST)
     digest = sha256(head + raw[:start] + _ZEROS + raw[start + 64 :])
     while chunk := file.read(2**20):
@@ -242,7 +243,7 @@ def _verify(file: BufferedReader, head: bytes, raw: bytes) -> None:
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """Return an object of a bounded number of values, without a name twice."""
+    """Parse a JSON object; raise a ValueError if it is too large or repeats a name."""
     check_json(raw)
     found = json.loads(raw, object_pairs_hook=_without_duplicates)
     if not isinstance(found, dict):

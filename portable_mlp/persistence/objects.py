@@ -1,4 +1,4 @@
-"""Parameters as JSON: plain values, and instances of classes that are known by name."""
+"""Parameters as JSON: plain values, and instances of registered classes."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ _CLASSES: dict[str, Any] = {
 
 
 def register(cls: C) -> C:
-    """Let model files hold instances of a custom class; a decorator.
+    """Allow model files to hold instances of a custom class; usable as a decorator.
 
-    Register the class before loading such a file.  A file names the class, and holds
-    the values of its fields.
+    A file stores the name of the class and the values of its fields.  The class has to be
+    registered before such a file is loaded.
 
     Parameters
     ----------
     cls : type
-        A dataclass; its fields hold plain values, or objects that files can hold.
+        A dataclass whose fields hold plain values, or objects that model files can hold.
 
     Returns
     -------
@@ -57,14 +57,14 @@ def register(cls: C) -> C:
     Raises
     ------
     TypeError
-        If it is no dataclass.
+        If ``cls`` is not a dataclass.
     ValueError
-        If another class has its name.
+        If another class of this name is registered.
     """
     if not (isinstance(cls, type) and is_dataclass(cls)):
         raise TypeError(f"only dataclasses can be registered, got {cls!r}")
     known: Any = _CLASSES.setdefault(cls.__name__, cls)
-    # A cell of a notebook that runs again defines the same class anew
+    # Rerunning a notebook cell defines the same class again, as another object
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"a class of the name {cls.__name__} is registered: {known}")
     _CLASSES[cls.__name__] = cls
@@ -72,9 +72,9 @@ def register(cls: C) -> C:
 
 
 def encode(name: str, value: Any) -> Any:
-    """Return a parameter's value as JSON has it; raises a TypeError if JSON cannot hold it."""
+    """Return a parameter's value as JSON data; raise a TypeError if a file cannot hold it."""
     if name == "callbacks" or (name == "scoring" and callable(value)):
-        return None  # of the training, not of the model
+        return None  # they belong to training, not to the model
     if isinstance(value, dict):
         return {"dict": [[encode(name, k), encode(name, v)] for k, v in value.items()]}
     if is_dataclass(value) and _CLASSES.get(type(value).__name__) is type(value):
@@ -96,12 +96,12 @@ def encode(name: str, value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Return the value that `encode` was given, its lists as tuples.
+    """Return the value that `encode` was given, with tuples in the place of lists.
 
     Raises
     ------
     KeyError, TypeError, ValueError
-        If it names a class that is not known, or fields that the class does not take.
+        If it names a class that is not registered, or if the class does not accept the fields.
     """
     if isinstance(value, list):
         return tuple(decode(v) for v in value)
@@ -119,9 +119,10 @@ def decode(value: Any) -> Any:
 
 
 def _is_a(hint: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type; of what is in a tuple, any type will do.
+    """Tell whether a value is of an annotated type.
 
-    Any value is of an annotation that is no type, such as a literal.
+    The items of a tuple are not checked.  An annotation that is not a type, such as a literal,
+    accepts any value.
     """
     origin = get_origin(hint)
     if origin in (Union, UnionType):
@@ -134,5 +135,5 @@ def _is_a(hint: Any, value: Any) -> bool:
 def _hints(cls: type) -> dict[str, Any]:
     try:
         return get_type_hints(cls)
-    except NameError:  # a custom class may use names that do not exist at run time
+    except NameError:  # annotations may use names that exist for type checkers only
         return {}

@@ -1,11 +1,11 @@
-"""ONNX: a fitted model as a graph that other runtimes compute, in float32.
+"""ONNX export: a fitted model as a graph for other runtimes, in float32.
 
 The operations of the layers and the loss are recorded (`portable_mlp.engines.graph.recording`)
-and written as ONNX operators, so no formula stands here a second time.  Custom layers are
-exported, too, as long as the operators below are all that they use.
+and written as ONNX operators, so no formula is written here a second time.  Custom layers can
+be exported too, if they use only the operators below.
 
-Importing this module tells skl2onnx of the estimators: ``skl2onnx.to_onnx`` then takes
-pipelines that hold them.
+Importing this module registers the estimators with skl2onnx: ``skl2onnx.to_onnx`` then
+accepts pipelines that contain them.
 """
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ except ModuleNotFoundError as error:
 
 __all__ = ["to_onnx"]
 
-OPSET = 18  # the first whose reductions all take their axes as an input
+OPSET = 18  # the first in which all reductions take their axes as an input
 
 
 def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = None) -> Any:
-    """Return a fitted model, or a pipeline that ends in one, as ONNX.
+    """Return a fitted model, or a pipeline that ends in one, as an ONNX model.
 
-    The graph takes rows ``X`` (n, n_features) in float32 and gives ``label`` and
-    ``probabilities``, or for a regressor ``variable`` (n, n_outputs).  Labels are
-    texts, int64 (booleans too) or float64.
+    The graph's input is ``X`` (n, n_features) in float32.  A classifier's outputs are ``label``
+    and ``probabilities`` (n, n_classes).  A regressor's output is ``variable`` (n, n_outputs).
+    Labels are strings, int64 (for booleans too) or float64.
 
     Parameters
     ----------
     model : MLPClassifier, MLPRegressor or Pipeline
+        The fitted model.
     path : path, optional
-        Where to write it too; overwritten.
+        File to write the ONNX model to as well; overwritten if it exists.
     initial_types : list of (str, skl2onnx type), optional
-        Of a pipeline, its inputs as ``skl2onnx.to_onnx`` takes them: a pipeline that
-        chooses columns by name needs one for each column.
+        The inputs of a pipeline, as ``skl2onnx.to_onnx`` takes them; ignored for a bare
+        model.  A pipeline that selects columns by name needs one for each column.
 
     Returns
     -------
@@ -69,7 +70,9 @@ def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = 
     Raises
     ------
     ValueError
-        If a layer does what is not written as ONNX here.
+        If a layer or the loss uses an operation that this module cannot write as ONNX.
+    OSError
+        If the file cannot be written.
     """
     if isinstance(model, Pipeline):
         final = model[-1]
@@ -101,7 +104,7 @@ def _bare(model: Any) -> Any:
         helper.make_graph(graph.nodes, "portable_mlp", inputs, outputs, graph.constants),
         producer_name="portable_mlp",
         opset_imports=opset,
-        ir_version=helper.find_min_ir_version_for(opset),  # older runtimes refuse newer ones
+        ir_version=helper.find_min_ir_version_for(opset),  # older runtimes reject newer versions
     )
 
 
@@ -116,7 +119,7 @@ class _Graph(NamedTuple):
 
 
 class _Recorder(Recorder):
-    """With what decides for a class."""
+    """Recorder with ``argmax``, which a classifier's decision uses."""
 
     def argmax(self, x: Traced, *, axis: int) -> Traced:
         shape = tuple(n for i, n in enumerate(x.shape) if i != axis)
@@ -131,7 +134,7 @@ def _labels(model: Any) -> NDArray[Any]:
 
 
 def _outputs(model: Any) -> list[tuple[np.dtype[Any], list[int]]]:
-    """Return the data type and the shape of a row of each output."""
+    """Return the dtype of each output, and its shape without the axis of the rows."""
     if isinstance(model, MLPRegressor):
         return [(np.dtype(np.float32), [model.n_outputs_])]
     n = len(model.classes_)
@@ -179,7 +182,10 @@ def _graph(model: Any) -> _Graph:
 
 
 def _shapes(program: Program, other: Program) -> dict[int, tuple[int | None, ...]]:
-    """Return the shapes of all nodes, None for what depends on the number of rows."""
+    """Return each node's shape by the node's id; lengths that depend on the rows are None.
+
+    The two programs are recordings of the same function for different numbers of rows.
+    """
     pairs = zip((*program.inputs, *program.nodes), (*other.inputs, *other.nodes), strict=True)
     return {
         id(x): tuple(n if n == m else None for n, m in zip(x.shape, y.shape, strict=True))
@@ -188,7 +194,7 @@ def _shapes(program: Program, other: Program) -> dict[int, tuple[int | None, ...
 
 
 def _form(program: Program) -> list[Any]:
-    """Return what a program does, whatever the shapes."""
+    """Return a program's operations without their shapes, for comparison."""
     places = {id(node): i for i, node in enumerate((*program.inputs, *program.nodes))}
     return [
         (node.op, [places.get(id(o), repr(o)) for o in node.operands], node.attrs)
@@ -214,15 +220,16 @@ _REDUCTIONS = {"sum": "ReduceSum", "prod": "ReduceProd", "max": "ReduceMax", "mi
 
 
 class _GraphWriter:
-    """Writes the nodes of a program, operands first, as those of a graph.
+    """Writer of a program's nodes as the nodes of an ONNX graph, operands first.
 
     Parameters
     ----------
     inputs : tuple of Node
-        The parameters, and the rows.
+        The program's inputs: the parameters, then the rows.
     params : list of array
+        Values of the parameters; the graph holds them as constants.
     shapes : dict
-        From `_shapes`.
+        Result of `_shapes`.
     """
 
     def __init__(
@@ -239,23 +246,23 @@ class _GraphWriter:
         self.names |= {id(i): self.constant(p) for i, p in zip(own, params, strict=True)}
 
     def constant(self, value: Any) -> str:
-        """Return the name of an array that the graph holds."""
+        """Add a constant array to the graph, and return its name."""
         name = f"c{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def node(self, op: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        """Return the name of what an operator makes of its inputs."""
+        """Add an operator to the graph, and return the name of its output."""
         name = name or f"t{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
         return name
 
     def write(self, node: Node) -> None:
-        """Write an operation of the program."""
+        """Write one operation of the program; its operands have to be written already."""
         made = getattr(self, "_" + node.op, None)
         if made is None and node.op not in _SAME and node.op not in _REDUCTIONS:
             raise Unrecordable(f"there is no operator for its {node.op}")
-        # Of an elementwise function, the attributes are its operands' types
+        # The attributes of an elementwise function are the dtypes of its operands
         types = node.attrs if len(node.attrs) == len(node.operands) else ()
         inputs = [
             self.names[id(o)]
@@ -338,7 +345,7 @@ class _GraphWriter:
         own = (1,) * (len(shape) - len(given)) + given
         if any(n is None and m is not None for n, m in zip(shape, own, strict=True)):
             raise Unrecordable("it repeats an array for each row")
-        # An axis that is there stays as long as it is
+        # Expand broadcasts: a length of 1 keeps the axis of the operand as it is
         return self.node("Expand", x, self._ints(*(1 if n is None else n for n in shape)))
 
     def _full(self, node: Node, *_: str) -> str:
@@ -351,7 +358,7 @@ class _GraphWriter:
 
 
 def _declare(operator: Any) -> None:
-    """Say what the outputs are."""
+    """Set the types of an operator's outputs, as skl2onnx asks for."""
     kinds = {"f": FloatTensorType, "i": Int64TensorType, "O": StringTensorType}
     rows = operator.inputs[0].get_first_dimension()
     for variable, (dtype, rest) in zip(
@@ -362,7 +369,7 @@ def _declare(operator: Any) -> None:
 
 
 def _convert(scope: Any, operator: Any, container: Any) -> None:
-    """Put the graph into one that is being made."""
+    """Add a model's graph to the graph that skl2onnx is building, under unique names."""
     if container.target_opset < OPSET:
         raise ValueError(f"target_opset: {OPSET} or more is needed, got {container.target_opset}")
     graph = _graph(operator.raw_operator)

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from portable_mlp.persistence.modelfile import Contents, check_json
 
-_MOST_DIRECTORY = 2**20  # bytes, of some 65 for each array of the preprocessing
+_MOST_DIRECTORY = 2**20  # bytes; a transformer takes some 65 for each of its arrays
 # A parameter of scikit-learn's encoders, and this library's own transformer
 _TRUSTED = ["numpy.dtype", "portable_mlp.preprocessing.DateParts"]
 
 
 def encode_transformer(transformer: Any) -> NDArray[np.uint8]:
-    """Return a fitted transformer's bytes; raises a TypeError if it could not be loaded."""
+    """Return a fitted transformer as bytes; raise a TypeError if these could not be loaded."""
     from skops.io import dumps, get_untrusted_types
 
     data = dumps(transformer)
@@ -32,7 +32,7 @@ def encode_transformer(transformer: Any) -> NDArray[np.uint8]:
 
 
 def decode_transformer(contents: Contents) -> Any:
-    """Load a model file's transformer; raises a ValueError if it is none."""
+    """Load a model file's transformer; raise a ValueError if it is not one."""
     from skops.io import load as load_transformer
 
     _check_zip(contents.section("preprocessing"))
@@ -43,12 +43,12 @@ def decode_transformer(contents: Contents) -> Any:
 
 
 def _check_zip(file: Any) -> None:
-    """Raise a ValueError if this zip archive is not of skops' kind, or swells when read."""
-    # Its directory is read at once; how long that is stands in the last 22 bytes
+    """Raise a ValueError if a zip archive is not as skops writes it, or expands when read."""
+    # ZipFile reads the whole directory into memory.  The archive's last 22 bytes tell its length
     size = file.seek(0, 2)
     file.seek(max(0, size - 42))
     before, signature, *_, length, _, comment = struct.unpack("<20s4s4H2LH", file.read())
-    long_form = before.startswith(b"PK\x06\x07")  # that could say something else
+    long_form = before.startswith(b"PK\x06\x07")  # ZIP64 has a length of its own
     if signature != b"PK\x05\x06" or comment or long_form or length > _MOST_DIRECTORY:
         raise ValueError("its preprocessing is no zip archive, or has too many members")
     with ZipFile(file) as archive:
@@ -68,7 +68,7 @@ def _check_zip(file: Any) -> None:
 
 
 def _npy_size(file: IO[bytes]) -> int:
-    """Bytes of the array that a ``.npy`` file begins to describe."""
+    """Return the size in bytes of the array that the header of a ``.npy`` file describes."""
     readers = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
     shape, _, dtype = readers[read_magic(file)](file)
     return prod(shape) * int(dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Training: the loop over epochs, what it keeps between two calls, and L-BFGS."""
+"""Training: the loop over epochs, its state between two calls, and L-BFGS."""
 
 from portable_mlp.training.loop import Trainer
 from portable_mlp.training.state import Begun, DivergenceError, State, StopReason, Validate

@@ -1,4 +1,4 @@
-"""L-BFGS: all rows at once, by SciPy."""
+"""L-BFGS over all rows at once, by SciPy."""
 
 from __future__ import annotations
 
@@ -27,38 +27,41 @@ def fit_lbfgs(
 ) -> tuple[list[Array], float, int, StopReason, str]:
     """Minimise the loss over all rows by SciPy's L-BFGS-B.
 
-    Value and gradient are computed on the backend; SciPy works on the host, in
+    The value and the gradient are computed on the backend.  SciPy works on the host, in
     float64.  On NumPy, ``data.x`` may be sparse.
 
     Parameters
     ----------
     trainer : Trainer
-        Its network, loss, penalty, ``tol`` (on the largest component of the gradient), backend
-        and data type; the optimizer and the schedule are not used.
+        Settings.  Its network, loss, penalty, backend, dtype and ``tol`` (on the largest
+        component of the gradient) are used; its optimizer and schedule are not.
     params : list of arrays
-        Where to begin.
+        Initial parameters.
     data : Batch
-        All rows.
+        All rows, on the backend.
     max_iter, max_fun : int
-        Limits of iterations, and of evaluations of the loss.
+        Limits on the number of iterations and of loss evaluations.
     callbacks : sequence of Callback
-        Told of each iteration as of an epoch.
+        Callbacks, for which an iteration counts as an epoch.
 
     Returns
     -------
     params : list of arrays
+        Final parameters, in order.
     loss : float
+        Final loss, including the penalty.
     n_iter : int
+        Number of iterations.
     reason : {"converged", "max_epochs", "stopped", "failed"}
     message : str
-        SciPy's word for it.
+        SciPy's message.
 
     Raises
     ------
     DivergenceError
         If the loss or a parameter is not finite.
     ValueError
-        If the network is one of several members.
+        If the network is an ensemble.
     """
     from scipy.optimize import minimize
 
@@ -92,7 +95,8 @@ def fit_lbfgs(
         record = Epoch(n_iter, float(intermediate_result.fun), seconds=seconds)
         theta = intermediate_result.x
         for callback in callbacks:
-            callback.on_epoch_begin(n_iter)  # SciPy tells of an iteration when it is done
+            callback.on_epoch_begin(n_iter)  # SciPy reports only finished iterations
+        # Every callback is called, even after one has asked to stop
         asked = [c.on_epoch_end(record, lambda: trainer.params(split(theta))) for c in callbacks]
         if any(asked):
             raise StopIteration
@@ -102,6 +106,7 @@ def fit_lbfgs(
     try:
         with backend.scope(trainer.dtype):
             shapes = [backend.to_host(leaf) for leaf in trainer.load(params)]
+            # All parameters in one float64 vector, in the order of the leaves
             theta = np.concatenate([leaf.astype(np.float64).ravel() for leaf in shapes])
             result = minimize(
                 value_and_grad,
@@ -117,7 +122,7 @@ def fit_lbfgs(
     with backend.scope(trainer.dtype):
         if not np.isfinite(result.x).all() or not isfinite(result.fun):
             raise DivergenceError(trainer.divergence(int(result.nit), float(result.fun)))
-        # SciPy's numbers; 99 is a callback's StopIteration
+        # SciPy's status codes; 99 means that the callback raised StopIteration
         reasons: dict[int, StopReason] = {0: "converged", 1: "max_epochs", 99: "stopped"}
         reason = reasons.get(result.status, "failed")
         params = trainer.params(split(result.x))

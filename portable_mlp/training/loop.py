@@ -1,7 +1,7 @@
-"""Training: the epoch, the fit.
+"""Training: the epoch and the fit.
 
-``fit`` asks a source for rows and has an engine repeat the step over their batches.  The
-host does what needs no array: the order of the rows, the learning rate, when to stop.
+``fit`` takes rows from a source, and an engine repeats the step over their batches.  The host
+does everything that needs no array: the order of the rows, the learning rate, when to stop.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from portable_mlp.warn import warn
 
 
 def _plain(x: Any) -> Any:
-    """With Python's numbers for NumPy's scalars, which would turn float32 into float64."""
+    """Replace NumPy scalars, which would promote float32 to float64, by Python numbers."""
     if isinstance(x, np.generic):
         return x.item()
     if isinstance(x, tuple):
@@ -57,7 +57,7 @@ def _plain(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A training run's settings.
+    """The settings of a training run.
 
     Parameters
     ----------
@@ -67,27 +67,27 @@ class Trainer:
     backend : Backend
     dtype : {"float32", "float64"}
     learning_rate : float
-        Times the schedule's factor.
+        Initial learning rate, which the schedule's factor multiplies.
     schedule : Schedule
     alpha : float, default=0
         L2 penalty on the weights, see `objective`.
     clip_norm : float, optional
+        Largest global norm of the gradients.
     batch_size : int, default=200
     shuffle : bool, default=True
-        Draw a new order of the rows each epoch.
+        Whether to draw a new order of the rows each epoch.
     tol : float, default=1e-4
-        Least improvement of the loss (or validation score) that counts as one.
+        Smallest improvement of the loss (or validation score) that counts as progress.
     patience : float, default=10
-        Epochs in a row without one after which training stops.
+        Training stops after more than this number of epochs in a row without progress.
     treatments : dict, optional
-        From labels of parameters to `groups.Treatment`, where they are not treated as by
-        default.
+        Non-default treatments, from labels of parameters to `groups.Treatment`.
     reduce : callable, optional
-        What is done in place to the vector of sums between the two halves of each step: see
-        `portable_mlp.engines.Engine`.
+        Function that changes the vector of sums in place between the two halves of each
+        step, see `portable_mlp.engines.Engine`.
     loss_scale : float, default=1
-        Factor on the *reported* loss, without the penalty: for an interface whose
-        convention divides by the number of outputs.
+        Factor on the *reported* loss, but not on the penalty, for interfaces that divide
+        by the number of outputs.
     """
 
     network: Network
@@ -113,7 +113,7 @@ class Trainer:
 
     @cached_property
     def groups(self) -> Treatments:
-        """How each group of the network's parameters is treated."""
+        """The treatments of the groups of the network's parameters."""
         return Treatments.of(self.network.params, self.optimizer, self.treatments)
 
     @cached_property
@@ -138,7 +138,7 @@ class Trainer:
 
     @cached_property
     def alphas(self) -> tuple[float, ...]:
-        """The L2 penalty of each group of penalised parameters."""
+        """The L2 penalties, as `Hyper.alphas`."""
         return tuple(self.alpha * factor for factor in self.groups.penalties)
 
     def hyper(self, clock: Clock, memory: Any, keys: Sequence[int] = ()) -> tuple[Hyper, float]:
@@ -148,9 +148,9 @@ class Trainer:
         ----------
         clock : Clock
         memory : object
-            The schedule's.
+            Memory of the schedule.
         keys : sequence of int
-            One for each layer that draws noise.
+            Seeds, one for each layer that draws noise.
         """
         rate = self.schedule.rate(self.learning_rate, clock, memory)
         decay = at(self.optimizer.weight_decay, clock)
@@ -174,8 +174,8 @@ class Trainer:
     def _of_all(
         self, treatment: Any, clock: Clock, rate: float, decay: float
     ) -> tuple[Coefficients, Any]:
-        """Coefficients, and the factor on the parameters before the rule."""
-        # Python's floats, whatever a custom schedule or optimizer computes with
+        """Return the coefficients, and the factor on the parameters before the rule."""
+        # Python floats, whatever type a custom schedule or optimizer returns
         rate = float(rate * treatment.rate)
         found = self.optimizer.coefficients(clock.step + 1, rate)
         return tuple(map(float, found)), 1.0 - rate * (decay * treatment.decay)
@@ -183,7 +183,7 @@ class Trainer:
     def _of_members(
         self, treatment: Treatment, clock: Clock, rate: float, decay: float
     ) -> tuple[Coefficients, Any]:
-        """As `_of_all`, each for every member."""
+        """Return the results of `_of_all` with one value for each member."""
         rates, decays = (
             each(factor, self.network.members, "") for factor in (treatment.rate, treatment.decay)
         )
@@ -198,16 +198,16 @@ class Trainer:
         )
 
     def start(self, params: Params) -> State:
-        """Return the state before the first step; the parameters, from anywhere, are copied."""
+        """Return the state before the first step, with copies of the parameters."""
         with self.backend.scope(self.dtype):
             how = (self.optimizer, self.schedule, self.recipe.layout)
             origin = (*how, repr(self.backend), self.dtype)
             return State(Arrays(*self._fresh(params)), self.schedule.init(), origin)
 
     def resume(self, old: State, fresh: State) -> State:
-        """``old`` with the parameters of ``fresh``, and its own moments if they fit.
+        """Return ``old`` with the parameters of ``fresh``, and its own moments if they fit.
 
-        The moments are copied: if training fails, ``old`` is as it was.
+        The moments are copied, so that ``old`` stays intact if training fails.
         """
         history = list(old.history)
         if old.origin == fresh.origin:
@@ -220,7 +220,7 @@ class Trainer:
             " optimizer's moments and the schedule start anew",
             UserWarning,
         )
-        # Steps too: they correct the bias of moments that began at zero
+        # The step count restarts too: it corrects the bias of moments that start at zero
         return replace(
             old.cut_short(),
             arrays=fresh.arrays,
@@ -235,15 +235,15 @@ class Trainer:
         return leaves, self.optimizer.init(leaves, self.backend.xp)
 
     def load(self, params: Params) -> list[Array]:
-        """Leaves of our own from parameters on the host or on the backend."""
+        """Copy parameters, from the host or the backend, into leaves on the backend."""
         arrays = [self.backend.asarray(p, self.dtype, copy=True) for p in params]
-        # Laid out row by row, whatever came in: engines take a leaf for one run of memory
+        # Made contiguous in row-major order, since engines treat a leaf as one memory block
         xp = self.backend.xp
         arrays = [xp.reshape(xp.reshape(a, (-1,)), a.shape) for a in arrays]
         return self.recipe.layout.pack(arrays, xp)
 
     def params(self, leaves: list[Array]) -> list[Array]:
-        """Parameters in order, from leaves; views where arrays have them."""
+        """Return the parameters in order, from leaves; views where the library has them."""
         return self.recipe.layout.unpack(leaves, self.backend.xp)
 
     def fit(
@@ -259,41 +259,41 @@ class Trainer:
         planned_epochs: int | None = None,
         model: Callable[[State], Any] | None = None,
     ) -> StopReason:
-        """Train, changing ``state``, until something stops it.
+        """Train until a limit or a stopping rule ends it; change ``state`` in place.
 
         Parameters
         ----------
         state : State
-            If some epochs of this run are done, it goes on behind them, exactly as if
-            it had never stopped.
+            If it contains completed epochs of this run, training resumes after them as if it
+            had never stopped.
         source : Source
         max_epochs : int
-            Of the whole run.
+            Number of epochs of the whole run.
         rng : RandomState
-            Draws the order of the rows and the seeds of random layers; as it was when
-            the run began.
+            Random generator, in its state at the beginning of the run.  It draws the order
+            of the rows and the seeds of random layers.
         validate : callable, optional
-            From parameters to the score, higher is better, and the loss of held-out
-            rows, after each epoch.
+            Function from parameters to the score, higher is better, and the loss of held-out
+            rows; called after each epoch.
         early_stopping : bool, default=False
-            Watch that score instead of the loss; ``state.final_leaves`` then are the best.
+            Whether to watch that score instead of the loss and keep the best parameters.
         callbacks : sequence of Callback
         planned_epochs : int, optional
-            What schedules take for the whole length of training, if it goes on after
-            this call; ``max_epochs`` if not given.
+            Number of epochs that schedules assume, if training continues after this call;
+            ``max_epochs`` if not given.
         model : callable, optional
-            From the state to what callbacks are given that pause training.
+            Function from the state to the model for callbacks that pause training.
 
         Returns
         -------
         {"converged", "max_epochs", "stopped", "interrupted", "diverged"}
-            "stopped" by a callback; "diverged" only with early stopping, whose best
-            parameters then are what remains.
+            "stopped" by a callback; "diverged" only with early stopping, after which the
+            best parameters remain.
 
         Raises
         ------
         ValueError
-            If the state is in the middle of an epoch over other rows.
+            If the state is in the middle of an epoch, and the rows or batch size have changed.
         DivergenceError
             If the loss or a parameter is not finite and there is nothing to restore.
         """
@@ -305,7 +305,7 @@ class Trainer:
             )
         watched = "score" if early_stopping else "loss"
         if state.watched != watched:
-            # What was best of the one says nothing of the other
+            # The best loss cannot be compared with a score, nor a score with a loss
             state.watched, state.best, state.stalled_for = watched, inf, 0
         if early_stopping and state.best_leaves is None:
             state.best_leaves = self.copy(state.arrays.leaves)
@@ -334,14 +334,14 @@ class Trainer:
         return reason
 
     def copy(self, leaves: Sequence[Array]) -> list[Array]:
-        """Leaves of their own memory."""
-        # Copied, not aliased: the next step overwrites what it is handed
+        """Return copies of the leaves."""
+        # Not aliases: the next step overwrites the leaves it receives
         return [self.backend.asarray(leaf, copy=True) for leaf in leaves]
 
     def reported(self, value: Any, penalty: float = 0.0) -> float:
-        """Return the loss that the interface reports, of one that was minimised and its penalty.
+        """Return the reported loss, given the mean loss without the penalty, and the penalty.
 
-        Of several members, with a loss each and their common penalty, it is the mean.
+        For an ensemble, with one loss for each member and a common penalty, it is the mean.
         """
         if self.network.members is None:
             return float(self.loss_scale * value + penalty)
@@ -349,7 +349,7 @@ class Trainer:
         return self.loss_scale * mean + penalty / self.network.members
 
     def divergence(self, epoch: int, loss: float) -> str:
-        """Return what to say of values that are not finite."""
+        """Return the message about values that are not finite."""
         return (
             "Solver produced non-finite parameter weights. The input data may contain"
             " large values and need to be preprocessed."
@@ -360,7 +360,7 @@ class Trainer:
 
 @dataclass
 class _Loop:
-    """One call of `Trainer.fit`: the loop, and what it works with."""
+    """The loop of one call of `Trainer.fit`, with its arguments."""
 
     trainer: Trainer
     state: State
@@ -376,16 +376,16 @@ class _Loop:
         trainer, source = self.trainer, self.source
         kind = ENGINES[trainer.backend.engine]
         self.engine = kind(trainer.backend, trainer.recipe, trainer.reduce)
-        self.drawn = 0  # epochs of this run
+        self.drawn = 0  # epochs of this run whose draws are made
         self.n_steps = ceil(source.n_rows / trainer.batch_size)
         self.whole = source.whole(trainer.batch_size)
         self.began = time.perf_counter()
 
     def epochs(self) -> StopReason:
-        """All that are left, until something stops them."""
+        """Run the remaining epochs; return why training stopped."""
         state = self.state
         for _ in range(state.done):
-            self.draw()
+            self.draw()  # repeated, so that the generator is where it was
         if state.done and state.stalled_for > self.trainer.patience:
             return "converged"
         while state.done < self.max_epochs:
@@ -407,10 +407,10 @@ class _Loop:
         return "max_epochs"
 
     def n_unobserved(self) -> int:
-        """How many epochs may follow each other before the state is looked at.
+        """Return the number of epochs to run before anything needs the state.
 
-        More than one where an epoch is one step: to hand it to an engine, and to wait for
-        it, would take longer than the step.
+        It can be above one only if an epoch is one step.  A separate call of the engine for
+        such an epoch, with its synchronisation, would take longer than the step.
         """
         trainer, state = self.trainer, self.state
         watched = (
@@ -422,19 +422,19 @@ class _Loop:
         )
         if watched or self.whole is None:
             return 1
-        # Each adds at most one to those without progress
+        # Each epoch adds at most one to ``stalled_for``
         until_stalled = trainer.patience - state.stalled_for + 1
         return max(1, int(min(until_stalled, self.max_epochs - state.done, EPOCHS_AT_ONCE)))
 
     def plan(self, ahead: int, keys: list[tuple[int, ...]]) -> tuple[list[Hyper], float]:
-        """Return an epoch's changing numbers, a step each, and its last learning rate.
+        """Return the numbers of each step of an epoch, and its last learning rate.
 
         Parameters
         ----------
         ahead : int
-            Epochs that come before.
+            Number of epochs to run before this one.
         keys : list of tuple of int
-            Seeds, for each step.
+            Seeds of random layers, for each step.
         """
         trainer, state, n_steps = self.trainer, self.state, self.n_steps
         hypers = []
@@ -449,7 +449,7 @@ class _Loop:
         return hypers, rate
 
     def draw(self) -> list[tuple[int, ...]]:
-        """Have the rows brought in their next order, and draw seeds for random layers."""
+        """Begin the source's next epoch; draw the seeds of random layers, for each step."""
         self.source.begin(self.drawn, self.rng if self.trainer.shuffle else None)
         self.drawn += 1
         n_random = self.trainer.network.n_random
@@ -485,18 +485,18 @@ class _Loop:
         return loss / source.n_rows
 
     def repeat(self, hypers: list[Hyper]) -> list[float]:
-        """Epochs that are a step on all rows, or fewer if interrupted; their losses."""
+        """Run epochs of one step on all rows, fewer if interrupted; return their losses."""
         state, n = self.state, self.source.n_rows
         assert self.whole is not None
         task = Task(self.whole, None, self.trainer.batch_size, hypers, self.pauses.due)
         state.arrays, values = self.engine.run(state.arrays, task)
         state.steps += len(values)
         state.rows += n * len(values)
-        # Rounded as in `epoch`
+        # Multiplied and divided by n for the same rounding as in `epoch`
         return [n * self.trainer.reported(*pair) / n for pair in values]
 
     def end_epoch(self, loss: float, rate: float) -> StopReason | None:
-        """Finish an epoch: validate, call back, note the progress; return why to stop, if so."""
+        """Finish an epoch: validate, call back, note progress; return a reason to stop, if any."""
         trainer, state = self.trainer, self.state
         early = state.watched == "score"
         state.epochs += 1
@@ -531,10 +531,10 @@ class _Loop:
         return trainer.params(trainer.copy(self.state.arrays.leaves))
 
     def note_progress(self, value: float) -> bool:
-        """Note whether ``value``, lower is better, improved; true if it has stalled.
+        """Note whether ``value``, lower is better, improved; return whether progress stalled.
 
-        A score that equals the best plus ``tol`` counts as progress, a loss that
-        equals the best minus ``tol`` does too: scikit-learn's comparisons.
+        A score equal to the best plus ``tol``, or a loss equal to the best minus ``tol``,
+        counts as progress, as in scikit-learn.
         """
         trainer, state = self.trainer, self.state
         state.schedule = trainer.schedule.observe(state.schedule, value)
@@ -542,6 +542,6 @@ class _Loop:
         if value < state.best:
             state.best = value
             if state.best_leaves is not None:
-                state.best_leaves = []  # its memory is free before there is another
+                state.best_leaves = []  # frees the old copy before the new one is made
                 state.best_leaves = trainer.copy(state.arrays.leaves)
         return state.stalled_for > trainer.patience

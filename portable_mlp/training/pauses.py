@@ -1,4 +1,4 @@
-"""Pauses: when training halts between two steps, for callbacks or Ctrl-C."""
+"""Pauses of training between two steps, for callbacks or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from portable_mlp.callbacks import Callback, pausing
 
 
 class Pauses:
-    """When the loop halts between two steps, and what is done then.
+    """The conditions under which the loop pauses, and the callbacks to run then.
 
     Parameters
     ----------
-    interrupted : Event
+    interrupted : threading.Event
+        Event that Ctrl-C sets.
     callbacks : sequence of Callback
-        Those that ask for pauses are found here: without any, a step costs no more.
+        Callbacks of the fit; those that may want a pause are selected.  Without such
+        callbacks, a step has no additional cost.
     model : callable
-        What they are given.
+        Argument of `Callback.on_pause`.
 
     Attributes
     ----------
     due : callable
-        Whether to halt.
+        Function without arguments that tells whether to pause now.
     """
 
     def __init__(
@@ -44,17 +46,17 @@ class Pauses:
         return self.interrupted.is_set() or any(c.wants_pause() for c in self._asking)
 
     def hold(self) -> None:
-        """Let the callbacks do what they wanted the pause for."""
+        """Run the callbacks' ``on_pause``."""
         for callback in self._asking:
             callback.on_pause(self._model)
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into an event that the loop looks at between batches.
+    """Turn Ctrl-C into an event that the loop checks between batches.
 
-    A second Ctrl-C raises KeyboardInterrupt at once.  Only the main thread receives
-    signals.
+    A second Ctrl-C raises KeyboardInterrupt at once.  In other threads than the main one the
+    event is never set, because Python delivers signals to the main thread only.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -63,7 +65,7 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 
     def handle(signum: int, frame: FrameType | None) -> None:
         event.set()
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, previous)  # so that a second Ctrl-C interrupts at once
 
     previous = signal.signal(signal.SIGINT, handle)
     try:

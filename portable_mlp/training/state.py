@@ -1,4 +1,4 @@
-"""Where training stands, between two steps and between two calls."""
+"""The state of training, between two steps and between two calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portable_mlp.typing import Array
 
 
 class DivergenceError(ValueError):
-    """Training produced NaN or infinite values."""
+    """Error for training that produced NaN or infinite values."""
 
 
 class Begun(NamedTuple):
@@ -30,32 +30,38 @@ NOT_BEGUN = Begun()
 
 @dataclass
 class State:
-    """Where training stands: arrays on the device, counters on the host.
+    """The state of training: arrays on the device, counters on the host.
 
     Attributes
     ----------
     arrays : Arrays
-        After the last step.
+        Parameters and moments after the last step.
     schedule : object
-        The schedule's memory.
+        Memory of the schedule.
     origin : tuple
-        What the moments belong to.
+        Settings that the moments belong to: optimizer, schedule, layout, backend and dtype.
+        Moments are reused only if these are unchanged.
     generator : tuple
         State of the random generator before the run's first draw.
-    steps, rows, epochs : int
-        Done, and seen, in whole epochs since the moments began.
+    steps : int
+        Number of steps in completed epochs since the moments were zero.
+    rows, epochs : int
+        Number of rows seen in completed epochs, and of completed epochs.
     done : int
-        Epochs of the present run; the draws of so many are repeated when it goes on.
+        Number of completed epochs in the current run.  When the run resumes, their random
+        draws are repeated.
     begun : Begun
-        Progress within the epoch that follows.
+        Progress within the next epoch.
     stalled_for : int
-        Epochs in a row without progress.
+        Number of epochs in a row without progress.
     watched : {"loss", "score"}
+        Quantity that defines progress.
     best : float
-        Of what is watched, lower is better.
+        Best value of that quantity (the negated score); lower is better.
     best_leaves : list of arrays, optional
-        Parameters that scored best.
+        Leaves with the best score; None if no score is watched.
     history : list of Epoch
+        Records of all completed epochs.
     """
 
     arrays: Arrays
@@ -75,12 +81,12 @@ class State:
 
     @property
     def final_leaves(self) -> list[Array]:
-        """The parameters to use: the best, where a score was watched, or the last."""
+        """The leaves to use: those with the best score if a score is watched, else the last."""
         return self.arrays.leaves if self.best_leaves is None else self.best_leaves
 
     @property
     def last_params(self) -> list[Array]:
-        """Parameters after the last step, in order, where they were trained."""
+        """The parameters after the last step, in order, on the device of training."""
         _, _, layout, *_ = self.origin
         params: list[Array] = layout.unpack(
             self.arrays.leaves, backend_of(self.arrays.leaves[0]).xp
@@ -93,7 +99,7 @@ class State:
         return replace(self, steps=self.steps + steps, rows=self.rows + rows, begun=NOT_BEGUN)
 
     def without_final_leaves(self) -> State:
-        """Return the state to keep beside `final_leaves`, without the arrays that are in these."""
+        """Return the state to store next to `final_leaves`, without the arrays in those."""
         last = [] if self.best_leaves is None else self.arrays.leaves
         return replace(self, arrays=self.arrays._replace(leaves=last), best_leaves=None)
 
