@@ -119,6 +119,7 @@ class Progress(Callback):
 
     def on_fit_begin(self, max_epochs: int) -> None:
         self._max_epochs = max_epochs
+        self._before = None
         if not self._console.is_terminal:
             return
         from rich.progress import BarColumn, Progress, TextColumn

@@ -141,8 +141,8 @@ def _frequent(texts: pl.Series) -> list[str | None]:
 
     These get a column each in the one-hot encoding.
     """
-    counts = texts.value_counts(name="n").sort("n", texts.name, descending=[True, False])
-    found: list[str | None] = counts[texts.name].head(_MAX_CATEGORIES).to_list()
+    counts = texts.alias("text").value_counts(name="n").sort("n", "text", descending=[True, False])
+    found: list[str | None] = counts["text"].head(_MAX_CATEGORIES).to_list()
     return sorted(found, key=lambda text: (text is None, text or ""))
 
 

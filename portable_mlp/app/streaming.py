@@ -102,7 +102,8 @@ def predict_file(
     OSError
         If a file cannot be read or written.
     """
-    if out.suffix not in (".csv", ".parquet"):
+    suffix = out.suffix.lower()
+    if suffix not in (".csv", ".parquet"):
         raise ValueError(f"{out}: predictions are written as .csv or .parquet")
     wanted = {name: kind for name, kind in stored.kinds.items()
               if name in stored.used or not stored.by_name}  # fmt: skip
@@ -134,7 +135,7 @@ def predict_file(
     lazy = register_io_source(every, schema=first.schema)
     with replacing(out) as beside, deferred_interrupt() as interrupted:
         try:
-            _sink(lazy.sink_csv if out.suffix == ".csv" else lazy.sink_parquet, beside)
+            _sink(lazy.sink_csv if suffix == ".csv" else lazy.sink_parquet, beside)
         except pl.exceptions.PolarsError as error:
             raise (failures[0] if failures else OSError(f"{out}: {error}")) from error
         if interrupted.is_set():  # Polars may have taken it for the end of the rows

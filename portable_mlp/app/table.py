@@ -303,7 +303,7 @@ def _array_parts(path: Path, rows: int | None, names: list[str] | None) -> Itera
             raise ValueError("it is not one of NumPy's files")
         loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         columns: dict[str, NDArray[Any]] = {}
-        for name, array in {"": loaded}.items() if path.suffix == ".npy" else loaded.items():
+        for name, array in {"": loaded}.items() if magic == MAGIC_PREFIX else loaded.items():
             if array.ndim not in (1, 2):
                 raise ValueError(f"its array {name} has {array.ndim} dimensions")
             if array.ndim == 1:

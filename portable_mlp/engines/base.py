@@ -1,4 +1,4 @@
-"""What all engines share, and the one that calls the step as it is."""
+"""The base of all engines; it calls the step itself, batch by batch."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
 Values = list[tuple[Any, float]]
-"""Loss and penalty of each step; the losses, where there are members."""
+"""Loss and penalty of each step; with members, a list of their losses."""
 Reduce = Callable[[Array], None]
 
-# The most epochs in one task
+# The most epochs in one task.  Where an epoch is one step, handing it over takes about as long
+# as a small step does
 EPOCHS_AT_ONCE = 16
 
 
 class Task(NamedTuple):
-    """Steps to do, one for each of ``hypers`` from the ``first`` on.
+    """A number of steps: one for each entry of ``hypers``, from number ``first`` on.
 
     Parameters
     ----------
     data : Batch
-        Rows to take batches from, on the backend.
+        The rows from which batches are taken, on the backend.
     order : array of int, optional
-        Row numbers in the order to train on, on the host.  All rows in their own order if not
-        given.
+        Row numbers in the order of training, on the host.  If it is not given, all rows are
+        taken in their own order.
     batch_size : int
-        The last batch may be shorter.
+        Rows of a batch.  The last batch may be shorter.
     hypers : sequence of Hyper
-        One a batch.  Where all rows are one batch, one for each time it is taken: at most
-        `EPOCHS_AT_ONCE`.
+        The numbers of each step, one entry a batch.  If all rows are one batch, there is one
+        entry for each epoch, and at most `EPOCHS_AT_ONCE`.
     stop : callable
-        Asked between steps whether to end early.
+        Tells between steps whether to end early.
     first : int, default=0
-        Batches before this one have been done.
+        Number of the first step to do; the steps before it are done.
     totals : sequence of float, optional
-        Where the batches are a part of larger ones, and a step is cut in two: the numbers of
-        rows, or sums of weights, of the whole ones; see `Loss.__call__`.
+        If each batch is a part of a larger one, and steps are cut in two halves: the number
+        of rows, or the sum of weights, of each larger batch; see `Loss.__call__`.
     """
 
     data: Batch
@@ -76,7 +77,7 @@ class Task(NamedTuple):
         return n
 
     def batches(self) -> Iterator[slice]:
-        """Yield the rows of each batch to come, as places in the order."""
+        """Yield the rows of each batch to come, as slices of the order."""
         n = self.n_rows
         if n <= self.batch_size:
             yield from repeat(slice(0, n), len(self.hypers) - self.first)
@@ -86,9 +87,9 @@ class Task(NamedTuple):
 
 
 def flat(numbers: Any) -> tuple[Any, ...]:
-    """Return the numbers of a step, in the order in which a program takes them.
+    """Return the numbers of a step in the order in which a program takes them.
 
-    Those of members, each its own, are an array in float64 or int64.
+    A number with one value for each member is an array (members,) in float64 or int64.
     """
     found: list[Any] = []
     _flatten(numbers, found)
@@ -96,7 +97,7 @@ def flat(numbers: Any) -> tuple[Any, ...]:
 
 
 def _flatten(tree: Any, found: list[Any]) -> None:
-    # A function that goes down takes half the time of a generator, in every step
+    # This runs in every step, and takes half the time of a recursive generator
     for x in tree:
         if isinstance(x, tuple):
             _flatten(x, found)
@@ -105,22 +106,22 @@ def _flatten(tree: Any, found: list[Any]) -> None:
 
 
 def table(steps: Sequence[Any]) -> NDArray[np.float64]:
-    """Return all numbers of several steps, a row each, in the order of `flat`."""
+    """Return the numbers of several steps in the order of `flat`, an array (steps, numbers)."""
     rows = [[np.ravel(x) for x in flat(numbers)] for numbers in steps]
     return np.array([np.concatenate(row) if row else [] for row in rows], np.float64)
 
 
 class Engine:
-    """Calls the step batch by batch; serves every backend.
+    """An engine that calls the step itself for each batch, on every backend.
 
     Parameters
     ----------
     backend : Backend
     recipe : Recipe
     reduce : callable, optional
-        What is done to the vector between the two halves of each step, see `first_half`: it
-        changes the vector in place.  The sums are divided by the weight of the engine's own
-        batch, unless a task has ``totals``.  Without it, a step is one.
+        Function that changes the vector of `first_half` in place, between the two halves of
+        each step.  The sums are divided by the weight of the engine's own batch, unless a
+        task has ``totals``.  Without ``reduce``, steps are not cut in halves.
     """
 
     name: ClassVar[str] = "eager"
@@ -131,19 +132,19 @@ class Engine:
         self.reduce = reduce
 
     def run(self, arrays: Arrays, task: Task) -> tuple[Arrays, Values]:
-        """Do the steps of a task, or fewer.
+        """Do the steps of a task, or fewer if it asks to stop.
 
         Parameters
         ----------
         arrays : Arrays
-            Overwritten; use what comes back.
+            Donated: they may be overwritten, so use the returned ones.
         task : Task
 
         Returns
         -------
         arrays : Arrays
         values : list of (float, float)
-            Loss and penalty of each step that was done.
+            Loss and penalty of each step done.
         """
         losses, penalties = [], []
         for number, batch in enumerate(self._batches(task), task.first):
@@ -166,7 +167,7 @@ class Engine:
         return second_half(self.recipe, arrays, vector, hyper, self._weight(batch, total))
 
     def _weight(self, batch: Batch, total: float | None) -> float | None:
-        """Return the rows' weight that the second half divides by; None if it is in the vector."""
+        """Return the sum of weights for the second half; None if it is part of the vector."""
         if total is not None or batch.weights is not None:
             return total
         return float(batch.x.shape[-2])
@@ -179,7 +180,7 @@ class Engine:
         return length
 
     def _numbers(self, hyper: Hyper, arrays: Arrays) -> Hyper:
-        """Return the numbers as the step takes them: those of members as arrays."""
+        """Return the numbers as the step takes them: values of members as arrays."""
         if self.recipe.network.members is None:
             return hyper
         kind = str(arrays.leaves[0].dtype).rpartition(".")[2]
@@ -204,7 +205,7 @@ class Engine:
                 yield Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
 
     def _pair(self, row: list[float]) -> tuple[Any, float]:
-        """Loss and penalty of a step, from its values one after the other."""
+        """Return the loss and the penalty of a step, from a row of its values."""
         *losses, penalty = row
         return (losses[0] if self.recipe.network.members is None else losses), penalty
 
@@ -216,17 +217,17 @@ class Engine:
 
 
 class RecordedEngine(Engine):
-    """Base of the engines that record the step, and repeat what it did in another form.
+    """Base of the engines that record a step, and repeat it in another form.
 
-    What cannot be recorded runs eagerly, with a warning that says why.  So do epochs
-    within the first ``EAGER`` steps: recording takes about as long as they do.
+    A step that cannot be recorded runs eagerly, with a warning that says why.  The first
+    ``EAGER`` steps run eagerly, too, since recording takes about as long as they do.
     """
 
     EAGER = 16
 
     def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
         super().__init__(backend, recipe, reduce)
-        self._begun = 0  # steps
+        self._begun = 0  # steps done eagerly
         self._recordable = True
 
     def run(self, arrays: Arrays, task: Task) -> tuple[Arrays, Values]:
@@ -248,18 +249,18 @@ class RecordedEngine(Engine):
         return arrays, values + more
 
     def repeat(self, arrays: Arrays, task: Task, values: Values) -> None:
-        """Do what ``run`` does, in place, and append to ``values``.
+        """Do the steps of a task, as `run` does, in place, and append to ``values``.
 
         Raises
         ------
         Unrecordable
-            If that is impossible; the arrays are then as after the last of ``values``.
+            If that is impossible.  The arrays then are those after the last step in ``values``.
         """
         raise NotImplementedError
 
 
 class Tree:
-    """A tree of specs as a key: equal if its leaves are."""
+    """A tree of specs as the key of a cache; trees with equal leaves are equal."""
 
     def __init__(self, tree: Any) -> None:
         self.tree = tree
@@ -273,15 +274,15 @@ class Tree:
 
 
 class Roles(NamedTuple):
-    """How many of a program's first inputs that are arrays have which role.
+    """The roles of a program's first array inputs.
 
     Attributes
     ----------
     donated : int
-        Overwritten by the outputs of the same place.
+        Number of first arrays that are overwritten by the outputs at the same positions.
     resident : int
-        Behind them: always the same memory, as the donated ones, but only read.  All others
-        are passed: their memory may be another one at each call.
+        Number of arrays behind them that are only read.  Donated and resident arrays have the
+        same memory at every call; all others may have another memory at each call.
     """
 
     donated: int
@@ -292,22 +293,28 @@ WHOLE, FIRST, SECOND = "whole", "first", "second"
 
 
 def recorded(recipe: Recipe, arguments: Tree, part: str = WHOLE) -> tuple[Program, Roles]:
-    """Return what a step does with such arguments, and the roles of these.
+    """Record a step, or a half of one; return its program and the roles of the arguments.
 
     Parameters
     ----------
     recipe : Recipe
     arguments : Tree
-        Of a whole step (arrays, batch, hyper); of its first half (vector, leaves, batch,
-        numbers, total); of its second half (arrays, vector, hyper, n).
+        Specs of the arguments.  A whole step takes (arrays, batch, hyper), its first half
+        (vector, leaves, batch, numbers, total), its second half (arrays, vector, hyper, n).
     part : {"whole", "first", "second"}
+        The part of the step to record.
+
+    Raises
+    ------
+    Unrecordable
+        If the step does what a program cannot hold.
     """
     recorder = Recorder()
     recipe = replace(recipe, xp=recorder)
     count = [len(list(flatten(branch))) for branch in arguments.tree]
 
     def first(vector: Array, *rest: Any) -> Array:
-        return first_half(recipe, *rest)  # replaces what the vector was
+        return first_half(recipe, *rest)  # a donated input: the result is written into it
 
     parts: dict[str, tuple[Callable[..., Any], Roles]] = {
         WHOLE: (partial(step, recipe), Roles(count[0])),

@@ -1,4 +1,4 @@
-"""The engine of JAX: loops of steps, compiled."""
+"""The engine of JAX, which compiles loops of steps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from portable_mlp.typing import Array
 
 
 class ScanEngine(Engine):
-    """Loops of steps, compiled by JAX.
+    """An engine that runs loops of steps, compiled by JAX.
 
-    Ctrl-C and progress wait for a loop's end, so it is cut into pieces of at most
-    ``SECONDS``; the number of steps in a piece is an argument, not a new program.
+    Ctrl-C and progress wait for the end of a loop.  So a loop is cut into pieces that take
+    about ``SECONDS``.  The number of steps in a piece is an argument of the program.
     """
 
     name = "scan"
@@ -31,7 +31,7 @@ class ScanEngine(Engine):
         if reduce is not None:
             raise ValueError("JAX compiles whole steps: a step in two halves is for other backends")
         super().__init__(backend, recipe)
-        self._pace = 0.0  # steps a second
+        self._pace = 0.0  # steps a second, of the last piece
         self._loops: dict[tuple[int, int], Any] = {}
 
     def run(self, arrays: Arrays, task: Task) -> tuple[Arrays, Values]:
@@ -48,7 +48,7 @@ class ScanEngine(Engine):
         form = specify(hypers[0])
         specs = [*flatten(form)]
         is_whole = np.repeat([s.dtype is int for s in specs], [prod(s.shape) for s in specs])
-        # Whole numbers apart: float32 has not all of them
+        # Integers have a table of their own, since float32 cannot represent all of them
         tables = []
         for kind, wanted in ((arrays.leaves[0].dtype, False), (np.int32, True)):
             chosen = numbers[:, is_whole == wanted]
@@ -73,9 +73,9 @@ class ScanEngine(Engine):
 
 @lru_cache(maxsize=64)
 def _loop(recipe: Recipe, form: Any, size: int, batch_size: int) -> Any:
-    """Compiled steps on batches of ``size`` rows, each ``batch_size`` after the other.
+    """Return compiled steps on batches of ``size`` rows that begin ``batch_size`` rows apart.
 
-    ``form`` is what `specify` says of the numbers of a step.
+    ``form`` is the tree of specs of the numbers of a step.
     """
     jax = import_module("jax")
     xp = recipe.xp
@@ -92,11 +92,13 @@ def _loop(recipe: Recipe, form: Any, size: int, batch_size: int) -> Any:
             if indices is None:
                 if size == data.x.shape[0]:
                     return data
+                # A slice with a fixed size: JAX compiles for known shapes only
                 cut = partial(
                     jax.lax.dynamic_slice_in_dim, start_index=i * batch_size, slice_size=size
                 )
             else:
                 rows = jax.lax.dynamic_slice_in_dim(indices, i * batch_size, size)
+                # Clipped, since the default compares each index with the number of rows
                 cut = partial(xp.take, indices=rows, axis=0, mode="clip")
             return Batch(*(None if a is None else cut(a) for a in data))
 
@@ -114,6 +116,7 @@ def _loop(recipe: Recipe, form: Any, size: int, batch_size: int) -> Any:
             found = xp.concat([xp.reshape(xp.asarray(v, dtype=table.dtype), -1) for v in pair])
             return arrays, values.at[i, :].set(found)
 
+        # (steps, losses and penalty)
         values = xp.zeros((table.shape[0], recipe.n_losses + 1), dtype=table.dtype)
         looped: tuple[Arrays, Array] = jax.lax.fori_loop(span[0], span[1], body, (arrays, values))
         return looped

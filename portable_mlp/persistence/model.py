@@ -100,11 +100,17 @@ def save_checkpoint(
 ) -> Path:
     """Write a model as `save` does, with the training state that `continue_fit` needs.
 
-    The model has to be trained in epochs, not by L-BFGS.  Parameters, result and errors are
-    those of `save`.
+    Parameters, result and errors are those of `save`.
+
+    Raises
+    ------
+    ValueError
+        If the model has no training state: L-BFGS leaves none, and files of `save` hold none.
     """
     meta, arrays = _describe(model, preprocessing, notes)
-    state: State = model._state
+    state: State | None = getattr(model, "_state", None)
+    if state is None:
+        raise ValueError("the model has no training state: it was not trained in epochs here")
     _, _, layout, backend, dtype = state.origin
     kind, keys, *rest = state.generator
     memory = state.schedule

@@ -74,6 +74,25 @@ def test_arrays(tmp_path, rng):
     np.testing.assert_array_equal(pl.concat(chunks).to_numpy()[:, 0], X[:, 1])
 
 
+@pytest.mark.parametrize("name", ["T.NPY", "t.npz", "T.NPZ", "t.npy"])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_content_of_arrays_tells_how_many_there_are(name, several, tmp_path):
+    """People rename files, and Windows writes names in capitals."""
+    x = np.arange(6.0).reshape(3, 2)
+    with open(tmp_path / name, "wb") as file:
+        np.savez(file, x=x) if several else np.save(file, x)
+    frame = read_table([tmp_path / name])
+    assert frame.columns == (["x_0", "x_1"] if several else ["column_0", "column_1"])
+    np.testing.assert_array_equal(frame.to_numpy(), x)
+
+
+@pytest.mark.parametrize("name", ["n", "text", "count"])
+def test_a_text_column_may_have_any_name(name):
+    frame = pl.DataFrame({name: ["b", "a", None, "b"]})
+    encoded = make_preprocessing(frame, [name], scale=False, by_name=True).fit_transform(frame)
+    assert encoded.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0]]
+
+
 def test_several_files_are_one_table_whatever_the_order_of_their_columns(tmp_path):
     first = write(MIXED[:3], tmp_path / "a.csv")
     second = write(MIXED[3:].select(reversed(MIXED.columns)), tmp_path / "b.parquet")

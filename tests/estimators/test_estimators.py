@@ -32,6 +32,7 @@ from sklearn.preprocessing import StandardScaler
 from portable_mlp import Callback, DivergenceError, MLPClassifier, MLPRegressor
 from portable_mlp.activations import ELU
 from portable_mlp.backends import to_host
+from portable_mlp.callbacks import Progress
 from portable_mlp.engines import ENGINES
 from portable_mlp.engines.base import RecordedEngine
 from portable_mlp.losses import BinaryCrossEntropy, Quantile, SoftmaxCrossEntropy, SquaredError
@@ -316,6 +317,25 @@ def test_prediction_in_chunks_is_the_same(monkeypatch):
     whole = model.predict_proba(X)
     monkeypatch.setattr("portable_mlp.estimators.inference._CHUNK", 20 * 7)
     np.testing.assert_allclose(model.predict_proba(X), whole, rtol=1e-14)
+
+
+def test_progress_counts_the_epochs_of_its_own_fit(capsys, monkeypatch):
+    """A callback may be used for several fits; each epoch takes a second here."""
+    X, y = data("binary")
+    progress = Progress(full=True)
+    model = MLPClassifier(max_iter=2, tol=0, random_state=0, callbacks=[progress]).fit(X, y)
+    model.set_params(max_iter=4)
+
+    def on_epoch_end(epoch, params, original=progress.on_epoch_end):
+        original(epoch._replace(seconds=float(epoch.epoch - 2)), params)
+
+    monkeypatch.setattr(progress, "on_epoch_end", on_epoch_end)
+    capsys.readouterr()
+    model.continue_fit(X, y)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-3:] for line in lines] == [
+        ["1.00/s", "0:00:01", "left"], ["1.00/s", "0:00:00", "left"]
+    ]  # fmt: skip
 
 
 def test_verbose_prints_a_line_an_epoch(capsys):

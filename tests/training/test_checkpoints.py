@@ -19,7 +19,7 @@ from helpers.targets import get_target
 from sklearn.preprocessing import StandardScaler
 
 from portable_mlp import Callback, Checkpoint, MLPClassifier, MLPRegressor, load, save
-from portable_mlp.persistence import read_metadata
+from portable_mlp.persistence import read_metadata, save_checkpoint
 from portable_mlp.schedules import Cosine, OneCycle, ReduceOnPlateau
 from portable_mlp.training import Begun
 from portable_mlp.training.pauses import Pauses
@@ -250,6 +250,15 @@ def test_checkpoints_change_nothing_and_cost_nothing_when_unused(tmp_path):
     assert same(watched, whole)
     event = threading.Event()
     assert Pauses(event, [Callback()], lambda: None).due == event.is_set
+
+
+def test_a_model_without_a_training_state_makes_no_checkpoint(tmp_path):
+    models = [MLPClassifier(solver="lbfgs", max_iter=5).fit(X, LABELS)]
+    models.append(load(save(models[0], tmp_path / "model")))
+    for model in models:
+        with pytest.raises(ValueError, match="no training state"):
+            save_checkpoint(model, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_what_a_checkpoint_cannot_do(tmp_path):

@@ -1,9 +1,9 @@
-"""The engine of CUDA devices: a step captured once in a graph, replayed for each batch.
+"""The engine of CUDA devices, which captures a step in a graph and replays it for each batch.
 
-What a step launches never changes.  The kernels (`portable_mlp.engines.cuda.kernels`) read the
-rows of their batch, and the numbers of the step, from the place that a counter on the device
-points to, and leave the loss there.  So the host launches a step by one call, and reads the
-losses after the last step.
+The launches of a step never change.  The kernels (`portable_mlp.engines.cuda.kernels`) read the
+rows of their batch and the numbers of the step at the position of a counter on the device, and
+store the loss there.  So the host launches a step by one call, and reads the losses after the
+last step.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from portable_mlp.warn import warn
 
 @dataclass
 class _Work:
-    """Launches that can be repeated.
+    """A sequence of launches that can be repeated.
 
-    A graph holds addresses, and keeps no array alive: all that it points to lives as long as
-    this, for ``launch`` holds it.
+    A graph holds addresses, and does not keep arrays alive.  ``launch`` does: all arrays that
+    the graph points to live as long as this object.
 
     Attributes
     ----------
     launch : callable
-        Launches kernel by kernel.
+        Function that launches kernel by kernel.
     graph : Graph, optional
-        Of the same launches.
+        The captured graph of the same launches.
     """
 
     launch: Callable[[], None]
@@ -66,8 +66,8 @@ class _Work:
                 self.graph.launch()
                 return
             except Exception as error:
-                # A graph that is not launched has changed nothing.  Of kernels, some may have
-                # run: what fails then is an error, for no step may be done twice
+                # A graph that fails to launch has changed nothing, so the kernels can do the
+                # step.  If they fail halfway, it is an error: no step may be done twice
                 if not is_out_of_memory(error):
                     raise
                 self.graph = None
@@ -91,24 +91,28 @@ class _Program:
 
 @dataclass
 class _Memory:
-    """What the programs for data of one shape point at: graphs hold pointers, not arrays.
+    """The arrays that the programs for data of one shape point at.
 
     Attributes
     ----------
     given : list of array
-        The data that came last.
+        The data of the last task.
     data : list of array
-        Where it is: the same, or arrays of our own.
+        The arrays that the programs read: the same, or copies.
     own : bool
-        Which of them.
+        Whether they are copies.
     whole : bool
-        Whether all data are one batch.
+        Whether all rows are one batch.
     tables : list of array
-        A step's numbers; of a step in two halves, those of each.
-    rows, losses, at : array
-        Row numbers of the data, values of each step, and the next step.
+        The numbers of the steps, (steps, numbers); one table for each half of a step.
+    rows : array (rows,)
+        Row numbers in the order of training, int32.
+    losses : array (steps, losses + 1)
+        Losses and penalty of each step.
+    at : array (1,)
+        Number of the next step, int32.
     programs : dict
-        By the number of rows.
+        The program for each number of rows of a batch.
     """
 
     given: list[Array]
@@ -123,17 +127,17 @@ class _Memory:
 
 
 class CaptureEngine(RecordedEngine):
-    """Repeats a captured step.
+    """An engine that repeats a captured step.
 
-    The first replay on batches of a size is compared with the step itself.  What cannot be
-    captured is launched kernel by kernel; what differs, cannot be recorded, or needs more
-    memory than there is, runs as the step itself.  A warning says which, and why.
+    The first replay for each size of batch is compared with the step itself.  A step that
+    cannot be captured is launched kernel by kernel.  A step that differs, cannot be recorded,
+    or needs more memory than there is, runs eagerly.  A warning says which, and why.
     """
 
     name = "capture"
 
-    _SHAPES = 4  # of data, to hold programs for: a reader's batches, and its last
-    # Relative to the step's change, in the Euclidean norm
+    _SHAPES = 4  # of data whose programs are kept, such as a reader's parts and its last part
+    # Largest error of a replay relative to the change of the step, in the Euclidean norm
     _TOLERANCE: ClassVar[dict[str, float]] = {"float32": 1e-2, "float64": 1e-6}
 
     def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
@@ -147,7 +151,7 @@ class CaptureEngine(RecordedEngine):
         try:
             self._repeat(arrays, task, values)
         except Exception:
-            # The step itself needs the memory
+            # The eager step that follows needs the memory
             self._memories.clear()
             self._cuda = self._arrays = self._now = None
             raise
@@ -169,11 +173,11 @@ class CaptureEngine(RecordedEngine):
     # ------------------------------------------------------------ an epoch
 
     def _prepare(self, arrays: Arrays, task: Task) -> None:
-        """Put what an epoch's steps read where they read it."""
+        """Write the data and the numbers of an epoch to where its programs read them."""
         to, given = self.backend.asarray, [a for a in task.data if a is not None]
         n, order = task.n_rows, task.order
         numbers = self._tables(task)
-        # Graphs point into them: they have room for whatever may come
+        # Graphs point into the tables, so these are as long as any later task needs
         length = max(len(numbers[0]), EPOCHS_AT_ONCE)
         rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
         whole = order is None and n <= task.batch_size
@@ -191,7 +195,7 @@ class CaptureEngine(RecordedEngine):
             for mine, a in zip(now.data, given, strict=True):
                 mine[...] = a
         elif now is None or not known:
-            # Data that changes from call to call comes into arrays of our own
+            # Data that is another array at each call is copied into arrays that stay
             own = now is not None
             if now is None and len(self._memories) == self._SHAPES:
                 self._memories.clear()
@@ -214,7 +218,7 @@ class CaptureEngine(RecordedEngine):
         self._now = now
 
     def _tables(self, task: Task) -> list[NDArray[np.float64]]:
-        """Return the numbers of each step, for each of its programs."""
+        """Return the table of numbers for each program of a step, (steps, numbers)."""
         if self.reduce is None:
             return [table(task.hypers)]
         sizes = [rows.stop - rows.start for rows in task._replace(first=0).batches()]
@@ -259,7 +263,7 @@ class CaptureEngine(RecordedEngine):
         hyper: Hyper,
         total: float | None,
     ) -> _Program:
-        """Allocate, and return the step, which is not captured yet."""
+        """Allocate memory, and return the program of a step, not captured yet."""
         backend, now = self.backend, self._now
         rows = [a for a in batch if a is not None]
         buffers = now.data if now.whole else [_row_by_row(a, backend.xp) for a in rows]
@@ -280,7 +284,7 @@ class CaptureEngine(RecordedEngine):
         return _Program(works, partial(self.reduce, vector))
 
     def _gather(self, buffers: list[Array], size: int, batch_size: int) -> Callable[[], None]:
-        """Return the launch that brings a batch's rows into buffers."""
+        """Return the launch that copies the rows of a batch into buffers."""
         now, cuda = self._now, self._cuda
         assert cuda is not None
         source, kernel = gather_kernel(list(specify(buffers)), size, batch_size)
@@ -290,7 +294,7 @@ class CaptureEngine(RecordedEngine):
     def _calls(
         self, part: str, arguments: Any, given: list[Array], numbers: Array
     ) -> list[Callable[[], None]]:
-        """Return the launches of a program, on its arguments' arrays and memory of its own."""
+        """Return the launches of a program on the given arrays and on new work memory."""
         backend, cuda, now = self.backend, self._cuda, self._now
         assert cuda is not None
         kernels = _kernels(self.recipe, Tree(specify(arguments)), part)
@@ -326,12 +330,12 @@ class CaptureEngine(RecordedEngine):
         number: int,
         program: _Program,
     ) -> None:
-        """Capture the step, do it once, and compare that with the step itself.
+        """Capture a step, replay it once, and compare the result with the step itself.
 
         Raises
         ------
         Unrecordable
-            If they differ, or it fails; nothing has been done then.
+            If they differ, or the replay fails.  The arrays are then as before the step.
         """
         backend = self.backend
         own = [*flatten(arrays)]
@@ -350,16 +354,16 @@ class CaptureEngine(RecordedEngine):
 
         def attempt(action: Callable[[], None]) -> None:
             action()
-            backend.synchronize()  # what fails on the device is seen only then
+            backend.synchronize()  # errors on the device are reported only here
 
         try:
-            attempt(program)  # loads the kernels, which cannot be while they are captured
+            attempt(program)  # loads the kernels, which is impossible during a capture
             undo()
             for work in program.works:
                 self._capture(work)
             attempt(program)
             alike = self._alike(number, wanted_values, [*flatten(wanted)], own, before)
-        except Exception as failure:  # the compiler's, CUDA's, cuBLAS's: no common base
+        except Exception as failure:  # those of NVRTC, CUDA and cuBLAS have no common base
             undo()
             if is_out_of_memory(failure):
                 raise
@@ -376,7 +380,7 @@ class CaptureEngine(RecordedEngine):
         got: list[Array],
         before: list[Array],
     ) -> bool:
-        """Compare the arrays and values after a step with those wanted, on the device."""
+        """Tell whether the arrays and values after a step are close to those wanted."""
         norm = self.backend.xp.linalg.vector_norm
         dtype = str(got[0].dtype)
         tolerance, eps = self._TOLERANCE[dtype], float(np.finfo(dtype).eps)
@@ -389,13 +393,13 @@ class CaptureEngine(RecordedEngine):
         for w, g, b in zip(wanted, got, before, strict=True):
             norms = self.backend.fetch([norm(g - w), norm(w - b), norm(w)])
             error, change, size = norms.tolist()
-            # Where the step overflows, the kernels may do so differently
+            # If the step overflows, the kernels may overflow elsewhere: no comparison
             if isfinite(size) and not error <= tolerance * change + 10 * eps * size:
                 return False
         return True
 
     def _capture(self, work: _Work) -> None:
-        """Capture the work in a graph, if that can be."""
+        """Capture the work in a graph; warn if that is impossible."""
         assert self._cuda is not None
         try:
             work.graph = self._cuda.capture(work.launch)
@@ -413,7 +417,7 @@ def _all_of(calls: list[Callable[[], None]]) -> Callable[[], None]:
 
 @contextmanager
 def _eager_for_want_of_memory() -> Iterator[None]:
-    """Make a want of memory a reason to run the step itself."""
+    """Turn an out-of-memory error into a reason to run the step eagerly."""
     try:
         yield
     except Exception as error:
@@ -430,12 +434,12 @@ def _warn_of_kernels(reason: Exception) -> None:
 
 
 def _row_by_row(a: Array, xp: Any) -> Array:
-    """Return the array, laid out row by row; itself, if it is."""
+    """Return the array in row-major order, without a copy if it is."""
     return xp.reshape(xp.reshape(a, (-1,)), a.shape)
 
 
 @lru_cache(maxsize=64)
 def _kernels(recipe: Recipe, arguments: Tree, part: str) -> Kernels:
-    # Without memory, so that it can outlive a fit
+    # Kernels hold no memory, so that they can outlive a fit
     program, roles = recorded(recipe, arguments, part)
     return compile_program(program, roles.donated)

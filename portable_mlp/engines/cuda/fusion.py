@@ -1,9 +1,9 @@
-"""Which of a program's operations share a kernel, and where results lie between kernels.
+"""Fusion: which operations of a program share a CUDA kernel, and where results lie.
 
-All that is computed at the same points, one after the other, becomes one kernel: a layer's
-bias with its activation, its derivative, a whole loss, the update of all parameters.  It
-ends where a result is needed elsewhere than where it was computed: by a matrix product, a
-sum over many elements, or through a transposition.
+Consecutive operations on the same points become one kernel: a layer's bias with its
+activation, its derivative, a whole loss, the update of all parameters.  A kernel ends where
+another thread needs a result: in a matrix product, a sum over many elements, or a
+transposition.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ from portable_mlp.engines.graph.program import (
 )
 from portable_mlp.engines.graph.recording import Unrecordable
 
-_LONG = 64  # elements; a sum over more is shared by many threads
+_LONG = 64  # elements; many threads share a sum over more
 _ROW = 16  # elements of a row that a thread keeps in registers; of 32 in float64 some spill
-_MOST = 2**30  # elements: kernels count them, and a stride beyond, in an int
+_MOST = 2**30  # elements: a kernel counts them in an int, which also holds one stride more
 _SHARE = 8192  # elements that one block adds up
 
 
 @dataclass
 class Launch:
-    """A kernel of nodes computed at the same points, a product, or a sum over all elements.
+    """A launch: a kernel on points, a matrix product, a sum over all elements, or a copy.
 
-    Or data that moves: a part into the array that it is joined in, or an output to the
-    donated array that it replaces, by way of memory aside.
+    A copy moves a part into the array that it is joined in.  An output moves to the donated
+    array that it replaces in two launches: aside, and then home.
     """
 
     kind: Literal["points", "product", "total", "copy", "move aside", "move home"]
     nodes: list[Node] = field(default_factory=list)
-    rows: int = 0  # of a kernel whose threads have a row each: how many
+    rows: int = 0  # if each thread computes a row: the number of rows
     points: int = 0
-    offset: int = 0  # of a copy: elements behind the start of the array that is joined
-    # Of a copy: elements that lie together, and from them to the next ones of the same part
+    offset: int = 0  # of a copy: the first element of the joined array to write
+    # Of a copy: contiguous elements, and the stride from such a run to the next one
     runs: tuple[int, int] = (0, 0)
 
 
 class Fusion:
-    """Gathers a program's operations into launches, and gives them memory."""
+    """The launches of a program, and the memory of their results."""
 
     def __init__(self, program: Program, n_donated: int) -> None:
         self.program = program
         self.arrays = [x for x in program.inputs if not x.is_number]
-        self.numbers: dict[Node, int] = {}  # the first column of each in the table
+        self.numbers: dict[Node, int] = {}  # first column in the table of numbers
         self.n_numbers = 0
         for x in program.inputs:
             if x.is_number:
@@ -82,7 +82,7 @@ class Fusion:
         calculated = [
             x for x in program.nodes if x.op not in VIEWS and not x.is_number and not inline(x)
         ]
-        # Rows of few elements that something is summed over: a thread may have a row
+        # Short rows that are summed: one thread computes a whole row
         summed = [
             (x.operands[0].shape, *x.attrs[0])
             for x in calculated
@@ -108,7 +108,7 @@ class Fusion:
     # ------------------------------------------------------------ launches
 
     def _put(self, x: Node) -> None:
-        """Launch what is no kernel of many nodes, and before it what it reads."""
+        """Launch x, after what it reads, if it cannot be a part of a kernel on points."""
         if x.op in ("max", "min") and x.dtype.kind != "f":
             raise Unrecordable(f"it takes the {x.op} of {x.dtype}")
         if x.op == "matmul" and any(o.ndim > 1 for o in x.operands):
@@ -146,10 +146,9 @@ class Fusion:
         self.at[x] = last
 
     def _need(self, x: Node) -> None:
-        """Put x, and all that nobody has needed before it, into a kernel.
+        """Put x, and all that it needs and no earlier launch has computed, into a kernel.
 
-        As late as possible: what was computed for a layer's output need not be kept for its
-        derivative.
+        Kernels are made as late as possible, so that few results have to be kept.
         """
         if inline(x) or x.op in VIEWS:
             for base, _ in list(self._bases(x, Access("0"))):
@@ -178,7 +177,7 @@ class Fusion:
                 if base in self.at:
                     here = local and self.launches[self.at[base]].kind == "points"
                     first = max(first, self.at[base] + (not here))
-        if together & self.at.keys():  # needed in between, elsewhere
+        if together & self.at.keys():  # a launch added meanwhile needed some of them
             self._need(x)
             return
         nodes = sorted(together, key=self.order.__getitem__)
@@ -193,7 +192,7 @@ class Fusion:
         self.at |= dict.fromkeys(nodes, i)
 
     def _pointwise(self, x: Node) -> bool:
-        """Whether x is computed in a kernel of many nodes."""
+        """Tell whether x is computed in a kernel on points."""
         if x.op in ("matmul", "concat"):
             return False
         return not (x.op in REDUCTIONS and x.size == 1 and _length(x) > _LONG)
@@ -203,9 +202,9 @@ class Fusion:
             raise Unrecordable(f"there is no CUDA kernel of {x.op}")
 
     def _rows(self, x: Node) -> int:
-        """Return the number of rows, if each is a thread's; 0 if each element is."""
+        """Return the number of rows if a thread computes a row; 0 if it computes an element."""
         rows = self._rows_of(x.shape)
-        # A thread with a row of results would add up a row for each of them
+        # A thread with a row of sums would have to add up a row for each of them
         several = x.op in REDUCTIONS and any(n not in (1, rows) for n in x.shape)
         return 0 if several else rows
 
@@ -218,7 +217,7 @@ class Fusion:
         return next((n for n, k in (shape, shape[::-1]) if (n, k) in self.few), 0)
 
     def _own(self, x: Node, rows: int) -> Access:
-        """Return the element of x that a thread computes: of a row, the j-th."""
+        """Return the element of x that thread i computes; in a row, the j-th element."""
         if not rows:
             return Access("i")
         indices = ["i" if n == rows else "0" if n == 1 else "j" for n in x.shape]
@@ -236,7 +235,7 @@ class Fusion:
     # ------------------------------------------------------------ what is read
 
     def _reads(self, x: Node, access: Access) -> Iterator[tuple[Node, Access]]:
-        """Yield the arrays, and their elements, that an element of x is computed from."""
+        """Yield the arrays in memory, and the element of each, that an element of x depends on."""
         for operand, where in self._operands(x, access):
             if isinstance(operand, Node) and not operand.is_number:
                 yield from self._bases(operand, where)
@@ -251,7 +250,7 @@ class Fusion:
             yield from self._reads(x, access)
 
     def _operands(self, x: Node, access: Access) -> Iterator[tuple[Any, Access]]:
-        """Yield the operands, and which element of each."""
+        """Yield the operands of x, and the element of each that an element of x depends on."""
         if x.op in REDUCTIONS:
             (operand,) = x.operands
             axes, keepdims = x.attrs
@@ -273,11 +272,11 @@ class Fusion:
                 yield operand, access
 
     def _variable(self, x: Node, axis: int) -> str:
-        """Return what runs along an axis that is summed over."""
+        """Return the loop variable along an axis that is summed."""
         return "j" if self._rows(x) and x.shape[axis] != self._rows(x) else f"r{axis}"
 
     def _where(self, launch: Launch) -> Iterator[tuple[Node, Access]]:
-        """All that a launch reads."""
+        """Yield the arrays, and the element of each, that a launch reads."""
         for x in launch.nodes:
             if launch.kind == "product":
                 yield from ((o.root, Access("")) for o in x.operands)
@@ -314,7 +313,7 @@ class Fusion:
             in_place = (
                 at >= 0
                 and self.launches[at].kind == "points"
-                and base in self.launches[at].nodes  # no array joined of parts
+                and base in self.launches[at].nodes  # not joined from parts
                 and base not in self.homes
                 and base not in self.places
                 and base.dtype == x.dtype
@@ -323,7 +322,7 @@ class Fusion:
                     for i, flat in readers[x]
                 )
             )
-            # What is joined of parts has to find nothing there that is still read
+            # Parts are written one by one: the donated array must not be read any more
             joined = base.op == "concat" and not readers[x] and base.dtype == x.dtype
             if in_place or (joined and base not in self.places):
                 self.places[base] = self.places[x]
@@ -331,7 +330,7 @@ class Fusion:
                 moves.append((x, y))
         if {base for base, _ in self._last_reads()} & {x for x, _ in moves}:
             raise Unrecordable("it returns a number out of an array that it overwrites")
-        # First aside, then home: an output may read what another overwrites
+        # All aside first, then home, since an output may read what another one overwrites
         for x, y in moves:
             self.launches.append(Launch("move aside", [x, y], points=x.size))
         for x, y in moves:
@@ -345,7 +344,7 @@ class Fusion:
                 yield from self._bases(y, Access("0", ("0",) * y.ndim))
 
     def _allocate(self) -> int:
-        """Give a place to all that is read by another launch; return the bytes needed."""
+        """Place the results that other launches read; return the bytes of work memory."""
         born: dict[Any, int] = {}
         dies: dict[Any, int] = {}
         size: dict[Any, int] = {}
@@ -384,6 +383,7 @@ class Fusion:
         work = len(self.arrays)
         total = 0
         placed: list[tuple[Any, int]] = []
+        # First fit: the lowest offset that is free for the whole life of a result
         for key in sorted(born, key=lambda key: born[key]):
             if key in self.places:
                 continue
@@ -402,25 +402,23 @@ class Fusion:
         return max(total, 1)
 
     def _is_local(self, base: Node, access: Access, i: int) -> bool:
-        """Whether a launch has computed this element itself, in the same thread."""
+        """Tell whether a launch computes this element itself, in the same thread."""
         if self.at.get(base) != i or base not in self.launches[i].nodes:
             return False
         return access.flat == self._own(base, self.launches[i].rows).flat
 
-    # ------------------------------------------------------------ writing
-
 
 def inline(x: Node) -> bool:
-    """Whether x is computed again at each use, which costs less than to store it."""
+    """Tell whether x is computed again at each use, which is cheaper than to store it."""
     return x.op in ("full", "arange") or (x.shape == () and x.elementwise and x.op != "input")
 
 
 def _length(x: Node) -> int:
-    """Return the number of elements that a result is made of."""
+    """Return the number of elements that x sums up."""
     n: int = x.operands[0].size
     return n
 
 
 def n_blocks(launch: Launch) -> int:
-    """Of a sum over all elements: how many blocks of threads share it."""
+    """Return the number of thread blocks that share a sum over all elements."""
     return min(-(-launch.points // _SHARE), 256)

@@ -1,11 +1,11 @@
 """A recorded program as CUDA kernels and matrix products.
 
-Operations that share points share a kernel (`portable_mlp.engines.cuda.fusion`), which has a thread
-for each of its points and keeps what stands between in registers.
+Operations on the same points share a kernel (`portable_mlp.engines.cuda.fusion`).  It has a
+thread for each point, and keeps intermediate results in registers.
 
-Kernels read the numbers that change from step to step (learning rate, seeds) from a table
-on the device, in the row that a counter on the device names, so that a launch never
-changes and can be replayed.
+Numbers that change from step to step (learning rate, seeds) stand in a table on the device.
+A kernel reads the row that a counter on the device names.  So a launch never changes, and can
+be replayed.
 """
 
 from __future__ import annotations
@@ -44,43 +44,42 @@ from portable_mlp.engines.graph.program import (
 from portable_mlp.engines.graph.recording import Unrecordable
 
 _THREADS = 256  # of a block
-_MOST_PRODUCTS = 64  # calls for one product of stacks
+_MOST_PRODUCTS = 64  # calls of cuBLAS for one product of stacks
 
 
 def compile_program(program: Program, n_donated: int) -> Kernels:
     """Write the kernels of a program.
 
-    Its outputs behind the donated ones have to be numbers or have one axis at most; they go to the
-    row of the counter in a table of results, each one column or as many as it has elements,
-    which is the last kernel's last argument.  That kernel also increments the counter; a
-    program without such outputs has none.
+    The outputs behind the donated ones are numbers, or arrays with at most one axis.  The last
+    kernel writes them to a table of results, its last argument, in the row that the counter
+    names.  It also increments the counter.  A program without such outputs has no such kernel.
 
     Parameters
     ----------
     program : Program
     n_donated : int
-        So many of the first inputs are overwritten, by the outputs of the same place.
+        Number of first inputs that are overwritten by the outputs at the same positions.
 
     Raises
     ------
     Unrecordable
-        If the program does what cannot be written; the message says what.
+        If the program does something that kernels cannot; the message says what.
     """
     return _KernelWriter(program, n_donated).build()
 
 
 def gather_kernel(batch: Sequence[Spec], n_rows: int, batch_size: int) -> tuple[str, Kernel]:
-    """Return the kernel that takes a step's rows from where the data is.
+    """Return the kernel that copies the rows of a batch from the data into buffers.
 
-    Its arguments are the row numbers of an epoch (int32), and in turn where an array's rows
-    are taken from, and to.
+    Its arguments are the row numbers of an epoch (int32), and then for each array its data and
+    its buffer.
 
     Parameters
     ----------
     batch : sequence of Spec
-        Of the arrays that the rows go to.
+        Shapes and data types of the buffers.
     n_rows : int
-        Of this batch.
+        Rows of this batch.
     batch_size : int
         Rows of the batches before it.
 
@@ -105,7 +104,7 @@ def gather_kernel(batch: Sequence[Spec], n_rows: int, batch_size: int) -> tuple[
 
 
 class _KernelWriter(Fusion):
-    """Writes a program's launches."""
+    """Writer of the launches of a program."""
 
     def build(self) -> Kernels:
         self._settle()
@@ -138,7 +137,7 @@ class _KernelWriter(Fusion):
             raise Unrecordable("it multiplies by a matrix with gaps in its rows and columns")
         shape = (*a.shape[:-1], b.shape[-1])
         views = a, b, View(self.places[x], shape, row_strides(shape), x.dtype)
-        # Axes of the stack along which all three go on evenly are one
+        # Axes of the stack with a common stride in all three operands are merged into one
         axes = [(1, (0, 0, 0))]
         for n, *steps in zip(stack, *(view.strides for view in views), strict=False):
             outer, before = axes[-1]
@@ -172,7 +171,7 @@ class _KernelWriter(Fusion):
         ----------
         x : Node
         stack : tuple of int
-            The axes before those of the product's matrices.
+            The axes of the product in front of its matrices.
         row : bool
             Whether a vector is a row; it is a column otherwise.
         """
@@ -182,14 +181,14 @@ class _KernelWriter(Fusion):
             whole = n * stride
             shape, strides = ((1, n), (whole, stride)) if row else ((n, 1), (stride, whole))
         lead = len(shape) - 2
-        # Along an axis of the stack that it lacks, the same matrix stands again and again
+        # A stride of 0 repeats the matrix along an axis of the stack that x does not have
         steps = (0,) * (len(stack) - lead) + tuple(
             step if n > 1 else 0 for n, step in zip(shape[:lead], strides[:lead], strict=True)
         )
         return View(place, (*stack, *shape[lead:]), (*steps, *strides[lead:]), dtype)
 
     def _view(self, x: Node) -> View:
-        """Shape and strides of a view of an array that lies in memory row by row."""
+        """Return a view of a contiguous array, as a place, a shape and strides."""
         if x.op not in VIEWS:
             return self._whole(x)
         (operand,) = x.operands
@@ -311,7 +310,7 @@ class _KernelWriter(Fusion):
         return [f"{kind} {name} = ({kind})({start});", line]
 
     def _loop(self, x: Node, rows: int) -> int:
-        """Return the number of elements of x that a thread computes, if not one."""
+        """Return the number of elements of a row of x that a thread computes; 0 if it is one."""
         return next((n for n in x.shape if rows and n not in (1, rows)), 0)
 
     def _store(self, x: Node, launch: Launch, used: dict[str, View]) -> str:
@@ -338,20 +337,20 @@ class _KernelWriter(Fusion):
         elif integers and x.op in ("floor", "ceil", "trunc"):
             text = "{0}"
         elif integers and x.op in ("isfinite", "isnan", "isinf"):
-            text = f"{x.op}((double){{0}})"  # NVIDIA's have no overload for integers
+            text = f"{x.op}((double){{0}})"  # CUDA has no overload for integers
         elif x.op == "absolute":
             text = "fabs({0})" if x.dtype.kind == "f" else "({0} < 0 ? -{0} : {0})"
         else:
             text = FUNCTIONS[x.op]
         if x.dtype.kind == "i" and x.op in ("add", "subtract", "multiply", "left_shift"):
-            # Integers wrap, which C++ promises of unsigned ones only
+            # NumPy's integers wrap around; in C++ only unsigned overflow is defined
             return f"({kind})" + text.format(*(f"(unsigned long long){o}" for o in operands))
         return text.format(*operands)
 
     def _read(self, x: Any, dtype: Any, access: Access, used: dict[str, View], i: int) -> str:
-        """Return an operand's element; ``i`` is the launch that reads it."""
+        """Return the element of an operand; ``i`` is the number of the launch that reads it."""
         if not isinstance(x, Node) or x.is_number:
-            # A number takes the type of what it meets; alone, it is in double precision
+            # With an array a number has the array's type; alone, it is in double precision
             return f"({TYPES.get(str(dtype), 'double')})({self._number(x, access)})"
         while x.op in VIEWS:
             access = through(x, access)
@@ -370,7 +369,7 @@ class _KernelWriter(Fusion):
         return f"{pointer}[{access.flat}]"
 
     def _number(self, x: Any, access: Access) -> str:
-        """Return a number of the step in double precision; of one with axes, an element."""
+        """Return a number of the step, or an element of one with axes, in double precision."""
         if isinstance(x, Node):
             if x in self.numbers:
                 column = self.numbers[x]
@@ -388,7 +387,7 @@ class _KernelWriter(Fusion):
         return repr(x)
 
     def _write_last(self) -> int:
-        """Write the kernel that leaves the results, if there are any; return how many values."""
+        """Write the kernel that stores the results, if there are any; return their number."""
         if not self.results:
             return 0
         used: dict[str, View] = {}
@@ -410,7 +409,7 @@ class _KernelWriter(Fusion):
 
 
 def _in_pieces(matrix: View) -> bool:
-    """Whether rows or columns are contiguous, one after the other, as cuBLAS wants."""
+    """Tell whether rows or columns are contiguous and do not overlap, as cuBLAS requires."""
     (n, m), (down, along) = matrix.shape[-2:], matrix.strides[-2:]
     rows = (along == 1 or m == 1) and (down >= m or n == 1)
     columns = (down == 1 or n == 1) and (along >= n or m == 1)

@@ -1,4 +1,4 @@
-"""What a program becomes on a CUDA device: kernels and products, in order, and their memory."""
+"""Launches: the kernels and products of a program on a CUDA device, and their memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from portable_mlp.engines.graph.program import (
 
 
 class Place(NamedTuple):
-    """A number of bytes behind the start of a memory: of an input's, or of the work memory."""
+    """A place in memory: the number of an input or of the work memory, and an offset in bytes."""
 
     memory: int
     offset: int
 
 
 class View(NamedTuple):
-    """An array that begins at a place; what a kernel gets as a pointer."""
+    """An array at a place in memory, which a kernel gets as a pointer."""
 
     place: Place
     shape: Shape
@@ -28,7 +28,7 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A launch of a kernel, which gets the table, the counter, and these arrays.
+    """A launch of a kernel, with the table of numbers, the step counter, and arrays.
 
     Attributes
     ----------
@@ -45,9 +45,9 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Product:
-    """out = left right; matrices, each with contiguous rows or contiguous columns.
+    """A matrix product, out = left right, or a stack of products with one more axis in front.
 
-    Or stacks of as many matrices, with an axis more in front.
+    Each matrix has contiguous rows or contiguous columns.
     """
 
     left: View
@@ -57,21 +57,20 @@ class Product:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What `compile_program` returns.
+    """A program as launches, from `compile_program`.
 
     Attributes
     ----------
     source : str
-        CUDA C++, to be read: ``print(kernels.source)``.
+        CUDA C++, for readers: ``print(kernels.source)``.
     launches : tuple of Kernel and Product
         In order.
     n_numbers : int
-        Width of the table: the program's inputs that are numbers, in order, with all values
-        of those that have axes.
+        Width of the table of numbers: all values of the program's number inputs, in order.
     n_results : int
-        Width of the table of results, which the last kernel writes a row of.
+        Width of the table of results; the last kernel writes one row of it.
     n_bytes : int
-        Of the work memory, whose number is that of the input arrays.
+        Size of the work memory.  Its number as a memory is the number of input arrays.
     constants : tuple of (View, number)
         Parts of the work memory to fill before the first launch.
     """

@@ -1,7 +1,7 @@
-"""What the engine of CUDA devices asks of CUDA: arrays at addresses, kernels, products, graphs.
+"""The interface to CUDA: arrays at addresses, kernels, matrix products, graphs.
 
-CuPy does all but one thing: it refuses to call cuBLAS while it captures a graph.  The products
-of a captured step therefore call the cuBLAS that CuPy has loaded directly, through `ctypes`.
+CuPy does all of it but one thing: it refuses to call cuBLAS while it captures a graph.  So the
+products of a captured step call the cuBLAS library that CuPy has loaded through `ctypes`.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from portable_mlp.engines.cuda.launches import Kernel, View
 from portable_mlp.typing import Array
 
 _WORKSPACE = 32 << 20  # bytes, as cuBLAS recommends for Hopper
-_ATTEMPTS = 3  # captures to try: another thread may invalidate one
+_ATTEMPTS = 3  # at a capture, which another thread may invalidate
 
 
 class CaptureError(RuntimeError):
-    """Work cannot be captured in a graph; the message says why."""
+    """Launches cannot be captured in a graph; the message says why."""
 
 
 class Graph(Protocol):
-    """A captured graph; it holds addresses, and keeps no array alive."""
+    """A captured graph; it holds addresses, and does not keep arrays alive."""
 
     def launch(self) -> None:
-        """Do the captured work, on the current stream."""
+        """Launch the captured work on the current stream."""
 
 
 class Cuda:
-    """CUDA for one engine: on the device that is current, by one thread at a time.
+    """CUDA for one engine, on the current device; for one thread at a time.
 
     Attributes
     ----------
     refuses : str
-        Why nothing can be captured; empty if it can.
+        Why nothing can be captured; empty if capturing works.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Cuda:
             self.refuses = f"cuBLAS cannot be called directly ({error})"
 
     def array(self, memory: Array, view: View) -> Array:
-        """Make an array in another's memory, which it keeps alive."""
+        """Return an array in the memory of another one, which it keeps alive."""
         size = view.dtype.itemsize
         return self._cupy.ndarray(
             view.shape,
@@ -65,8 +65,8 @@ class Cuda:
         )
 
     def compile(self, source: str) -> Callable[[Kernel, Sequence[Array]], None]:
-        """Return what launches a kernel of the source."""
-        # CuPy's get_function makes a new one each time, which is loaded at its first launch
+        """Compile CUDA source; return a function that launches one of its kernels."""
+        # CuPy's get_function makes a new function each time, and loads it at its first launch
         function_of = cache(self._cupy.RawModule(code=source).get_function)
 
         def launch(kernel: Kernel, arguments: Sequence[Array]) -> None:
@@ -82,9 +82,9 @@ class Cuda:
         ----------
         left : array (n, k) or (stack, n, k)
         right : array (k, m) or (stack, k, m)
-            Each with contiguous rows or contiguous columns, and any stride of the stack.
+            Each matrix has contiguous rows or contiguous columns; any stride of the stack.
         out : array (n, m) or (stack, n, m)
-            Of contiguous rows; float32 or float64, as all three.
+            With contiguous rows.  All three are float32, or all float64.
         """
         if self.refuses:
             self._cupy.matmul(left, right, out=out)
@@ -92,13 +92,13 @@ class Cuda:
         cuda = self._cupy.cuda
         if self._workspace is None:
             self._workspace = self._cupy.empty(_WORKSPACE, np.uint8)
-        # CuPy has a handle for each thread and device, and sets its stream before each call of
-        # its own.  What is left there is the default stream, which is never destroyed, as that
-        # of a capture may be
+        # CuPy has a handle for each thread and device, and sets its stream before each of its
+        # own calls.  Afterwards we leave the default stream there: it is never destroyed, while
+        # the stream of a capture may be
         handle = cuda.Device().cublas_handle
         call = self._cublas
         letter, one, zero = _GEMMS[str(out.dtype)]
-        # cuBLAS thinks in columns, where these are the transposes: outᵀ = rightᵀ leftᵀ
+        # cuBLAS expects column-major matrices, which ours are transposes of: outᵀ = rightᵀ leftᵀ
         (n, k), m = left.shape[-2:], right.shape[-1]
         (right_op, right_step), (left_op, left_step) = layout(right), layout(left)
         matrices: list[tuple[int, ...]] = [
@@ -112,7 +112,7 @@ class Cuda:
         first, second, third = matrices
         call("cublasSetStream_v2", handle, cuda.get_current_stream().ptr)
         try:
-            # In a graph, cuBLAS's own workspace would be allocated anew at each launch
+            # Without it, each launch of a graph would allocate a workspace
             call("cublasSetWorkspace_v2", handle, self._workspace.data.ptr, _WORKSPACE)
             call(
                 gemm, handle, right_op, left_op, m, n, k, addressof(one), *first, *second,
@@ -122,18 +122,19 @@ class Cuda:
             call("cublasSetStream_v2", handle, 0)  # takes the workspace away, too
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Capture what the work launches, without doing it.
+        """Capture what the work launches in a graph, without running it.
 
         Parameters
         ----------
         work : callable
-            It has been done before: kernels cannot be loaded during a capture.  The graph
-            points at its arrays, and at the workspace of this object: who launches the graph
-            keeps both alive.
+            It must have run before, since kernels cannot be loaded during a capture.  The graph
+            points at its arrays, and at the workspace of this object.  The owner of the graph
+            has to keep both alive.
 
         Raises
         ------
         CaptureError
+            If it cannot be captured; it can still be launched without a graph.
         """
         if self.refuses:
             raise CaptureError(self.refuses)
@@ -144,7 +145,7 @@ class Cuda:
             try:
                 return self._capture(work)
             except Exception as error:  # CuPy's errors have no common base
-                # Not the error: its traceback holds this frame, and with it all arrays
+                # Not the error itself: its traceback would keep this frame and its arrays alive
                 reason = reason or str(error)
         raise CaptureError(reason)
 
@@ -154,7 +155,7 @@ class Cuda:
             try:
                 work()
             except BaseException:
-                with suppress(Exception):  # the first reason is the better one
+                with suppress(Exception):  # the first error is the cause
                     stream.end_capture()
                 raise
             graph: Graph = stream.end_capture()
@@ -162,7 +163,7 @@ class Cuda:
 
 
 def layout(a: Array) -> tuple[int, int]:
-    """For cuBLAS, of a matrix read as columns: whether to transpose it, and its step.
+    """Return how cuBLAS reads a matrix: whether to transpose it, and its leading dimension.
 
     Parameters
     ----------
@@ -180,14 +181,14 @@ _GEMMS = {
     "float32": ("S", c_float(1), c_float(0)),
     "float64": ("D", c_double(1), c_double(0)),
 }
-"""By data type: the functions' letter, and their factors, read on the host at the call."""
+"""For each data type, the letter of the functions, and the factors 1 and 0 on the host."""
 
 # cublasStatus_t (handle, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc)
 _GEMM = [
     c_void_p, c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int, c_void_p, c_int,
     c_void_p, c_void_p, c_int,
 ]  # fmt: skip
-# As that, with a stride behind each of A, B and C, and a batchCount
+# The same with a stride behind each of A, B and C, and a batchCount
 _STACKED = [
     *_GEMM[:9], c_longlong, *_GEMM[9:11], c_longlong, *_GEMM[11:], c_longlong, c_int,
 ]  # fmt: skip
@@ -202,7 +203,7 @@ _SIGNATURES = {
 
 
 def _load_cublas(cupy: Any) -> Callable[..., None]:
-    """Return what calls a function of the cuBLAS that CuPy uses, by name.
+    """Return a function that calls the cuBLAS library that CuPy uses, by name.
 
     Raises
     ------
@@ -210,8 +211,8 @@ def _load_cublas(cupy: Any) -> Callable[..., None]:
         If it does not load, or lacks a function.
     """
     module = cupy.cuda.cublas
-    # A library finds a symbol in those that it depends on, too: so this is CuPy's own cuBLAS,
-    # whatever others are installed.  Windows knows a loaded library by its name alone.
+    # On Linux a symbol is also looked up in the libraries that CuPy's module depends on.  So this
+    # is CuPy's own cuBLAS, whatever others are installed.  Windows finds it by its name
     major = cupy.cuda.runtime.runtimeGetVersion() // 1000
     path = f"cublas64_{major}.dll" if sys.platform == "win32" else module.__file__
     library = ctypes.CDLL(path)

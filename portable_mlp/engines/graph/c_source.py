@@ -1,6 +1,6 @@
-"""The C++ that CUDA kernels are made of: types, functions, and frames to fill in.
+"""Fragments of C++ for CUDA kernels: types, functions, and templates of kernels.
 
-Types and functions are those of the host's loops in C, too.
+The loops in C for the host use the same types and functions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ TYPES = {
     "uint16": "unsigned short", "uint32": "unsigned", "uint64": "unsigned long long",
 }  # fmt: skip
 
-# NaN passes through a maximum, as in NumPy; of two equals, zeros of either sign, the second
+# As in NumPy, NaN propagates through a maximum.  Of two equal values, which may be zeros of
+# either sign, it is the second
 _GREATER = "({0} > {1} || {0} != {0} ? {0} : {1})"
 _LESS = "({0} < {1} || {0} != {0} ? {0} : {1})"
 
@@ -36,8 +37,9 @@ FUNCTIONS = {
     "logaddexp": "({0} == {1} ? {0} + 0.6931471805599453"
                  " : ({0} > {1} ? {0} : {1}) + log1p(exp(-fabs({0} - {1}))))",
 }  # fmt: skip
-"""Elementwise functions; operands are names or in parentheses."""
+"""Elementwise functions as expressions; operands are names or in parentheses."""
 
+# For each reduction, the value to start from, and how two partial results are combined
 COMBINE = {"sum": ("0", "({0} + {1})"), "prod": ("1", "({0} * {1})"),
             "max": ("-INF", _GREATER), "min": ("INF", _LESS)}  # fmt: skip
 
@@ -55,7 +57,8 @@ extern "C" __global__ void {name}({parameters}) {{
 }}
 """
 
-# With more than 64 registers a block of so many threads could not be launched
+# The launch bound keeps the compiler to 64 registers a thread: with more, a block of 1024
+# threads could not be launched
 TOTAL = """
 extern "C" __global__ __launch_bounds__(1024) void {name}({parameters}) {{
 {numbers}    __shared__ {type} parts[1024];

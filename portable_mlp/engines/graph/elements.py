@@ -1,7 +1,7 @@
-"""Which element of one array goes with which of another, as text for a kernel or a loop.
+"""Index arithmetic for generated source: which element of one array belongs to one of another.
 
-An element is named by its number in memory, row by row, and where they are known by its
-indices: expressions of the variables that it runs through.
+An element is given by its position in row-major order and, if they are known, by its
+indices.  Both are expressions of the loop variables of the source.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from portable_mlp.engines.graph.program import Node, Shape
 
 
 class Access(NamedTuple):
-    """Which element of an array: its number, and its indices where they are known."""
+    """An element of an array: its position in row-major order, and its indices if known."""
 
     flat: str
     indices: tuple[str, ...] | None = None
 
 
 def row_strides(shape: Shape) -> Shape:
-    """Elements from one to the next along each axis, of an array that lies row by row."""
+    """Return the strides, in elements, of a contiguous array in row-major order."""
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
@@ -47,14 +47,14 @@ def indices_of(shape: Shape, access: Access) -> tuple[str, ...]:
     whole = prod(shape)
     for n, stride in zip(shape, row_strides(shape), strict=True):
         index = access.flat if stride == 1 else f"{_term(access.flat)} / {stride}"
-        if n * stride != whole:  # something stands before it
+        if n * stride != whole:  # the first axis longer than one needs no remainder
             index = f"{_term(index)} % {n}"
         found.append("0" if n == 1 else index)
     return tuple(found)
 
 
 def broadcast(operand: Node, shape: Shape, access: Access) -> Access:
-    """Return the operand's element that goes with an element of the result."""
+    """Return the element of an operand that is broadcast to an element of the result."""
     if operand.shape == shape:
         return access
     indices = indices_of(shape, access)[len(shape) - operand.ndim :]
@@ -65,9 +65,10 @@ def broadcast(operand: Node, shape: Shape, access: Access) -> Access:
 
 
 def through(x: Node, access: Access) -> Access:
-    """Return the element of what a view looks at."""
+    """Return the element of a view's operand that an element of the view is."""
     (operand,) = x.operands
     if x.op == "reshape":
+        # Axes of length one change no index; any other reshape is known by its position only
         kept = [i for n, i in zip(x.shape, access.indices or (), strict=False) if n > 1]
         if access.indices and long_axes(x.shape) == long_axes(operand.shape):
             rest = iter(kept)
@@ -93,7 +94,7 @@ def through(x: Node, access: Access) -> Access:
 
 
 def keys(x: Node, next_new: Any) -> Iterator[Any]:
-    """Of an index, the key of each axis of the operand; ``next_new`` for each new axis."""
+    """Yield the key of each axis of an index's operand; call ``next_new`` for each new axis."""
     (operand,) = x.operands
     n_given = sum(key is not None and key is not ... for key in x.attrs)
     whole = ("slice", None, None, None)

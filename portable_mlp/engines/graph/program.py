@@ -1,6 +1,6 @@
-"""Programs: what a function of arrays did, as a graph of operations.
+"""Programs: a recorded function of arrays, as a graph of operations.
 
-`portable_mlp.engines.graph.recording` makes them; what runs or translates them starts here.
+`portable_mlp.engines.graph.recording` makes programs; engines run or translate them.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ Shape = tuple[int, ...]
 COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
 
 REDUCTIONS = {"sum": "add", "prod": "multiply", "max": "maximum", "min": "minimum"}
-"""Functions along axes, and the elementwise function that each repeats."""
+"""Reductions along axes, and the elementwise function that each applies repeatedly."""
 
 VIEWS = ("reshape", "permute", "index", "broadcast")
-"""Operations that only look at their operand's memory in another way."""
-
+"""Operations whose result is a view of their operand's memory."""
 
 NOT_ELEMENTWISE = {"matmul", "concat", "copy", "full", "arange", *REDUCTIONS, *VIEWS}
-"""Operations that may read an operand's elements elsewhere than they write the result's."""
+"""Operations that may read an operand at other positions than they write the result."""
 
 NUMBERS = {
     "add": "{} + {}", "subtract": "{} - {}", "multiply": "{} * {}", "divide": "{} / {}",
     "power": "{} ** {}", "negative": "-{}", "absolute": "abs({})",
 }  # fmt: skip
-"""What can be done with numbers that change from call to call, in Python."""
+"""Operations on numbers that change from call to call, as Python expressions."""
 
 
 class Shaped:
-    """What follows from a shape and a data type, of an array or a number."""
+    """Base of what has a shape and a data type: arrays and numbers."""
 
     shape: Shape
     dtype: Any
@@ -54,7 +53,7 @@ class Shaped:
 
 @dataclass(frozen=True, eq=False)
 class Node(Shaped):
-    """An operation of a program, and the array or number that it makes.
+    """An operation of a program, and the array or number that is its result.
 
     Attributes
     ----------
@@ -63,14 +62,14 @@ class Node(Shaped):
         `Recorder`.
     operands : tuple of Node or number
     attrs : tuple
-        What else the operation needs: axes, a shape, slices; of an elementwise
-        function, the data types it takes its operands in.
+        Other arguments of the operation: axes, a shape, slices; for an elementwise
+        function, the data types to which its operands are converted.
     shape : tuple of int
     dtype : numpy.dtype, or the type int or float of a number
-        Numbers change from call to call, and take the data type of what they meet.  They may
-        have axes, such as that of an ensemble's members.
+        A number may change from call to call.  With an array, it takes the array's data type.
+        A number may have axes, such as that of an ensemble's members.
     contiguous : bool
-        Whether its elements lie in memory row by row, without gaps.
+        Whether its elements lie in memory in row-major order, without gaps.
     """
 
     op: str
@@ -97,12 +96,12 @@ class Node(Shaped):
 
     @property
     def elementwise(self) -> bool:
-        """Whether each element is computed from those in the same place of the operands."""
+        """Whether each element depends only on the operands' elements at the same position."""
         return self.op not in NOT_ELEMENTWISE
 
     @property
     def wanted(self) -> tuple[Any, ...]:
-        """The data types in which the operands are taken."""
+        """The data types to which the operands are converted."""
         if self.op == "where":
             return np.dtype(bool), self.dtype, self.dtype
         if not self.elementwise or self.op == "astype":
@@ -111,7 +110,7 @@ class Node(Shaped):
 
     @property
     def root(self) -> Node:
-        """The node whose memory this one looks at."""
+        """The node that owns the memory: this one, or the one that it is a view of."""
         node = self
         while node.op in VIEWS:
             (node,) = node.operands
@@ -120,16 +119,16 @@ class Node(Shaped):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A recorded function.
+    """A recorded function of arrays and numbers.
 
     Attributes
     ----------
     inputs : tuple of Node
-        The arguments' arrays and numbers, in order.
+        The arguments, in order.
     outputs : tuple of Node or number
-        What the function returned, in order.
+        The results, in order.
     nodes : tuple of Node
-        All that the outputs need, operands first.
+        All operations that the outputs depend on, operands before their readers.
     """
 
     inputs: tuple[Node, ...]
@@ -138,12 +137,17 @@ class Program:
 
 
 def parts_at_home(calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
-    """Return what can be written straight into the vector it is joined in, and its offset there.
+    """Return the results that can be written directly into the vector they are joined in.
 
     Parameters
     ----------
     calculated : list of Node
-        What is to be computed; in each a vector's place is looked for.
+        The operations to compute, in order.
+
+    Returns
+    -------
+    homes : dict
+        For each such result, the node of the vector, and the offset in it in bytes.
     """
     homes: dict[Node, tuple[Node, int]] = {}
     known = set(calculated)
@@ -162,14 +166,14 @@ def parts_at_home(calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
 
 
 class Spec(NamedTuple):
-    """What a program has to know of an argument: of a number, its type as ``dtype``."""
+    """The shape and data type of an argument; a number has a Python type as ``dtype``."""
 
     shape: Shape
     dtype: Any
 
 
 def flatten(tree: Any) -> Iterator[Any]:
-    """Arrays and numbers in nested tuples and lists, in order; None is none."""
+    """Yield the arrays and numbers of nested tuples and lists, in order; skip None."""
     if isinstance(tree, tuple | list) and not isinstance(tree, Spec):
         for branch in tree:
             yield from flatten(branch)
@@ -178,7 +182,7 @@ def flatten(tree: Any) -> Iterator[Any]:
 
 
 def unflatten(tree: Any, values: Iterator[Any]) -> Any:
-    """Return a tree of the same form, of other values."""
+    """Return a tree of the same form with other values."""
     if isinstance(tree, tuple | list) and not isinstance(tree, Spec):
         branches = [unflatten(branch, values) for branch in tree]
         return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
@@ -195,5 +199,5 @@ def specify(tree: Any) -> Any:
 
 
 def _dtype(dtype: Any) -> Any:
-    """NumPy's data type, whatever library's is given; of numbers, Python's type."""
+    """Return the NumPy data type for one of any library; a number's Python type stays."""
     return dtype if isinstance(dtype, type) else np.dtype(str(dtype).rsplit(".", 1)[-1])

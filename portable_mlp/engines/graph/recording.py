@@ -1,13 +1,13 @@
-"""Recording: a function of arrays, called once with stand-ins, becomes a program.
+"""Recording: a function of arrays is called once with stand-ins, and becomes a program.
 
-The stand-ins (`Traced`) know a shape and a data type and no values; each operation on
-them is noted, as a node of the program.  What can be noted is a small closed table:
-the standard's elementwise functions, and a dozen others.  A function that does more,
-or branches on a value, raises `Unrecordable`, and whoever asked runs it as it is.
+The stand-ins (`Traced`) have a shape and a data type, but no values.  Each operation on
+them is recorded as a node of the program.  The operations that can be recorded are a small
+closed set: the standard's elementwise functions, and a dozen others.  A function that does
+more, or branches on a value, raises `Unrecordable`; the caller then runs it as it is.
 
-Nodes are unique: the same operation on the same operands is noted once, so a formula
+Nodes are unique: the same operation on the same operands is recorded once.  So a formula
 that is written in two places (an exponential in a loss and in its gradient) is
-computed once.  What does not lead to a result is left out.
+computed once.  Operations that do not contribute to a result are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from portable_mlp.engines.graph.verifier import verify, verifying
 
 
 class Unrecordable(Exception):
-    """A function does what a program cannot hold; the message says what."""
+    """A function does something that a program cannot express; the message says what."""
 
 
 Operator = Callable[["Traced", Any], "Traced"]
@@ -51,14 +51,14 @@ def _operators(function: str) -> tuple[Operator, Operator]:
 
 
 class Traced(Shaped):
-    """An array, or a number, whose value is not known while recording: see `Node`.
+    """A stand-in for an array, or for a number, whose value is not known; see `Node`.
 
-    A number has Python's type for its data type: it takes that of the array it meets.
-    Operators, equality among them, note an operation.
+    The data type of a number is a Python type: with an array, it takes the array's data type.
+    Operators record an operation, and so does ``==``.
     """
 
     __slots__ = ("attrs", "contiguous", "dtype", "op", "operands", "recorder", "shape")
-    __array_ufunc__ = None  # NumPy's scalars leave arithmetic to us
+    __array_ufunc__ = None  # so that NumPy's scalars call the methods below
 
     def __init__(
         self,
@@ -148,9 +148,9 @@ _UFUNCS = {
 
 
 class Recorder:
-    """A namespace of the array API standard whose functions note what they are asked.
+    """A namespace of the array API standard whose functions record their calls.
 
-    Any function that it lacks raises `Unrecordable`.
+    A function that it lacks raises `Unrecordable`.
     """
 
     finfo = staticmethod(np.finfo)
@@ -191,11 +191,11 @@ class Recorder:
 
     @property
     def nodes(self) -> list[Traced]:
-        """All that was noted, in order."""
+        """All recorded nodes, in order."""
         return list(self._nodes.values())
 
     def input(self, number: int, shape: Shape, dtype: Any) -> Traced:
-        """Return an argument of the program."""
+        """Return the stand-in of an argument of the program."""
         return self.node("input", (), (number,), shape, dtype)
 
     def _operand(self, x: Any) -> Any:
@@ -211,7 +211,7 @@ class Recorder:
         ufunc: np.ufunc = getattr(np, function)
         kinds = [_kind(o) for o in operands]
         if all(isinstance(kind, type) for kind in kinds):
-            # Numbers stay numbers, computed by Python
+            # Numbers stay numbers: Python computes them at each call, as the eager step does
             if function not in NUMBERS:
                 raise Unrecordable(f"it takes {function} of a number")
             kind = float if function == "divide" or any(k is float for k in kinds) else int
@@ -220,13 +220,14 @@ class Recorder:
             *wanted, dtype = ufunc.resolve_dtypes((*kinds, None))
         except TypeError as error:
             raise Unrecordable(str(error)) from error
-        # What has another data type than the loop's is converted first
+        # NumPy converts operands to the data type of its inner loop: here that is a node
         operands = tuple(
             self.astype(o, d) if isinstance(o, Traced) and not o.is_number and o.dtype != d else o
             for o, d in zip(operands, wanted, strict=True)
         )
         shape = _common_shape(operands)
-        # Elementwise functions commute with a transposition: f(aᵀ, b) = f(a, bᵀ)ᵀ
+        # Elementwise functions commute with a transposition: f(aᵀ, b) = f(a, bᵀ)ᵀ.  So the
+        # result has its operands' layout, and a matrix product can read the transpose
         large = [t for t in traced if t.shape == shape]
         axes = large[0].attrs[0] if large and large[0].op == "permute" else None
         if (
@@ -279,7 +280,7 @@ class Recorder:
         axes = tuple(sorted(a % x.ndim for a in axes))
         kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
         shape = kept if keepdims else tuple(n for i, n in enumerate(x.shape) if i not in axes)
-        dtype = getattr(np, name)(np.zeros(1, x.dtype)).dtype  # what is empty may warn
+        dtype = getattr(np, name)(np.zeros(1, x.dtype)).dtype  # max of an empty array raises
         return self.node(name, (x,), (axes, keepdims), shape, dtype)
 
     def sum(self, x: Traced, *, axis: Any = None, keepdims: bool = False) -> Traced:
@@ -335,7 +336,7 @@ class Recorder:
         if not all(k is None or k is ... or isinstance(k, int | slice) for k in key):
             raise Unrecordable("it indexes by an array")
         shape = np.broadcast_to(0, x.shape)[key].shape
-        # Slices of the first axis alone leave the rows one after the other
+        # The result is contiguous if only the first axis is cut
         contiguous = x.contiguous and all(
             k is None or k is ... or k == slice(None) or (i == 0 and isinstance(k, int))
             or (i == 0 and k.step in (None, 1))
@@ -395,19 +396,19 @@ class Recorder:
 
 
 def _common_shape(operands: Sequence[Any]) -> Shape:
-    """Return what operands are broadcast to."""
+    """Return the shape to which operands are broadcast."""
     return np.broadcast_shapes(*(x.shape for x in operands if isinstance(x, Traced)))
 
 
 def _kind(x: Any) -> Any:
-    """Return what an operand is for type promotion."""
+    """Return the data type, or the type of a Python number, of an operand for type promotion."""
     if isinstance(x, Traced):
         return x.dtype
     return np.dtype(bool) if isinstance(x, bool) else type(x)
 
 
 def record(function: Callable[..., Any], recorder: Recorder, arguments: Any) -> tuple[Program, Any]:
-    """Call a function with stand-ins; return what it did, and its result's tree.
+    """Call a function with stand-ins; return its program, and the tree of its results.
 
     Parameters
     ----------
@@ -420,12 +421,12 @@ def record(function: Callable[..., Any], recorder: Recorder, arguments: Any) -> 
     Raises
     ------
     Unrecordable
-        If the function does what a program cannot hold.
+        If the function does something that a program cannot express.
     """
     inputs = [recorder.input(i, *spec) for i, spec in enumerate(flatten(arguments))]
     result = function(*unflatten(arguments, iter(inputs)))
     needed = {id(x) for x in flatten(result)}
-    for x in reversed(recorder.nodes):  # operands stand before what is made of them
+    for x in reversed(recorder.nodes):  # backwards, since operands stand before their readers
         if id(x) in needed:
             needed.update(map(id, x.operands))
     made: dict[int, Node] = {}

@@ -1,9 +1,8 @@
-"""The rules of programs: what each operation's shape, data type and layout have to be.
+"""The rules of programs: the shape, data type and layout that each operation must have.
 
-`verify` looks at a recorded program node by node.  It derives what each node should be from
-its operands alone, by NumPy's own rules, so it shares no code with what recorded them.
-The tests run with it on (``PORTABLE_MLP_VERIFY=1``); it is off otherwise, for it takes about as
-long as recording.
+`verify` checks a recorded program node by node.  It derives each node from its operands
+alone, by NumPy's own rules, and shares no code with the recorder.  The tests run with it on
+(``PORTABLE_MLP_VERIFY=1``).  It is off otherwise, because it takes about as long as recording.
 """
 
 from __future__ import annotations
@@ -19,28 +18,30 @@ from portable_mlp.engines.graph.program import NUMBERS, REDUCTIONS, Node, Progra
 
 
 class ProgramError(AssertionError):
-    """A program breaks a rule; the message says which node, and how."""
+    """A program breaks a rule; the message names the node and the rule."""
 
 
 def verifying() -> bool:
-    """Whether programs are to be verified when they are recorded."""
+    """Tell whether programs are verified when they are recorded."""
     return bool(os.environ.get("PORTABLE_MLP_VERIFY"))
 
 
 def verify(program: Program, n_donated: int = 0, n_resident: int = 0) -> None:
-    """Check every node of a program, and what becomes of its donated inputs.
+    """Check every node of a program, and the outputs that replace donated inputs.
 
     Parameters
     ----------
     program : Program
     n_donated : int, default=0
-        So many of the first inputs that are arrays are overwritten by the first outputs.
+        Number of first array inputs that are overwritten by the first outputs.
     n_resident : int, default=0
-        So many behind them are only read, and no output may be a view of one.
+        Number of array inputs behind them that are only read.  No output that replaces a
+        donated input may be a view of one.
 
     Raises
     ------
     ProgramError
+        If the program breaks a rule.
     """
     known: set[int] = set()
     for node in (*program.inputs, *program.nodes):
@@ -68,7 +69,7 @@ def verify(program: Program, n_donated: int = 0, n_resident: int = 0) -> None:
 
 
 def name(node: Node) -> str:
-    """Return what messages call a node."""
+    """Return the name of a node in messages."""
     return f"{node.op} {node.shape} {node.dtype}"
 
 
@@ -87,27 +88,30 @@ def _check_node(node: Node) -> None:
     if (node.shape, node.dtype) != (shape, dtype):
         operands = [name(o) if isinstance(o, Node) else o for o in node.operands]
         raise ProgramError(f"{name(node)} of {operands} is {shape} {dtype}")
-    # Of a view, whether its elements lie one after the other; what is computed, does
+    # A computed result is contiguous; of a view, NumPy tells
     contiguous = wanted.flags.c_contiguous if node.op in ("permute", "index", "broadcast") else True
     if node.contiguous and not contiguous:
         raise ProgramError(f"{name(node)} is taken for contiguous")
 
 
 def _stand_in(x: Any) -> Any:
-    """Return an array of an operand's shape and data type, which costs no memory; or the number."""
+    """Return an array like an operand, without memory of that size; or the number."""
     if not isinstance(x, Node):
         return x
     if x.is_number:
         return x.dtype(1)  # its axes are looked at elsewhere
     if not x.contiguous:
         return _empty(x.shape, x.dtype)
-    # Nobody looks at its elements, which are not there
+    # Beyond its first element this points to memory that is not its own: it is never read
     strides = np.cumprod((x.dtype.itemsize, *x.shape[:0:-1]))[::-1] if x.shape else ()
     return as_strided(np.empty((), x.dtype), x.shape, strides)
 
 
 def _expected(node: Node) -> np.ndarray[Any, Any]:
-    """Return what NumPy makes of the operands, without computing reductions and products."""
+    """Return an array of the shape and data type that NumPy gives the result of a node.
+
+    Reductions and products are not computed.
+    """
     operands = [_stand_in(o) for o in node.operands]
     op, attrs = node.op, node.attrs
     if op == "matmul":
@@ -155,7 +159,7 @@ def _expected(node: Node) -> np.ndarray[Any, Any]:
         kinds = [v.dtype if isinstance(v, np.ndarray) else v for v in values]
         return _empty(shape, np.add.resolve_dtypes((*kinds, None))[-1])
     ufunc = getattr(np, op)
-    # Numbers are weak, and may have been computed from others
+    # Python numbers do not take part in type promotion, whatever they were computed from
     kinds = [o.dtype if isinstance(o, np.ndarray) else type(o) for o in operands]
     *taken, dtype = ufunc.resolve_dtypes((*kinds, None))
     if tuple(taken) != attrs:
@@ -172,7 +176,7 @@ def _empty(shape: Shape, dtype: Any) -> np.ndarray[Any, Any]:
 
 
 def _matmul_shape(a: Shape, b: Shape) -> Shape:
-    """As NumPy broadcasts stacks of matrices."""
+    """Return the shape of a matrix product; stacks of matrices are broadcast."""
     n, k = a[-2:] if len(a) > 1 else (None, *a)
     rows, m = b[-2:] if len(b) > 1 else (*b, None)
     if k != rows:

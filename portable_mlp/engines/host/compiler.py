@@ -1,4 +1,4 @@
-"""The machine's own C compiler, if it has one."""
+"""The C compiler of the machine, if it has one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from threading import Thread
 
 FLAGS = (
     "-O3", "-march=native", "-shared", "-fPIC",
-    # Each operation rounds, and NaN and zeros are what they are
+    # Strict IEEE 754: each operation rounds, and NaN and signed zeros are kept
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
 )  # fmt: skip
 
@@ -23,15 +23,15 @@ WHEN = ("later", "now", "never")
 
 
 def when() -> str:
-    """When steps of NumPy's are compiled, from the environment's ``PORTABLE_MLP_COMPILE``.
+    """Return when to compile steps on NumPy, from the environment variable PORTABLE_MLP_COMPILE.
 
-    "later", the default: in the background, once training has lasted for a while.  "now":
-    before the first step, and with a warning if that fails.  Or "never".
+    "later", the default, compiles in the background once training has lasted for a while.
+    "now" compiles before the first step, and warns if that fails.  "never" does not compile.
 
     Raises
     ------
     ValueError
-        If it is none of these.
+        If the variable has another value.
     """
     chosen = os.environ.get("PORTABLE_MLP_COMPILE", WHEN[0])
     if chosen not in WHEN:
@@ -40,29 +40,31 @@ def when() -> str:
 
 
 class CompilerError(RuntimeError):
-    """There is no compiler, or it does not compile; the message says why."""
+    """There is no compiler, or it fails; the message says why."""
 
 
 def find() -> list[str]:
-    """Return the compiler's command: the environment's ``CC``, else ``cc`` or ``gcc``; or nothing.
+    """Return the command of the compiler as words; an empty list if there is none.
 
-    On macOS ``CC`` alone.
+    It is the environment variable ``CC``, else ``cc`` or ``gcc``; on macOS only ``CC``.
     """
     command = os.environ.get("CC")
-    # On macOS, cc is always there, and opens a window if there is no compiler
+    # On macOS, cc always exists, and opens a dialog if no compiler is installed
     if not command and sys.platform != "darwin":
         command = shutil.which("cc") or shutil.which("gcc")
     return shlex.split(command) if command else []
 
 
 def compile_c(source: str) -> ctypes.PyDLL:
-    """Compile and load a library.
+    """Compile C source, and load the library.
 
-    Its functions keep Python's lock: they are short, and to wait for the lock is not.
+    Calls of its functions keep the global interpreter lock: they are shorter than waiting for
+    the lock afterwards.
 
     Raises
     ------
     CompilerError
+        If there is no compiler, it fails, or it takes more than a minute.
     """
     compiler = find()
     if not compiler:
@@ -90,18 +92,18 @@ def compile_c(source: str) -> ctypes.PyDLL:
 
 
 def compile_beside(source: str) -> Future[ctypes.PyDLL]:
-    """`compile_c`, in a thread of its own."""
+    """Run `compile_c` in a background thread; return its future."""
     future: Future[ctypes.PyDLL] = Future()
 
     def work() -> None:
         try:
             future.set_result(compile_c(source))
-        except Exception as error:  # whoever asks for the result gets it
+        except Exception as error:  # raised again by the future's result
             future.set_exception(error)
 
     try:
-        # A daemon: the end of a program does not wait for it
+        # A daemon thread, so that the interpreter does not wait for it at exit
         Thread(target=work, name="portable_mlp compiler", daemon=True).start()
-    except RuntimeError as error:  # there can be no more threads
+    except RuntimeError as error:  # no thread can be started
         future.set_exception(error)
     return future

@@ -1,4 +1,4 @@
-"""How the calls of a replayed program are spelled, for each library that has ``out=``."""
+"""The source of each operation for libraries whose functions take ``out=``."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from portable_mlp.typing import Array
 
 
 class NumPyDialect:
-    """How operations are spelled for NumPy."""
+    """Source of operations for NumPy."""
 
-    # Elements of an array; chains of operations on larger ones run in blocks of so many, so
-    # that what stands between them is small
+    # Chains of operations on arrays of more elements run in blocks of this size, so that
+    # intermediate results stay in the cache
     block = 1 << 16
-    # Elements of a row; shorter ones are added a vector several at a time
+    # Where a vector is added to rows, several shorter rows are joined up to this length
     wide: int = 256
-    # With a scalar operand, NumPy has no vector instructions for these
+    # Functions for which NumPy has no vector instructions if an operand is a scalar
     vectors: tuple[str, ...] = ("maximum", "minimum")
     wider: int = 4096
-    # Columns of a product of a transposed matrix; with fewer it is quicker to compute the
-    # product's transpose, if that matrix is not as narrow
+    # A product with a transposed matrix and fewer columns than this is faster as the
+    # transpose of the product, unless the matrix itself is that narrow
     narrow: int = 0
-    # Whether its arrays are where loops in C can read and write them
+    # Whether loops in C can read and write its arrays
     loops: bool = True
-    # Whether a comparison is quicker into numbers than into booleans that are then converted
+    # Whether a comparison that returns numbers is faster than one that returns booleans
     numeric_masks: bool = False
 
     def __init__(self, backend: Backend) -> None:
@@ -36,31 +36,31 @@ class NumPyDialect:
         self._memory: Array | None = None
 
     def gather(self, x: Array, rows: Array, out: Array) -> Array:
-        """Rows of x, into a buffer."""
+        """Write the given rows of x (n, ...) into a buffer."""
         return x.take(rows, 0, out, "clip")
 
     def buffer(self, x: Array, n: int) -> Array:
-        """Room for n rows of x."""
+        """Return an uninitialised array for n rows of x."""
         return np.empty((n, *x.shape[1:]), x.dtype)
 
     def globals(self) -> dict[str, Any]:
-        """Return what a program's source refers to."""
+        """Return the global variables of a program's source."""
         return {"np": np, "empty": self.empty, "work": self.work}
 
     def empty(self, n_bytes: int) -> Array:
-        """Uninitialised bytes, aligned for the widest vector instructions."""
+        """Return uninitialised bytes, aligned for the widest vector instructions."""
         raw = np.empty(n_bytes + 64, np.uint8)
         start = -raw.ctypes.data % 64
         return raw[start : start + n_bytes]
 
     def work(self, n_bytes: int) -> Array:
-        """Memory that holds nothing between calls, so that all programs may have the same."""
+        """Return work memory; it holds nothing between calls, so all programs share it."""
         if self._memory is None or len(self._memory) < n_bytes:
             self._memory = self.empty(n_bytes)
         return self._memory
 
     def release(self) -> None:
-        """Let that memory go, when no program is left."""
+        """Free the work memory; no program may be left."""
         self._memory = None
 
     @classmethod
@@ -101,7 +101,7 @@ class NumPyDialect:
 
     @classmethod
     def fill(cls, out: str, number: str, shape: Any) -> str:
-        """Bring in a number that the host has computed; with axes, it is one of its arrays."""
+        """Write a number computed on the host into an array; with axes it is a NumPy array."""
         return f"{out}[...] = {number}" if shape else f"{out}[()] = {number}"
 
     @classmethod
@@ -123,19 +123,19 @@ class NumPyDialect:
 
     @classmethod
     def matmul(cls, a: str, b: str, out: str, ndims: tuple[int, int]) -> str:
-        # dot costs half of matmul's overhead, and is the same product
+        # dot has half of matmul's overhead, and gives the same product
         return f"{a}.dot({b}, {out})" if max(ndims) <= 2 else f"np.matmul({a}, {b}, out={out})"
 
 
 class TorchDialect(NumPyDialect):
-    """How operations are spelled for torch."""
+    """Source of operations for torch."""
 
     loops = False
-    block = 0  # torch works on several cores; blocks would be too short for that
+    block = 0  # torch works on several cores, for which blocks would be too short
     wide = wider = 0
     vectors = ()
-    narrow = 16  # MKL is several times slower then
-    numeric_masks = True  # five times
+    narrow = 16  # with fewer columns, MKL is several times slower
+    numeric_masks = True  # five times faster
 
     _NAMES: ClassVar[dict[str, str]] = {
         "absolute": "abs", "power": "pow", "equal": "eq", "not_equal": "ne",
@@ -165,7 +165,7 @@ class TorchDialect(NumPyDialect):
 
     @classmethod
     def constant(cls, value: Any, shape: Any, dtype: Any) -> str:
-        # Scalars stay on the host: kernels take them as arguments
+        # Scalars stay on the host, since kernels take them as arguments
         where = ", device=device" if shape else ""
         return f"torch.full({shape}, {value}, dtype={cls.dtype(dtype)}{where})"
 

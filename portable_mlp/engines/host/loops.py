@@ -1,10 +1,10 @@
-"""Runs of elementwise operations as loops in C.
+"""Loops in C for runs of elementwise operations.
 
-A library's call reads its operands from memory and writes its result there, and costs half a
-microsecond besides.  A loop keeps what only itself needs in registers, and one function has
-all loops between two operations that are none.  Only what IEEE 754 fixes to the last bit is
-taken, in the order of the program: loops and NumPy's calls give the same bits, so that it
-does not matter when the one takes over from the other.
+A call of a library reads its operands from memory, writes its result there, and has an
+overhead of half a microsecond.  A loop keeps intermediate results in registers, and one
+function holds all loops between two operations that are not loops.  Only operations whose
+result IEEE 754 defines to the last bit become loops, in the order of the program.  So loops
+and NumPy's calls give the same bits, and a switch between them at any step changes nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ EXACT = {
     "absolute", "maximum", "minimum", "where", "astype", "copy", "logical_and", "logical_or",
     "logical_not", "bitwise_and", "bitwise_or", "bitwise_xor", *COMPARISONS,
 }  # fmt: skip
-"""Functions that have one right result; of zeros of either sign, `maximum` has NumPy's on x86."""
+"""Functions with one correct result; for zeros of either sign, `maximum` is NumPy's on x86."""
 
 BLOCK = 512
-"""Elements that stay in the nearest cache from one loop to the next."""
+"""Elements that stay in the first-level cache from one loop to the next."""
 
 FEW = 64
-"""Of rows that are added up: at most so many, each longer.  NumPy, too, adds one by one then."""
+"""The most rows that a loop adds up, each of them longer.  NumPy adds them in the same order."""
 
 _FUNCTIONS = FUNCTIONS | {"absolute": "fabs({0})", "astype": "{0}", "copy": "{0}"}
 
@@ -48,13 +48,13 @@ PREAMBLE = """\
 
 
 def is_loop(x: Node, passed: set[Node]) -> bool:
-    """Whether x is to be computed in a loop.
+    """Tell whether x is computed in a loop.
 
     Parameters
     ----------
     x : Node
     passed : set of Node
-        Inputs that lie elsewhere at each call.
+        Inputs that have another memory at each call.
     """
     if any(o.root in passed for o in x.arrays):
         return False
@@ -73,9 +73,9 @@ def is_loop(x: Node, passed: set[Node]) -> bool:
     if x.op in ("absolute", "reciprocal") and x.dtype.kind != "f":
         return False
     if any(d.kind == "i" and x.op not in COMPARISONS for d in kinds):
-        return False  # C's signed numbers need not wrap
+        return False  # overflow of signed integers is undefined in C, and wraps in NumPy
     if x.op in COMPARISONS and len(set(x.wanted)) > 1:
-        return False  # of signed with unsigned numbers: C converts the former
+        return False  # comparing signed with unsigned numbers, C converts the signed one
     return all(_plain(access) for _, access in _reads(x, linear(x.shape, _indices(x))))
 
 
@@ -84,18 +84,18 @@ def _indices(x: Node) -> list[str]:
 
 
 def _plain(access: Access) -> bool:
-    """Whether an element is found without a division."""
+    """Tell whether an element is found without a division, which would be slow in a loop."""
     return not {"/", "%"} & {*access.flat}
 
 
 def _reads(x: Node, own: Access) -> Iterator[tuple[Node, Access]]:
-    """Yield what has axes, and its elements, that an element of x is computed from."""
+    """Yield the operands with axes, and the element of each that an element of x depends on."""
     for operand in x.with_axes:
         yield seen(operand, broadcast(operand, x.shape, own))
 
 
 def seen(x: Node, access: Access) -> tuple[Node, Access]:
-    """Return what a view's element is of the array that it looks at."""
+    """Return the array that a view is of, and the element of it that an element of x is."""
     while x.op in VIEWS:
         access = through(x, access)
         (x,) = x.operands
@@ -103,21 +103,24 @@ def seen(x: Node, access: Access) -> tuple[Node, Access]:
 
 
 class LoopWriter:
-    """Writes functions, each a few loops one after the other.
+    """Writer of C functions, each a sequence of loops.
 
     Parameters
     ----------
     registers : set of Node
-        What is needed in its own loop only.
+        Results that only their own loop reads.
     place : mapping of Node
-        Arrays of the same place lie in the same memory.
-    name, number : callable
-        The names of an array in memory, and of the array without axes that holds a number
-        which changes from call to call, in a given data type.
+        Places in memory; arrays with the same place share it.
+    name : callable
+        From a node to the name of its array.
+    number : callable
+        From a number that changes from call to call, and a data type, to the name of the
+        array that holds it.
 
     Attributes
     ----------
     functions : list of str
+        The source of the functions so far.
     """
 
     def __init__(
@@ -133,20 +136,20 @@ class LoopWriter:
         self.number = number
         self.functions: list[str] = []
         self._n_runs = 0
-        self._arrays: dict[Any, tuple[int, str]] = {}  # a run's
-        self._parameters: dict[str, str] = {}  # a loop's, and what it is called with
+        self._arrays: dict[Any, tuple[int, str]] = {}  # of a run: number and name
+        self._parameters: dict[str, str] = {}  # of a loop: parameter to argument
 
     @property
     def source(self) -> str:
         return PREAMBLE + "\n".join(self.functions) if self.functions else ""
 
     def run(self, segments: list[list[Node]]) -> tuple[int, list[str]]:
-        """Write a run of loops; return its number, and the names of the arrays it takes.
+        """Write a run of loops as a function; return its number, and the names of its arrays.
 
         Parameters
         ----------
         segments : list of lists of Node
-            Each a loop: one reduction, or elementwise operations of one shape.
+            Each becomes a loop: one reduction, or elementwise operations of one shape.
         """
         number, calls = self._n_runs, []
         self._n_runs += 1
@@ -167,14 +170,14 @@ class LoopWriter:
         return self._arrays.setdefault(key, (len(self._arrays), name))[0]
 
     def _pointer(self, root: Node) -> str:
-        """Return a parameter that points to an array."""
+        """Return the name of a parameter that points to an array."""
         at = self._at(self.place.get(root, root), self.name(root))
         # Memory that two point to is only read
         self._parameters[f"{TYPES[str(root.dtype)]} *restrict m{at}"] = f"memory[{at}]"
         return f"m{at}"
 
     def _value(self, x: Node, dtype: Any, access: Access) -> str:
-        """Return a parameter that is a number, or an element of one with axes."""
+        """Return the expression of a number, or of an element of a number with axes."""
         name, kind = self.number(x, dtype), TYPES[str(dtype)]
         at = self._at(name, name)
         if x.shape:
@@ -184,7 +187,7 @@ class LoopWriter:
         return f"h{at}"
 
     def _loop(self, segment: list[Node]) -> list[str]:
-        """Elementwise operations, all at one element and then at the next."""
+        """Return the loop of elementwise operations: all at one element, then at the next."""
         shape = segment[0].shape
         own = Access("i")
         if not all(_plain(access) for x in segment for _, access in _reads(x, own)):
@@ -211,10 +214,11 @@ class LoopWriter:
         ]
 
     def _parts(self, segment: list[Node]) -> list[list[Node]]:
-        """Return the operations up to each stored result that needs no other's registers.
+        """Return the operations in parts, each of which ends with a stored result.
 
-        Short loops over few arrays wait less for memory than one over many: what is computed
-        does not keep the processor from looking ahead.
+        Several short loops over few arrays wait less for memory than one loop over many,
+        because the processor can look further ahead.  If a part would need the registers of
+        another one, the segment stays whole.
         """
         parts: list[list[Node]] = [[]]
         for x in segment:
@@ -228,7 +232,7 @@ class LoopWriter:
         return parts
 
     def _statements(self, nodes: list[Node], own: Access, here: dict[Node, str]) -> list[str]:
-        """Return what is done at one element; ``here`` names what is known of it, and gets more."""
+        """Return the statements for one element; ``here`` maps results to their variables."""
         lines = []
         for x in nodes:
             kind, name = TYPES[str(x.dtype)], f"v{len(here)}"
@@ -246,7 +250,7 @@ class LoopWriter:
     def _read(
         self, x: Any, dtype: Any, shape: tuple[int, ...], own: Access, here: dict[Node, str]
     ) -> str:
-        """Return an operand's element, in the type in which it is taken."""
+        """Return the element of an operand, converted to ``dtype``."""
         if not isinstance(x, Node):
             return _literal(x, dtype)
         if x.is_number:
@@ -256,11 +260,11 @@ class LoopWriter:
         kind = TYPES[str(dtype)]
         if root.dtype == dtype:
             return text
-        # To convert booleans as such would hinder vector instructions
+        # A plain conversion of booleans would not be vectorised
         return f"({text} ? ({kind})1 : ({kind})0)" if root.dtype == bool else f"({kind}){text}"
 
     def _sum(self, x: Node) -> list[str]:
-        """Return a sum, or another reduction, over rows: the first, and one row after the other."""
+        """Return loops that reduce rows: copy the first row, then combine the others in order."""
         (operand,) = x.operands
         rows, n = operand.shape
         root, access = seen(operand, Access("i"))
@@ -272,7 +276,7 @@ class LoopWriter:
             f"const {kind} a = {out}[i], b = {source}[{following.flat}];",
             f"{out}[i] = {combine.format('a', 'b')};",
         ]
-        # NumPy adds the first to zero, which makes -0 a 0
+        # NumPy starts from zero, and 0 + -0 is 0
         start = "0 + " if x.op == "sum" else ""
         return [
             *_nested([("i", n)], [f"{out}[i] = {start}{source}[{access.flat}];"]),
@@ -282,7 +286,7 @@ class LoopWriter:
 
 
 def _literal(x: Any, dtype: Any) -> str:
-    """Return a number, rounded to a data type as NumPy does."""
+    """Return a number as a C literal of a data type, rounded as NumPy rounds it."""
     value, kind = np.asarray(x).astype(dtype)[()], TYPES[str(dtype)]
     if value.dtype.kind != "f":
         return f"({kind}){int(value)}{'u' * (value.dtype.kind == 'u')}"
@@ -294,7 +298,7 @@ def _literal(x: Any, dtype: Any) -> str:
 
 
 def _nested(bounds: list[tuple[str, int]], body: list[str]) -> list[str]:
-    """Loops within each other, from the first to the last index."""
+    """Return nested loops over the indices, the first outermost."""
     lines = body
     for i, n in reversed(bounds):
         lines = [

@@ -1,7 +1,7 @@
-"""Where each result of a program lies, so that memory is used again.
+"""Memory planning: a place for each result of a program, with reuse.
 
-A result takes the place of an operand that nobody needs any more, a part of the vector it
-will be joined in, or a buffer that an earlier result has left.
+A result takes the place of an operand that is no longer needed, or a part of the vector it
+will be joined in, or a buffer that an earlier result no longer needs.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from portable_mlp.engines.host.loops import is_loop
 
 
 class Plan:
-    """Where each result of a program lies in memory.
+    """The place of each result of a program in memory.
 
     Attributes
     ----------
     segments : list of lists of Node
-        What is calculated, in order; a segment of more than one is a chain of
-        elementwise operations, which run block by block, or in one loop.
+        The operations to compute, in order.  A segment of several is a chain of elementwise
+        operations that run block by block, or in one loop.
     loops : set of Node
-        What runs in loops.
+        Operations that run in loops in C.
     registers : set of Node
-        What only its own loop needs: it has no place.
+        Results that only their own loop reads.  They have no place in memory.
     place : dict
-        For each calculated node, its memory's number and its offset there in bytes.
-        Negative numbers are scratch memories, as large as a block.
+        For each computed node, the number of its memory and the offset there in bytes.
+        Negative numbers are scratch memories, each as large as a block.
     sizes : list of int
-        Bytes of the memories; the first are those of the ``given`` arrays, donated or resident.
+        Bytes of the memories.  The first ones are the ``given`` arrays, donated or resident.
     homes : dict
-        For a result that is written straight into the array it will be joined in,
-        that array's node and the offset there.
+        For a result that is written directly into the array it will be joined in, the
+        node of that array and the offset there in bytes.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Plan:
         self._assign()
 
     def _fixed(self) -> set[Node]:
-        """Return what depends on no input: computed once."""
+        """Return the nodes that depend on no input; they are computed once."""
         fixed: set[Node] = set()
         for x in self.program.nodes:
             if all(o in fixed for o in x.operands if isinstance(o, Node)):
@@ -81,14 +81,15 @@ class Plan:
     def _homes(self, calculated: list[Node]) -> dict[Node, tuple[Node, int]]:
         known = set(calculated)
         homes = parts_at_home(calculated)
-        # And what such a result is calculated from elementwise, if nobody else reads it
+        # An operand of such an elementwise result can be computed there, too, if nothing else
+        # reads it
         readers = Counter(o.root for x in calculated for o in {*x.arrays})
         readers.update(y.root for y in self.program.outputs if isinstance(y, Node))
         for x in reversed(calculated):
             if x in homes and x.elementwise and x.op != "where":
                 for a in x.arrays:
                     alike = (a.shape, a.dtype) == (x.shape, x.dtype)
-                    own = a in known and a.op != "concat"  # whose parts are at home in it
+                    own = a in known and a.op != "concat"  # its parts have their homes in it
                     if alike and own and a not in homes and readers[a] == 1:
                         homes[a] = homes[x]
                         break
@@ -104,8 +105,8 @@ class Plan:
             else:
                 together = 0 < self.block < x.size and x.elementwise
                 together &= all(a.shape in ((), x.shape) for a in x.arrays)
-                together &= len(x.arrays) == len(x.with_axes)  # numbers are not cut
-            # Of a result, the same element: others are not there yet
+                together &= len(x.arrays) == len(x.with_axes)  # a number with axes has no rows
+            # A view of a result may read elements that the segment has not computed yet
             crossed = segments and any(a.root in segments[-1] and a.op in VIEWS for a in x.arrays)
             if together and chained == (loop, x.shape) and not crossed:
                 segments[-1].append(x)
@@ -115,7 +116,7 @@ class Plan:
         return segments
 
     def rows(self, segment: list[Node]) -> int:
-        """Rows of a block; 0 if the segment is not to be cut."""
+        """Return the number of rows of a block; 0 if the segment runs whole."""
         (first, *more) = segment
         if not more or first in self.loops or first.size <= self.block:
             return 0
@@ -134,7 +135,7 @@ class Plan:
             if isinstance(output, Node):
                 uses[output.root].append(end)
         last = {x: max(segments) for x, segments in uses.items()}
-        until: dict[int, int] = {}  # the segment after which a memory is free
+        until: dict[int, int] = {}  # the last segment that needs a memory
         for x in self.given:
             self.place[x] = self._new(x.n_bytes), 0
             until[self.place[x][0]] = last.get(x, -1) if x in self.donated else end + 1
@@ -142,9 +143,10 @@ class Plan:
         free: list[int] = []
         for now, segment in enumerate(self.segments):
             rows = self.rows(segment)
+            # Reads of each result by its own segment that are still to come
             left = {x: len([o for y in segment for o in y.arrays if o.root is x])
                     for x in segment}  # fmt: skip
-            spare = list(range(len(self.scratch)))  # other segments' is free again
+            spare = list(range(len(self.scratch)))  # earlier segments are done with theirs
             for x in segment:
                 if x in self.loops and last[x] == now:
                     self.registers.add(x)
@@ -173,9 +175,9 @@ class Plan:
             ]
 
     def _replaced(self, x: Node, until: dict[int, int], now: int) -> int | None:
-        """Return the donated memory that x replaces, if nobody reads what is there from now on.
+        """Return the donated memory that x replaces, if its content is no longer read.
 
-        What is there may be another result, which was written over the donated array.
+        The content may be another result, which was written over the donated array.
         """
         for memory, output in enumerate(self.program.outputs[: len(self.donated)]):
             if output is x and until[memory] < now:
@@ -183,7 +185,7 @@ class Plan:
         return None
 
     def _place_scratch(self, x: Node, left: dict[Node, int], spare: list[int], rows: int) -> None:
-        """Return a result that only its own segment reads: a block of it is enough."""
+        """Place a result that only its own segment reads in scratch memory for one block."""
         # An operand's memory serves if each element is read before it is written over
         alike = all(o.dtype.itemsize == x.dtype.itemsize for o in x.arrays)
         over_operands = alike and x.op != "where"
@@ -202,7 +204,7 @@ class Plan:
             self._retire(x, left, spare)
 
     def _retire(self, x: Node, left: dict[Node, int], spare: list[int]) -> None:
-        """Scratch memory that x is the last to read; an elementwise result may go there."""
+        """Count the reads of x, and free scratch memory of which x is the last reader."""
         for operand in x.arrays:
             root = operand.root
             if root in left and root in self.place:
@@ -214,15 +216,16 @@ class Plan:
     def _overwritten(
         self, x: Node, segment: list[Node], until: dict[int, int], now: int
     ) -> int | None:
-        """Return a memory that nobody reads any more where x is written, if there is one.
+        """Return a memory that x may overwrite, if there is one.
 
-        That of an operand, where each element is read before it is written; or that of
-        the donated array which x replaces.
+        It is the memory of an operand that is no longer needed, where each element is read
+        before it is written, or that of the donated array which x replaces.
         """
         place = self.place
         later = segment[segment.index(x) + 1 :]
         still_read = {place[o.root][0] for y in later for o in y.arrays if o.root in place}
-        # What the segment reads elsewhere than it writes would be overwritten before
+        # An array that the segment reads at other positions than it writes would be overwritten
+        # too early
         still_read |= {
             place[o.root][0]
             for y in segment
@@ -240,12 +243,12 @@ class Plan:
                 and offset == 0 and memory >= 0 and self.sizes[memory] == x.n_bytes
                 and until[memory] <= now and memory not in still_read
             )  # fmt: skip
-            # Any other view of the same memory would be read after it was overwritten
+            # If x reads the memory through another view as well, it reads overwritten elements
             candidates[memory] = candidates.get(memory, True) and fits
         for memory, output in enumerate(self.program.outputs[: len(self.donated)]):
             if output is x and until[memory] <= now and memory not in still_read:
                 candidates.setdefault(memory, True)
-        # Donated memory first: its result is to be there in the end
+        # Donated memory first: its output must be there at the end
         return min((m for m, fits in candidates.items() if fits), default=None)
 
     def _new(self, n_bytes: int) -> int:
@@ -253,6 +256,7 @@ class Plan:
         return len(self.sizes) - 1
 
     def _take(self, free: list[int], n_bytes: int) -> int:
+        # A memory much larger than needed is left for a larger result
         fits = [m for m in free if n_bytes <= self.sizes[m] <= 2 * n_bytes + 4096]
         if not fits:
             return self._new(n_bytes)

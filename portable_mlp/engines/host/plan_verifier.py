@@ -1,7 +1,7 @@
-"""The rule of memory plans: what is read is still what was written there.
+"""The rule of memory plans: a result is not overwritten before its last reader.
 
-Looks at where a plan's results lie, without the planner's reasons.  On and off as the verifier of
-programs is.
+The check uses only the places in a plan, not the planner's reasoning.  It is on whenever the
+verifier of programs is.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from portable_mlp.engines.host.memory import Plan
 
 
 def verify_plan(plan: Plan) -> None:
-    """Check that what is read in memory is still what was written there.
+    """Check that every array is still in memory when it is read.
 
-    Goes through a plan's results in order, and notes which array lies where.
+    Goes through the results of a plan in order, and keeps track of which array lies where.
 
     Parameters
     ----------
@@ -23,12 +23,13 @@ def verify_plan(plan: Plan) -> None:
     Raises
     ------
     ProgramError
+        If an array is read after it was overwritten.
     """
-    there: dict[Node, tuple[int, int, int]] = {}  # memory, and from which byte to which
+    there: dict[Node, tuple[int, int, int]] = {}  # memory, first byte, end
 
     def lies(x: Node) -> tuple[int, int, int]:
         memory, start = plan.place[x]
-        scratch = memory < 0  # as long as a block: two arrays there are never apart
+        scratch = memory < 0  # holds one block, so two arrays in it always overlap
         return memory, start, start + (1 if scratch else max(x.n_bytes, 1))
 
     def overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
@@ -52,7 +53,8 @@ def verify_plan(plan: Plan) -> None:
             parts = {o.root for o in x.operands} if x.op == "concat" else set()
             there = {y: at for y, at in there.items() if y in parts or not overlap(at, own)}
             there[x] = own
-            # A segment goes on element by element: others of an array may still be needed
+            # A segment runs element by element: other elements of what x overwrites may be
+            # needed later
             for reader in segment:
                 for operand in reader.arrays:
                     moved = not (operand.contiguous and operand.size == x.size)

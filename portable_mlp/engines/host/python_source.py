@@ -1,12 +1,12 @@
-"""A recorded program as a list of calls that write into fixed buffers.
+"""A recorded program as Python source: a list of calls that write into fixed buffers.
 
-What a plain step costs beyond its matrix products is, in about equal parts, memory
-(each operation makes a new array) and calls.  Here the place of every result
-is planned first (`portable_mlp.engines.host.memory`).  Chains of elementwise operations on arrays
-larger than a core's cache run block by block; with a C compiler, runs of elementwise
-operations are a call each (`portable_mlp.engines.host.loops`).  The calls are written out as
-Python source and compiled once, with the buffers, their views and the constants as the
-function's free variables.
+Beyond its matrix products, a plain step spends its time in about equal parts on memory
+(each operation makes a new array) and on the overhead of calls.  Here the place of every
+result is planned first (`portable_mlp.engines.host.memory`).  Chains of elementwise operations
+on arrays larger than a core's cache run block by block.  With a C compiler, each run of
+elementwise operations is one call (`portable_mlp.engines.host.loops`).  The calls are written
+as Python source and compiled once; the buffers, their views and the constants are free
+variables of the function.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ from portable_mlp.typing import Array
 
 @dataclass(frozen=True)
 class Replay:
-    """Source of the calls that a program is, see `lower`.
+    """The source of a program as calls, see `lower`.
 
     Attributes
     ----------
     source : str
-        To be read: ``print(replay.source)``.
+        Python source, for readers: ``print(replay.source)``.
+    code : CodeType
+        The same, compiled.
     loops : str
-        What of it is in C; to be compiled before it is bound.
+        C source of the loops among the calls; empty if there are none.
     """
 
     source: str
@@ -57,29 +59,30 @@ class Replay:
     def bind(
         self, given: list[Array], dialect: NumPyDialect, library: ctypes.PyDLL | None = None
     ) -> Callable[..., tuple[Any, ...]]:
-        """Allocate, and return the function of the remaining arguments.
+        """Allocate memory, and return the program as a function of the remaining arguments.
 
         Parameters
         ----------
         given : list of arrays, C-contiguous
-            The donated ones, overwritten at each call by the program's first results, and
-            behind them the resident ones, which are read.
+            The donated arrays, which the program's first results overwrite at each call, and
+            behind them the resident arrays, which are only read.
         dialect : NumPyDialect
         library : ctypes.PyDLL, optional
-            The compiled ``loops``, if there are any.
+            The compiled ``loops``; needed if there are any.
         """
         scope = dialect.globals()
         if library is not None:
             scope["loops"] = partial(_loops, library)
         exec(self.code, scope)
-        # If it stayed in its own scope, memory would live on until cycles are looked for
+        # A function in its own globals is a reference cycle: its memory would live on until the
+        # garbage collector runs
         bind = scope.pop("bind")
         run: Callable[..., tuple[Any, ...]] = bind(*given)
         return run
 
 
 def _loops(library: ctypes.PyDLL, number: int, *arrays: Array) -> Callable[[], None]:
-    """Return a compiled function as a call; it points at the arrays, which are kept with it."""
+    """Return a call of a compiled function, which points at the arrays and keeps them alive."""
     memory = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
     function = library[f"run{number}"]
     function.argtypes, function.restype = [ctypes.c_void_p], None
@@ -102,12 +105,12 @@ def lower(
     ----------
     program : Program
     n_donated : int
-        So many of the first inputs are overwritten, by the outputs of the same place.
+        Number of first inputs that are overwritten by the outputs at the same positions.
     dialect : type of NumPyDialect
     n_resident : int, default=0
-        So many inputs behind them are bound, too, but only read.
+        Number of inputs behind them that are bound, too, but only read.
     loops : bool, default=False
-        Whether what can be is written in C; NumPy only.
+        Whether to write elementwise operations in C where possible; NumPy only.
     """
     if dialect.numeric_masks:
         program = with_numeric_masks(program)
@@ -120,7 +123,10 @@ def lower(
 
 
 def with_numeric_masks(program: Program) -> Program:
-    """Return the program with comparisons made in the type to which they are only converted."""
+    """Return the program with each comparison in the data type to which it is converted.
+
+    Only comparisons that nothing else reads are changed.
+    """
     readers = Counter(o for x in program.nodes for o in x.arrays)
     readers.update(y for y in program.outputs if isinstance(y, Node))
     new: dict[Any, Any] = {}
@@ -137,12 +143,12 @@ def with_numeric_masks(program: Program) -> Program:
 
 
 class _SourceWriter:
-    """Writes a plan's calls."""
+    """Writer of the calls of a plan."""
 
     def __init__(self, plan: Plan, dialect: type[NumPyDialect]) -> None:
         self.plan = plan
         self.dialect = dialect
-        self.foreign = set(plan.passed)
+        self.foreign = set(plan.passed)  # their views are made at each call
         self.bound: list[str] = []  # lines run once
         self.calls: list[str] = []  # lines run at each call
         self.names: dict[Any, str] = {}
@@ -155,6 +161,7 @@ class _SourceWriter:
         own = range(len(given), len(plan.sizes))
         memories = {f"m{m}": plan.sizes[m] for m in own}
         memories |= {f"s{s}": n_bytes for s, n_bytes in enumerate(plan.scratch)}
+        # One allocation for all, each part aligned to a cache line
         ends = [*accumulate((-(-n // 64) * 64 for n in memories.values()), initial=0)]
         self.bound.append(f"memory = work({ends[-1]})")
         for (memory, n_bytes), start in zip(memories.items(), ends, strict=False):
@@ -171,7 +178,7 @@ class _SourceWriter:
                     for x in segment:
                         self._call(x, self.calls)
         results = plan.program.outputs[len(plan.donated) :]
-        # Copied before what is moved may overwrite them
+        # Results are copied before the moves below, which may overwrite them
         self.calls += [f"result{i} = {self._result(y)}" for i, y in enumerate(results)]
         self._settle()
         lines = [
@@ -185,11 +192,12 @@ class _SourceWriter:
         return "\n".join(lines) + "\n"
 
     def _settle(self) -> None:
-        """Bring what is to be in donated memory there, if it is not."""
+        """Move outputs to the donated memory that they replace, if they are not there."""
         plan = self.plan
         moves: list[str] = []
         for x, y in zip(plan.donated, plan.program.outputs, strict=False):
             if plan.place.get(y) != plan.place[x]:
+                # Copied first: an output may be what another one overwrites
                 self.calls.append(f"moved{len(moves)} = {self.dialect.copy(self.name(y))}")
                 moves.append(self.dialect.assign(self.name(x), f"moved{len(moves)}"))
         self.calls += moves
@@ -209,14 +217,14 @@ class _SourceWriter:
         return self._set(key, f"{prefix}{len(self.names)}")
 
     def _local(self, path: str) -> str:
-        """Return a local name for a library's function."""
+        """Return a local name for a function of the library; attribute lookups cost time."""
         if path not in self.names:
             self._set(path, path.split(".", 1)[1].replace(".", "_") + "_")
             self.bound.append(f"{self.names[path]} = {path}")
         return self.names[path]
 
     def _number(self, x: Any) -> str:
-        """Return a number, known or changing from call to call, as an expression."""
+        """Return a number as an expression; it may change from call to call."""
         if not isinstance(x, Node):
             return repr(x) if abs(x) < float("inf") else f"float('{x}')"
         if x in self.names:
@@ -224,7 +232,10 @@ class _SourceWriter:
         return "(" + NUMBERS[x.op].format(*(self._number(o) for o in x.operands)) + ")"
 
     def operand(self, x: Any, dtype: Any) -> str:
-        """Return an array; of a number, one of its axes, which takes half as long."""
+        """Return the name of an operand.
+
+        A number becomes an array with the axes of the number: NumPy takes half as long with it.
+        """
         if isinstance(x, Node) and not x.is_number:
             return self.name(x)
         key = ("scalar", dtype, x if isinstance(x, Node) else (type(x), repr(x)))
@@ -238,7 +249,7 @@ class _SourceWriter:
         return self.names[key]
 
     def name(self, x: Node) -> str:
-        """Return a variable that holds x; made where it is asked for first."""
+        """Return the variable that holds x; it is made at the first use."""
         if x in self.names:
             return self.names[x]
         name = self._fresh(x, "v")
@@ -266,7 +277,7 @@ class _SourceWriter:
         return f"{where}.view({self.dialect.dtype(dtype)}).reshape({shape})"
 
     def _expression(self, x: Node) -> str:
-        """Write the views, and what is computed once."""
+        """Return the expression of a view, or of an array that is computed once."""
         dialect = self.dialect
         if x.op == "full":
             return dialect.constant(self._number(x.operands[0]), x.shape, x.dtype)
@@ -278,7 +289,7 @@ class _SourceWriter:
         if x.op == "permute":
             return dialect.transpose(first, x.attrs[0])
         if x.op == "index":
-            # Without the dots an element would be a number, which does not follow its array
+            # Without the ellipsis the result would be a copy of an element, not a view
             keys = [_key(k) for k in x.attrs] + ["..."] * (x.shape == () and ... not in x.attrs)
             return f"{first}[{', '.join(keys)}]"
         return dialect.broadcast(first, x.shape)
@@ -324,7 +335,7 @@ class _SourceWriter:
             and x.shape[1] < dialect.narrow <= min(left.shape)
         ):
             return dialect.matmul(a, b, out, (left.ndim, right.ndim))
-        # As (a b)ᵀ = bᵀ aᵀ
+        # Computed as (a b)ᵀ = bᵀ aᵀ, which is faster here: see `narrow` of the dialect
         product = self._fresh(("transposed", x), "p")
         array = self._array(f"empty({x.n_bytes})", 0, (x.shape[1], x.shape[0]), x.dtype)
         self.bound.append(f"{product} = {array}")
@@ -334,12 +345,12 @@ class _SourceWriter:
         return f"{line}; {dialect.assign(out, dialect.transpose(product, (1, 0)))}"
 
     def _concat(self, x: Node) -> list[str]:
-        """Copy the parts that are not there yet."""
+        """Return copies of the parts that are not already in place."""
         lines, start = [], 0
         (axis,) = x.attrs
         for part in x.operands:
             end = start + part.shape[axis]
-            # A part that stands twice is at home in one place
+            # A part that is joined twice was written into one of its two places only
             if axis or self.plan.homes.get(part.root) != (x, start * x.dtype.itemsize):
                 key = ":, " * axis + f"{start}:{end}"
                 lines.append(self.dialect.assign(f"{self.name(x)}[{key}]", self.name(part)))
@@ -347,14 +358,14 @@ class _SourceWriter:
         return lines
 
     def _loops(self, segments: list[list[Node]]) -> None:
-        """One call of a function with all loops up to what is none."""
+        """Write one call of a function with the loops of consecutive segments."""
         number, arrays = self.loops.run(segments)
         call = self._fresh(("loops", number), "loops")
         self.bound.append(f"{call} = loops({', '.join([str(number), *arrays])})")
         self.calls.append(f"{call}()")
 
     def _blocks(self, segment: list[Node], rows: int) -> None:
-        """Return a chain of elementwise operations, a block of rows at a time."""
+        """Write a chain of elementwise operations that runs one block of rows at a time."""
         n = segment[0].shape[0]
         views: dict[str, str] = {}  # a block's name -> the whole array's
         passed: list[bool] = []
@@ -364,7 +375,7 @@ class _SourceWriter:
                 return self.operand(x, dtype)
             passed.append(x.root in self.foreign)
             memory, _ = self.plan.place.get(x, (0, 0))
-            if memory < 0:  # scratch: the whole of it is a block
+            if memory < 0:  # scratch memory holds one block
                 short = (rows, *x.shape[1:])
                 whole = self.names.get(("scratch", x))
                 if whole is None:
@@ -403,10 +414,10 @@ class _SourceWriter:
         self.calls += [f"    {line}" for line in lines]
 
     def _long_rows(self, x: Node, operands: list[str], out: str) -> tuple[list[str], str]:
-        """Several short rows as one long one, where a vector is added to each of them.
+        """Return operands and output reshaped so that several short rows are one long row.
 
-        NumPy's inner loop is over one row: with few columns it does little else than
-        to begin anew.
+        NumPy's inner loop runs over one row, so with few columns its start-up cost dominates.
+        A vector that is added to each row is tiled.
         """
         if x.ndim != 2 or not x.elementwise or not x.size:
             return operands, out
@@ -435,7 +446,7 @@ class _SourceWriter:
         return new, self._view(x, f"{out}.reshape({shape})")
 
     def _tile(self, x: Node, text: str, n: int, k: int) -> str:
-        """Return a row, n times."""
+        """Return a row of length k, tiled n times: (n * k,)."""
         tile = self._fresh(("tile", x), "t")
         memory = self._array(f"empty({n * x.n_bytes})", 0, (n, k), x.dtype)
         self.bound += [f"{tile} = {memory}", f"{tile}_ = {tile}.reshape(-1)"]
@@ -443,7 +454,7 @@ class _SourceWriter:
         return f"{tile}_"
 
     def _vector(self, value: Any, length: int, dtype: Any) -> str:
-        """Return a number, repeated."""
+        """Return a number as a vector of ``length``."""
         key = ("vector", length, dtype, type(value), repr(value))
         if key not in self.names:
             constant = self.dialect.constant(self._number(value), (length,), dtype)
@@ -451,7 +462,7 @@ class _SourceWriter:
         return self.names[key]
 
     def _view(self, x: Node, text: str) -> str:
-        """Return a name for an expression of x that looks at its memory in another way."""
+        """Return a variable for an expression that is a view of x."""
         key = ("view", text)
         if key not in self.names:
             name = self._fresh(key, "l")
@@ -461,7 +472,7 @@ class _SourceWriter:
 
 
 def _key(k: Any) -> str:
-    """Return an index as it is written between brackets."""
+    """Return the source of one key of an index."""
     if isinstance(k, tuple):
         _, start, stop, step = k
         return f"{'' if start is None else start}:{'' if stop is None else stop}" + (

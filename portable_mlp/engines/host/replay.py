@@ -1,4 +1,4 @@
-"""The engine of NumPy and torch: a recorded step, repeated into fixed buffers."""
+"""The engine of NumPy and torch, which repeats a recorded step into fixed buffers."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from portable_mlp.warn import warn
 
 
 class ReplayEngine(RecordedEngine):
-    """Makes the calls of `portable_mlp.engines.host.python_source`.
+    """An engine that makes the calls of `portable_mlp.engines.host.python_source`.
 
-    Where there is a C compiler and training has gone on for a while, it compiles the loops
-    of `portable_mlp.engines.host.loops` in the background, and goes over to them between two
-    steps: they give the same bits.  See `compiler.when` for how to decide otherwise.
+    If there is a C compiler, and training has lasted for a while, it compiles the loops of
+    `portable_mlp.engines.host.loops` in the background, and switches to them between two
+    steps.  They give the same bits.  `compiler.when` reads the setting that changes this.
     """
 
     name = "replay"
 
-    PATIENCE = 0.25  # seconds of training in all fits that take the same step
-    LOOK = 0.05  # seconds from one look at what is compiled to the next
+    PATIENCE = 0.25  # seconds of training with the same step, over all fits, before it is compiled
+    LOOK = 0.05  # seconds between two looks at whether loops are compiled
 
     def __init__(self, backend: Backend, recipe: Recipe, reduce: Reduce | None = None) -> None:
         super().__init__(backend, recipe, reduce)
@@ -64,10 +64,10 @@ class ReplayEngine(RecordedEngine):
         if arrays is not self._arrays or self._goes_over():
             self._programs.clear()
             self._to_come.clear()
-            self.dialect.release()  # to write a program takes about as much memory as to run it
+            self.dialect.release()  # writing a program takes about as much memory as running it
             self._arrays = arrays
         n, batch_size, hypers = task.n_rows, task.batch_size, task.hypers
-        # The longer batch first: its memory is enough for the shorter
+        # The longer batch first, since its memory is enough for the shorter one
         for size in (min(batch_size, n), n % batch_size or batch_size):
             if size not in self._programs:
                 self._bind(arrays, task, size)
@@ -92,7 +92,7 @@ class ReplayEngine(RecordedEngine):
             if self._to_come and perf_counter() - begun > self.LOOK:
                 finished = False
                 break
-        if self.backend.name != "numpy":  # there they are numbers already
+        if self.backend.name != "numpy":  # on NumPy they are Python numbers already
             losses, penalties = zip(*found, strict=True)
             found = self._fetch(list(losses), list(penalties))
         values += found
@@ -101,14 +101,14 @@ class ReplayEngine(RecordedEngine):
         return finished
 
     def _goes_over(self) -> bool:
-        """Whether to switch programs now: to ask the compiler, or to take what it has made."""
+        """Tell whether to switch programs now: to start the compiler, or to take its result."""
         waiting = self._to_come
         return bool(waiting) and all(
             p.done if p.begun else p.seconds > self.PATIENCE for p in waiting
         )
 
     def _bind(self, arrays: Arrays, task: Task, size: int) -> None:
-        """Make buffers for a batch of so many rows, and the function that does a step with it."""
+        """Make buffers for a batch of ``size`` rows, and the function of a step with them."""
         longest = max(self._programs, default=0)
         if size <= longest:
             buffers = [buffer[:size] for buffer in self._programs[longest][0]]
@@ -121,7 +121,7 @@ class ReplayEngine(RecordedEngine):
     def _bound(
         self, arrays: Arrays, batch: Batch, hyper: Hyper, total: float | None
     ) -> Callable[..., tuple[Any, ...]]:
-        """Return the function that does a step with a batch's arrays, numbers, and total."""
+        """Return a step as a function of a batch's arrays, numbers, and total."""
         own = list(flatten(arrays))
         reduce = self.reduce
         if reduce is None:
@@ -134,7 +134,7 @@ class ReplayEngine(RecordedEngine):
         first = self._program(FIRST, arguments, [vector, *arrays.leaves])
         second = self._program(SECOND, (arrays, vector, hyper, n), [*own, vector])
         n_arrays = sum(a is not None for a in batch)
-        # Of the numbers, these are the last
+        # The numbers of the forward pass are the last ones of a step
         forward = n_arrays + len(flat(hyper)) - len(flat(hyper.forward))
         rest = () if n is None or total is not None else (n,)
 
@@ -148,7 +148,7 @@ class ReplayEngine(RecordedEngine):
     def _program(
         self, part: str, arguments: Any, given: list[Array]
     ) -> Callable[..., tuple[Any, ...]]:
-        """Bind a program that may be compiled: now, later, or not."""
+        """Bind a program, with its compiled loops if they are ready."""
         prepared = _prepare(self.recipe, self.backend.name, Tree(specify(arguments)), part)
         if self._when == "now":
             prepared.compile()
@@ -165,14 +165,14 @@ class ReplayEngine(RecordedEngine):
 
 
 class _Prepared:
-    """A step as calls, and as calls with loops when they are compiled.
+    """A step as calls, and as calls with loops once these are compiled.
 
-    Without buffers, so that it can outlive a fit.
+    It holds no buffers, so that it can outlive a fit.
 
     Attributes
     ----------
     seconds : float
-        That it has been repeated for as calls.
+        Time for which it has run as calls.
     """
 
     def __init__(self, recipe: Recipe, dialect: str, arguments: Tree, part: str) -> None:
@@ -186,12 +186,12 @@ class _Prepared:
         self._looped: tuple[Replay, Future[PyDLL]] | None = None
 
     def compile(self) -> None:
-        """Begin to compile the loops, if that has not been done."""
-        to_loop = self._to_loop  # another thread may set it
+        """Start to compile the loops, if that has not been done."""
+        to_loop = self._to_loop  # read once, since another thread may set it to None
         if to_loop is not None:
             replay = to_loop()
             self._looped = replay, compiler.compile_beside(replay.loops)
-            self._to_loop = None  # the program goes
+            self._to_loop = None  # which frees the program
 
     def wait(self) -> None:
         """Wait for the compiler; warn if it failed."""
@@ -200,17 +200,17 @@ class _Prepared:
 
     @property
     def begun(self) -> bool:
-        """Whether the compiler has been asked."""
+        """Whether the compiler has been started."""
         return self._looped is not None
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing better to come."""
+        """Whether the compiler has finished, with a library or an error."""
         return self._looped is not None and self._looped[1].done()
 
     @property
     def best(self) -> tuple[Replay, PyDLL | None]:
-        """What there is, once it is ``done``, and what to bind it with."""
+        """The calls to bind once it is ``done``, and the library of their loops."""
         if self._looped is None or self._looped[1].exception():
             return self.calls, None
         replay, library = self._looped
@@ -222,6 +222,6 @@ def _prepare(recipe: Recipe, dialect: str, arguments: Tree, part: str) -> _Prepa
     return _Prepared(recipe, dialect, arguments, part)
 
 
-# Nobody goes on in a forked process with what its parent's threads compile
+# A forked process has none of its parent's threads: what they compile would never be done
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_prepare.cache_clear)
