@@ -45,9 +45,9 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
         Number of units of each hidden layer.
     activation : str, Layer, or a sequence of one for each hidden layer, default="relu"
         A name in `portable_mlp.activations.ACTIVATIONS`, or a layer.
-    solver : {"adam", "sgd", "adamw", "rmsprop", "lbfgs"} or Optimizer, default="adam"
-        "adam" and "sgd" follow scikit-learn's conventions; an instance from
-        `portable_mlp.optimizers` brings its own settings.
+    solver : str or Optimizer, default="adam"
+        "lbfgs", or a name in `portable_mlp.optimizers.SOLVERS`, of which "adam" and "sgd"
+        follow scikit-learn's conventions.  An instance brings its own settings.
     alpha : float >= 0, default=1e-4
         L2 penalty on the weights, divided by the number of rows of a batch.
     batch_size : int or "auto", default="auto"

@@ -34,10 +34,9 @@ class MLPRegressor(RegressorMixin, MultilayerPerceptron):
 
     Parameters
     ----------
-    loss : {"squared_error", "poisson", "huber", "quantile"}, Loss or callable, \
-default="squared_error"
-        Loss to minimise.  An instance from `portable_mlp.losses` brings its own settings,
-        such as ``Quantile(0.9)``.  A callable takes predictions (n, k), targets (n, k), or
+    loss : str, Loss or callable, default="squared_error"
+        Loss to minimise: a name of a regression in `portable_mlp.losses.LOSSES`, or an
+        instance, which brings its own settings, such as ``Quantile(0.9)``.  A callable takes predictions (n, k), targets (n, k), or
         (n,) with one output, and the namespace.  It returns the rows' losses (n,) and their
         derivatives with respect to the predictions (n, k).
     hidden_layer_sizes, activation, solver, alpha, batch_size, learning_rate, \
