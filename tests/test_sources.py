@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
-from helpers.ctrl_c import press_ctrl_c
 from helpers.targets import get_target
 from scipy.sparse import csr_array
 from sklearn.datasets import load_diabetes, load_iris
@@ -121,7 +122,7 @@ def test_goes_on_where_it_stopped(middle):
         def parts(self, batch_size):
             for i, part in enumerate(super().parts(batch_size)):
                 if self.epochs[-1] == 2 and i == 2:
-                    press_ctrl_c()
+                    signal.raise_signal(signal.SIGINT)
                 yield part
 
     whole = MLPClassifier(**SETTINGS).fit(Reader())

@@ -36,9 +36,10 @@ class MLPRegressor(RegressorMixin, MultilayerPerceptron):
     ----------
     loss : str, Loss or callable, default="squared_error"
         Loss to minimise: a name of a regression in `portable_mlp.losses.LOSSES`, or an
-        instance, which brings its own settings, such as ``Quantile(0.9)``.  A callable takes predictions (n, k), targets (n, k), or
-        (n,) with one output, and the namespace.  It returns the rows' losses (n,) and their
-        derivatives with respect to the predictions (n, k).
+        instance, which brings its own settings, such as ``Quantile(0.9)``.  A callable takes
+        predictions (n, k), targets (n, k), or (n,) with one output, and the namespace.  It
+        returns the rows' losses (n,) and their derivatives with respect to the predictions
+        (n, k).
     hidden_layer_sizes, activation, solver, alpha, batch_size, learning_rate, \
 learning_rate_init, power_t, max_iter, shuffle, random_state, tol, verbose, warm_start, \
 momentum, nesterovs_momentum, early_stopping, validation_fraction, beta_1, beta_2, epsilon, \

@@ -56,10 +56,13 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     """Turn Ctrl-C into an event that the loop checks between batches.
 
     A second Ctrl-C raises KeyboardInterrupt at once.  In other threads than the main one the
-    event is never set, because Python delivers signals to the main thread only.
+    event is never set, because Python delivers signals to the main thread only.  It is never
+    set either in a process that ignores Ctrl-C, such as a shell's background job, or whose
+    handler was not installed from Python.
     """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    if elsewhere or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         yield event
         return
 

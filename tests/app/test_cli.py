@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.ctrl_c import press_ctrl_c
 from helpers.paths import DATA
 from sklearn.model_selection import train_test_split
 
@@ -456,7 +455,7 @@ def test_interrupt_while_saving_keeps_the_model(tmp_path, monkeypatch, capsys):
     from portable_mlp.app import folder
 
     def interrupted(*args, **kwargs):
-        press_ctrl_c()
+        signal.raise_signal(signal.SIGINT)
         return save(*args, **kwargs)
 
     monkeypatch.setattr(folder, "save", interrupted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,6 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from helpers.ctrl_c import press_ctrl_c
 from helpers.targets import TARGETS, get_target
 from scipy.sparse import csr_array
 from sklearn.base import clone
@@ -617,7 +617,7 @@ class PressesCtrlC(SquaredError):
     def per_row(self, z, y, xp):
         if self.due:
             self.due.pop()
-            press_ctrl_c()
+            signal.raise_signal(signal.SIGINT)
         return super().per_row(z, y, xp)
 
 
@@ -648,8 +648,8 @@ def test_second_ctrl_c_raises_and_leaves_the_model():
     @dataclass(frozen=True)
     class Twice(SquaredError):
         def per_row(self, z, y, xp):
-            press_ctrl_c()
-            press_ctrl_c()
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return super().per_row(z, y, xp)
 
     X, y = data("regression")

@@ -12,7 +12,6 @@ import threading
 
 import numpy as np
 import pytest
-from helpers.ctrl_c import press_ctrl_c
 from helpers.killed import COMMON, LABELS, MOMENTS, TARGET, EverySteps, X
 from helpers.paths import TESTS
 from helpers.targets import get_target
@@ -187,7 +186,7 @@ class Interrupt(Callback):
 
     def on_epoch_begin(self, epoch):
         if epoch == self.epoch:
-            press_ctrl_c()
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_a_model_that_goes_on(tmp_path):

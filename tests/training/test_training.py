@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from helpers.ctrl_c import press_ctrl_c
 
 from portable_mlp import DivergenceError, Network, mlp
 from portable_mlp.backends import NumPyBackend
@@ -22,6 +21,7 @@ from portable_mlp.schedules import Adaptive, Clock, InverseScaling, OneCycle, Re
 from portable_mlp.sources import ArraySource
 from portable_mlp.steps import Batch
 from portable_mlp.training import Trainer
+from portable_mlp.training.pauses import deferred_interrupt
 
 BACKEND = NumPyBackend()
 
@@ -177,6 +177,19 @@ def test_clipping_keeps_a_run_that_diverges_without_it():
     assert state.history[-1].loss < state.history[0].loss
 
 
+def test_who_ignores_ctrl_c_is_not_interrupted():
+    """As a shell's background job does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred_interrupt() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupted.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):
     """The signal comes in the middle of the third batch."""
     x, y = problem()
@@ -187,7 +200,7 @@ def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):
     def gather(self, x, rows, out, original=NumPyDialect.gather):
         calls.append(rows)
         if len(calls) == 5:
-            press_ctrl_c()
+            signal.raise_signal(signal.SIGINT)
         return original(self, x, rows, out)
 
     before = signal.getsignal(signal.SIGINT)
@@ -275,7 +288,7 @@ class Interrupting(SquaredError):
     def per_row(self, z, y, xp):
         self.calls.append(1)
         if len(self.calls) == self.step:
-            press_ctrl_c()
+            signal.raise_signal(signal.SIGINT)
         return super().per_row(z, y, xp)
 
 
