@@ -126,7 +126,7 @@ class Settings:
     """Loss of a regression [default: squared_error]; huber's delta is 1, in units of the scaled
     target (unless --no-scaling)."""
     class_weight: Annotated[Literal["none", "balanced"], Parameter(group=_NETWORK)] = "none"
-    """Weights of the classes in a classification; balanced: all classes have the same total."""
+    """Weights of the classes in a classification; balanced: all classes weigh the same."""
     label_smoothing: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lt=1))] = (
         0.0
     )

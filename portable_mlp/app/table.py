@@ -61,13 +61,13 @@ def is_array_file(path: Path) -> bool:
 def read_table(paths: Sequence[Path], target: str = "-1") -> Any:
     """Read all rows of one or more files into a table.
 
-    The suffix tells whether a file is Parquet (``.parquet``, ``.pq``), ``.npy`` or ``.npz``;
-    any other file is CSV.  The separator of a CSV file is the comma, semicolon or tab,
-    whichever is most frequent in the first line.  The first line is a header unless all its
-    fields other than the target's are numbers.  Empty fields and ?, NA, N/A, #N/A, NaN, nan,
-    null, NULL are missing values.  The columns of a CSV file without header and of an
-    ``.npy`` array are called column_0, column_1, …  Those of an ``.npz`` file take the
-    array's name: X_0, X_1, … for a matrix X.
+    The suffix tells whether a file is Parquet (``.parquet``, ``.pq``) or holds NumPy arrays
+    (``.npy``, ``.npz``; the content tells which of the two).  Any other file is CSV.  Its
+    separator is the comma, semicolon or tab, whichever is most frequent in the first line.  The
+    first line is a header unless all its fields other than the target's are numbers.  Empty
+    fields and ?, NA, N/A, #N/A, NaN, nan, null, NULL are missing values.  The columns of a CSV
+    file without header and of an ``.npy`` array are called column_0, column_1, …  Those of an
+    ``.npz`` file take the array's name: X_0, X_1, … for a matrix X.
 
     Parameters
     ----------

@@ -219,8 +219,8 @@ class Engine:
 class RecordedEngine(Engine):
     """Base of the engines that record a step, and repeat it in another form.
 
-    A step that cannot be recorded runs eagerly, with a warning that says why.  The first
-    ``EAGER`` steps run eagerly, too, since recording takes about as long as they do.
+    A step that cannot be recorded runs eagerly, with a warning that says why.  Epochs within
+    the first ``EAGER`` steps run eagerly, too: recording takes about as long as these steps.
     """
 
     EAGER = 16

@@ -490,6 +490,12 @@ sys.exit(main(argv))
 """
 
 
+def test_the_suffix_of_predictions_may_be_in_capitals(penguins, tmp_path):
+    for name in ("p.csv", "P.CSV"):
+        run("predict", penguins / "model.safetensors", PENGUINS, "--out", tmp_path / name)
+    assert (tmp_path / "P.CSV").read_bytes() == (tmp_path / "p.csv").read_bytes()
+
+
 @pytest.mark.slow
 def test_interrupted_prediction_leaves_nothing(penguins, tmp_path):
     """The signal comes while the third chunk of seven is predicted."""

@@ -86,7 +86,7 @@ def test_an_exception_fails_a_stage_and_is_told(stages, tmp_path):
     assert "ValueError: planted" in found["paragraphs"][-1]
 
 
-# The time of a stage is up as soon as it has said something
+# The time of a stage is up as soon as it has written what it found
 CHILD = """
 import subprocess, sys, time
 from pathlib import Path
@@ -95,7 +95,8 @@ import gpu_check, gpu_stages
 class Popen(subprocess.Popen):
     def communicate(self, input=None, timeout=None):
         if "--stage" in self.args:
-            while not Path(self.args[self.args.index("--out") + 1]).exists():
+            out = Path(self.args[self.args.index("--out") + 1])
+            while self.poll() is None and not (out.exists() and "begun" in out.read_text()):
                 time.sleep(0.01)
             timeout = {timeout}
         return super().communicate(input, timeout)

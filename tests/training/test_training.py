@@ -177,8 +177,8 @@ def test_clipping_keeps_a_run_that_diverges_without_it():
     assert state.history[-1].loss < state.history[0].loss
 
 
-def test_who_ignores_ctrl_c_is_not_interrupted():
-    """As a shell's background job does."""
+def test_a_process_that_ignores_ctrl_c_is_not_interrupted():
+    """A shell's background job is such a process."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with deferred_interrupt() as interrupted:
@@ -188,6 +188,16 @@ def test_who_ignores_ctrl_c_is_not_interrupted():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_that_python_cannot_put_back_is_left_alone(monkeypatch):
+    """That of a program that embeds Python, which ``getsignal`` tells as None."""
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with deferred_interrupt() as interrupted:
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGINT) is before
+        assert not interrupted.is_set()
 
 
 def test_ctrl_c_finishes_the_batch_and_leaves_a_usable_state(monkeypatch):

@@ -172,7 +172,7 @@ class LoopWriter:
     def _pointer(self, root: Node) -> str:
         """Return the name of a parameter that points to an array."""
         at = self._at(self.place.get(root, root), self.name(root))
-        # Memory that two point to is only read
+        # Arrays that share memory share a pointer, or are only read: so `restrict` holds
         self._parameters[f"{TYPES[str(root.dtype)]} *restrict m{at}"] = f"memory[{at}]"
         return f"m{at}"
 
