@@ -226,6 +226,7 @@ def test_goes_on_from_a_checkpoint(toy, tmp_path):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("toy", TOYS)
 def test_exported(toy):
     ours = pytest.importorskip("portable_mlp.persistence.onnx")

@@ -202,6 +202,7 @@ def test_numbers_that_change_cost_no_new_program():
     assert replay_module._prepare.cache_info().currsize == recorded
 
 
+@pytest.mark.slow
 def test_numbers_that_change_cost_no_new_program_on_jax(request):
     backend = get_target("jax", request).backend
     jax_scan._loop.cache_clear()

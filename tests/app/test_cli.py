@@ -133,6 +133,7 @@ def test_settings_come_from_a_file_and_options_override_it(penguins, tmp_path):
     assert len(load(tmp_path / "short/model.safetensors")[-1].loss_curve_) == 2
 
 
+@pytest.mark.slow
 def test_the_command_in_the_report_repeats_the_run(tmp_path):
     options = ["--hidden", "7,5", "--no-early-stopping", "--seed", "3", "--dtype", "float64"]
     train(tmp_path / "a", *options, "--device", "cpu")
@@ -160,6 +161,7 @@ OF_A_TASK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", OF_A_TASK)
 def test_options_of_training_reach_the_model(target, tmp_path):
     options = {**OPTIONS, **OF_A_TASK[target]}
@@ -195,6 +197,7 @@ def test_options_default_to_those_of_the_estimators(folder, cls, request):
     assert {name: params[name] for name in wanted} == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_by_name(schedule, tmp_path, capsys):
     run("train", "--dataset", "iris", "--epochs", 60, "--patience", 60, "--optimizer", "sgd",
@@ -205,12 +208,14 @@ def test_schedules_by_name(schedule, tmp_path, capsys):
     assert (rates.n_unique() > 1) == changes
 
 
+@pytest.mark.slow
 def test_class_weights_count_in_the_score_that_is_watched(tmp_path):
     train(tmp_path, "--class-weight", "balanced", "--dtype", "float64")
     history = pl.read_csv(tmp_path / "history.csv")
     np.testing.assert_allclose(history["validation_score"], -history["validation_loss"], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if not loss.for_labels])
 def test_every_loss_predicts_in_the_units_of_the_target(loss, tmp_path, rng, capsys):
     x = rng.standard_normal((600, 2))
@@ -268,6 +273,7 @@ def test_predict_regression(masses, tmp_path):
     np.testing.assert_allclose(got["prediction"], load(model).predict(X), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("others", "told"),
     [
@@ -325,6 +331,7 @@ def test_info_of_a_file_from_before_there_were_networks(capsys):
     assert "layers: Linear 3x5, Linear 5x4, Linear 4x3\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluate_takes_labels_as_they_are(tmp_path, rng, capsys):
     x = rng.standard_normal(100)
     names = np.where(x > 0, "a [/b] c " * 20, "<i>")
@@ -368,6 +375,7 @@ def test_export_needs_names(tmp_path, capsys):
     assert "a column has no name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_target_too_fine_for_float32_is_named(tmp_path, rng, capsys):
     pl.DataFrame({"x": [*range(50)], "y": 1e9 + rng.standard_normal(50)}).write_csv(
         tmp_path / "t.csv"
@@ -388,6 +396,7 @@ def as_onnx_takes_it(column, kind):
     return column.cast(pl.Float32).to_numpy().astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sex", "body_mass_g"])
 def test_export_agrees_with_the_model(target, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -529,6 +538,7 @@ def test_a_resumed_run_is_the_whole_one(target, tmp_path, capsys):
     assert json.loads(json.dumps(read_metadata(tmp_path / "parts/model.safetensors")["notes"]))
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_cannot_change(tmp_path, capsys):
     table = tmp_path / "t.csv"
     table.write_bytes(PENGUINS.read_bytes())
@@ -542,6 +552,7 @@ def test_what_a_resumed_run_cannot_change(tmp_path, capsys):
     assert "not the rows that the run began with" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_from_before_an_option_was_there_goes_on(tmp_path, monkeypatch):
     from portable_mlp.app import folder
 
@@ -556,6 +567,7 @@ def test_a_run_from_before_an_option_was_there_goes_on(tmp_path, monkeypatch):
     run("train", "--resume", tmp_path, "--epochs", 10, "--alpha", 0.1, code=2)
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_go_on_from_an_old_checkpoint(tmp_path):
     train(tmp_path / "run", "--checkpoint-every", 0, "--seed", 1)
     train(tmp_path / "run")

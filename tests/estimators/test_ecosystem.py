@@ -25,6 +25,7 @@ X, Y = make_classification(120, 8, random_state=0)
 SMALL = {"hidden_layer_sizes": (8,), "max_iter": 10, "random_state": 0}
 
 
+@pytest.mark.slow
 def test_cross_validation_in_processes_is_that_in_one():
     model = MLPClassifier(**SMALL)
     with warnings.catch_warnings():  # of the processes: the settings of this one do not reach them

@@ -513,6 +513,7 @@ def test_one_class_is_predicted(target):
         assert model.score(there, np.full(30, 7)) == 1.0
 
 
+@pytest.mark.slow
 def test_labels_too_large_for_the_namespace_come_back_as_numpy(request):
     target = get_target("jax", request)
     X, y = data("multiclass")
@@ -872,6 +873,7 @@ def test_one_label_and_several_do_not_follow_each_other():
         np.testing.assert_array_equal(model.predict(X).shape, first.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"early_stopping": True}], ids=["plain", "early"])
 def test_a_memory_map_is_read_a_batch_at_a_time(settings, tmp_path):
     """A file of rows is never in memory as a whole, and the model is that of the array."""

@@ -686,6 +686,7 @@ def test_n_and_m_epochs_are_n_plus_m_to_the_last_bit(extra):
     assert np.array_equal(parts.predict_proba(X), whole.predict_proba(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"backend": "torch"}, {"backend": "jax"}, {"solver": "adamw"},
                                     {"dtype": "float32"}], ids=str)  # fmt: skip
 def test_continuation_from_the_last_parameters_elsewhere(change):
