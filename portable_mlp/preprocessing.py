@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any, Self
 
 import numpy as np
@@ -17,7 +16,8 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 KINDS = {"number": pl.Float64, "boolean": pl.Boolean, "category": pl.String, "date": pl.Datetime}
 """The kinds of columns, and the polars dtype in which a model takes each."""
 
-_MOST = 1e150  # its square, needed for the variance, is finite
+_FEW_ROWS = 20
+_DISTINCT = 0.95  # share of distinct values in a column that tells rows apart
 _MAX_CATEGORIES = 64  # rarer categories of a column are encoded as zeros, like unknown ones
 
 
@@ -29,10 +29,11 @@ def column_kinds(X: pl.DataFrame) -> dict[str, str]:
     ValueError
         If a column holds anything else, such as lists; the message names it.
     """
-    return {name: _kind(name, dtype) for name, dtype in X.schema.items()}
+    return {name: kind_of(name, dtype) for name, dtype in X.schema.items()}
 
 
-def _kind(name: str, dtype: Any) -> str:
+def kind_of(name: str, dtype: Any) -> str:
+    """Return the kind of a column of a polars dtype; raise a ValueError if there is none."""
     if dtype.is_numeric():
         return "number"
     kinds = {pl.Boolean: "boolean", pl.String: "category", pl.Null: "category"}
@@ -56,30 +57,23 @@ def useless_columns(X: pl.DataFrame) -> dict[str, str]:
     return found
 
 
-def nearly_numbers(X: pl.DataFrame) -> dict[str, list[str]]:
-    """Return the text columns in which some values, but at most one in ten, are not numbers.
+def identifiers(X: pl.DataFrame, kinds: dict[str, str]) -> dict[str, str]:
+    """Return the columns that tell rows apart rather than say something about them.
 
-    Each comes with its first three distinct values that are not numbers.  Missing values are
-    not counted.
+    These are texts that are different in nearly every row, and numbers of the rows without a
+    name, as a data frame's index is written.
     """
     found = {}
-    for name, dtype in X.schema.items():
-        if dtype == pl.String:
-            other = X[name].cast(pl.Float64, strict=False).is_null() & X[name].is_not_null()
-            n_values = X.height - X[name].null_count()
-            if 0 < 10 * other.sum() <= n_values:
-                found[name] = X[name].filter(other).unique(maintain_order=True).head(3).to_list()
+    for name, kind in kinds.items():
+        values = X[name].drop_nulls()
+        if kind == "category" and len(values) >= _FEW_ROWS:
+            if values.n_unique() >= _DISTINCT * len(values):
+                found[name] = "different in nearly every row"
+        elif kind == "number" and name in ("column_0", "Unnamed: 0") and "column_1" not in kinds:
+            steps = values.diff().drop_nulls()
+            if len(values) == X.height > 2 and (steps == 1).all():
+                found[name] = "numbers the rows"
     return found
-
-
-def check_finite(X: pl.DataFrame) -> None:
-    """Raise a ValueError that names a column with infinite or extremely large values."""
-    for name, dtype in X.schema.items():
-        largest: Any = X[name].drop_nans().abs().max() if dtype.is_float() else None
-        if largest == inf:
-            raise ValueError(f"column {name!r} has infinite values")
-        if largest is not None and largest > _MOST:
-            raise ValueError(f"column {name!r} has values beyond {_MOST:g}, too large to scale")
 
 
 def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name: bool) -> Any:
@@ -134,6 +128,34 @@ def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name
     return ColumnTransformer(
         [(part, how, [at[c] for c in columns]) for part, (how, columns) in parts.items() if columns]
     )
+
+
+def column_blocks(preprocessing: Any) -> dict[Any, list[int]]:
+    """Return the places of the numbers that come from each column of a table.
+
+    Parameters
+    ----------
+    preprocessing : sklearn.compose.ColumnTransformer
+        Result of `make_preprocessing`, fitted.
+
+    Returns
+    -------
+    dict
+        From the columns' names or positions, as the transformer takes them.
+    """
+    blocks: dict[Any, list[int]] = {}
+    for part, transformer, columns in preprocessing.transformers_:
+        if part == "remainder":
+            continue
+        at = preprocessing.output_indices_[part]
+        width = (at.stop - at.start) // len(columns)
+        widths = [width] * len(columns)
+        if part == "categories":
+            widths = [len(categories) for categories in transformer.categories_]
+        ends = at.start + np.cumsum(widths)
+        for column, end, n in zip(columns, ends.tolist(), widths, strict=True):
+            blocks.setdefault(column, []).extend(range(end - n, end))
+    return blocks
 
 
 def _frequent(texts: pl.Series) -> list[str | None]:

@@ -168,6 +168,12 @@ def info(model: Path, *, common: Common = Common()) -> None:
     shapes = [shape for name, shape in told["shapes"].items() if name.startswith("coefs.")]
     before = (f"Linear {n}x{m}" for n, m in shapes)  # files of the previous format store no layers
     print(f"layers: {', '.join([*map(_layer, told['network']), *before])}")
+    if "reading" in notes:
+        described = notes.pop("reading")["columns"]
+        notes["columns"] = {
+            name: "; ".join(filter(None, (column["kind"], column.get("note"))))
+            for name, column in described.items()
+        }
     for name, value in notes.items():
         print(f"{name}: {_shown(value)}")
 

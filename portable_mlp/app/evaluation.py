@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,15 +12,13 @@ import polars as pl
 from numpy.typing import NDArray
 from sklearn import metrics
 from sklearn.calibration import calibration_curve
-from sklearn.inspection import permutation_importance
+from sklearn.pipeline import Pipeline
 
-from portable_mlp.preprocessing import model_input
+from portable_mlp.preprocessing import column_blocks, model_input
 
 _REPEATS = 5
-# Limits on the cost of the permutation importance, in rows × columns that are predicted
-_BUDGET = 2**17  # for one shuffled column
-_BUDGET_OF_ALL = 2**29  # for all shuffled columns and all repeats
-_OVERHEAD = 300  # fixed cost of a prediction, expressed in rows
+_BUDGET = 2**17  # rows × columns whose importance is measured
+_MOST_SECONDS = 20.0
 
 
 class Bin(NamedTuple):
@@ -125,30 +125,59 @@ class Importance(NamedTuple):
 
 
 def importances(
-    model: Any, X: pl.DataFrame, y: NDArray[Any], columns: list[str], *, by_name: bool, seed: int
+    model: Pipeline,
+    X: pl.DataFrame,
+    y: NDArray[Any],
+    columns: list[str],
+    *,
+    by_name: bool,
+    seed: int,
+    say: Callable[[str], None],
 ) -> list[Importance]:
     """Return the permutation importance of the columns, the largest first.
 
-    To bound the time, large tables are evaluated on their first rows only, and very wide
-    ones on their first columns only.
+    The table is encoded once.  All numbers that come from a column are then shuffled together.
+    To bound the time, large tables are evaluated on their first rows only.  When the time is up,
+    a column is shuffled less often, or is left out.
+
+    Parameters
+    ----------
+    model : Pipeline
+        The result of `portable_mlp.preprocessing.make_preprocessing`, and an estimator.
+    X : polars.DataFrame
+    y : ndarray (n_samples,)
+    columns : list of str
+        Names of the columns that the model uses.
+    by_name : bool
+        Whether the model finds its columns by name, rather than by position.
+    seed : int
+        Seed of the shuffles.
+    say : callable
+        Function that is called with a message if this takes long.
     """
-    n = min(X.height, max(200, _BUDGET // X.width))
-    columns = columns[: max(1, _BUDGET_OF_ALL // (_REPEATS * (n + _OVERHEAD) * X.width))]
-    order = np.arange(n)
-
-    def score(model: Any, rows: NDArray[np.intp], y: NDArray[Any]) -> float:
-        # scikit-learn shuffles a matrix of row indices, whose columns stand for those of X;
-        # gathering by these indices keeps each column's dtype
-        shuffled = X[:n].with_columns(
-            pl.col(name).gather(rows[:, i])
-            for i, name in enumerate(columns)
-            if not np.array_equal(rows[:, i], order)
+    preprocessing, estimator = model
+    rows = min(X.height, max(200, _BUDGET // X.width))
+    numbers, y = preprocessing.transform(model_input(X[:rows], by_name)), y[:rows]
+    blocks = column_blocks(preprocessing)
+    places = {name: name if by_name else i for i, name in enumerate(X.columns)}
+    rng = np.random.RandomState(seed)
+    began = time.perf_counter()
+    whole = estimator.score(numbers, y)
+    expected = (time.perf_counter() - began) * len(columns) * _REPEATS
+    if expected > 2.0:
+        say(
+            f"importance of {len(columns)} columns: {min(expected, _MOST_SECONDS):.0f} s"
+            " (--no-importance leaves it out)"
         )
-        return float(model.score(model_input(shuffled, by_name), y))
-
-    numbers = np.repeat(order[:, None], len(columns), axis=1)  # (rows, columns)
-    found = permutation_importance(
-        model, numbers, y[:n], scoring=score, n_repeats=_REPEATS, random_state=seed
-    )
-    named = zip(columns, found.importances_mean, found.importances_std, strict=True)
-    return sorted((Importance(c, float(m), float(s)) for c, m, s in named), key=lambda i: -i.mean)
+    drops: dict[str, list[float]] = {}
+    for _ in range(_REPEATS):
+        for name in columns:
+            if time.perf_counter() - began > _MOST_SECONDS:
+                break
+            block = blocks[places[name]]
+            kept = numbers[:, block]
+            numbers[:, block] = kept[rng.permutation(rows)]
+            drops.setdefault(name, []).append(whole - estimator.score(numbers, y))
+            numbers[:, block] = kept
+    found = [Importance(name, float(np.mean(d)), float(np.std(d))) for name, d in drops.items()]
+    return sorted(found, key=lambda i: -i.mean)

@@ -65,8 +65,8 @@ def write_model(
     """Write the results of training: the model, its history and its settings."""
     notes = {
         "target": data.target,
-        "target_kind": data.target_kind,
         "columns": data.kinds,
+        "reading": data.reading.to_dict(),
         "dropped": data.dropped,
         "by_name": data.by_name,
         "settings": settings_table(settings),

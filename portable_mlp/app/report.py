@@ -17,7 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from portable_mlp import get_backend
+from portable_mlp.app.dataset import Dataset
 from portable_mlp.app.evaluation import Evaluation
+from portable_mlp.app.overview import column_rows
 from portable_mlp.app.run import Run
 from portable_mlp.app.settings import settings_table, to_command
 from portable_mlp.plots import LossCurveDisplay, figure
@@ -58,8 +60,8 @@ def report(run: Run) -> str:
         kept=_kept_epoch(run),
         classes=None if test.classes is None else _classes(test),
         residuals=None if test.classes is not None else _residuals(test, data.target),
-        columns=_summary(data.X, data.kinds, data.dropped),
-        target=_summary(pl.DataFrame({data.target: data.y}), {data.target: data.target_kind}, {}),
+        columns=_summary(data),
+        notes=data.notes,
         settings=settings_table(run.settings),
         command=to_command(run.settings),
         environment=_environment(run),
@@ -179,18 +181,15 @@ def _residuals(test: Evaluation, target: str) -> dict[str, Any]:
 # ------------------------------------------------------------------ tables
 
 
-def _summary(
-    X: pl.DataFrame, kinds: dict[str, str], dropped: dict[str, str]
-) -> list[dict[str, Any]]:
+def _summary(data: Dataset) -> list[dict[str, Any]]:
+    """Return the rows of `column_rows` with the values of the training rows."""
+    frame = data.X.with_columns(pl.Series(data.target, data.y))
+    kinds = {**data.kinds, data.target: data.reading.columns[data.target].kind}
     return [
-        {
-            "name": name,
-            "kind": kinds[name],
-            "missing": X[name].null_count() / X.height,
-            "values": _values(X[name].drop_nulls(), kinds[name]),
-            "dropped": dropped.get(name),
-        }
-        for name in X.columns
+        {**row, "values": _values(frame[row["name"]].drop_nulls(), kinds[row["name"]])}
+        if row["name"] in kinds
+        else {**row, "values": ""}
+        for row in column_rows(data)
     ]
 
 

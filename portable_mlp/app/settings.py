@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +14,7 @@ from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 
 from portable_mlp.activations import ACTIVATIONS
+from portable_mlp.app.reading.options import COLUMN_KINDS, DECIMALS, Options
 from portable_mlp.app.table import BUNDLED, PENGUINS
 from portable_mlp.backends import BACKENDS, DEVICES, DTYPES
 from portable_mlp.losses import LOSSES
@@ -22,6 +24,7 @@ from portable_mlp.schedules import SCHEDULES
 if TYPE_CHECKING:
     _Activation = str
     _Backend = str
+    _Decimal = str
     _Bundled = str
     _Device = str
     _Dtype = str
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 else:
     _Activation = Literal[tuple(ACTIVATIONS)]
     _Backend = Literal[tuple(BACKENDS)]
+    _Decimal = Literal[DECIMALS]
     _Bundled = Literal[(*BUNDLED, PENGUINS.stem)]
     _Device = Literal[DEVICES]
     _Dtype = Literal[DTYPES]
@@ -60,6 +64,14 @@ def _widths(type_: Any, tokens: tuple[Token, ...]) -> tuple[int, ...]:
     return tuple(_integer(width) for token in tokens for width in token.value.split(",") if width)
 
 
+def _character(type_: Any, tokens: tuple[Token, ...]) -> str:
+    text = {"tab": "\t", "\\t": "\t"}.get(tokens[0].value, tokens[0].value)
+    if len(text.encode()) != 1 or text in '"\r\n':
+        raise ValueError(f"{text!r} is not one character of ASCII")
+    return text
+
+
+_SEVERAL = Parameter(group=_DATA, consume_multiple=1, negative="", show_default=False)
 _POSITIVE, _NOT_NEGATIVE = Number(gt=0, lt=inf), Number(gte=0, lt=inf)
 _COUNT = Parameter(group=_NETWORK, validator=Number(gte=1), converter=whole)
 
@@ -103,6 +115,24 @@ class Settings:
     )
     """auto: classification if the target is text, booleans, or at most 20 different whole
     numbers."""
+    column: Annotated[tuple[str, ...], _SEVERAL] = ()
+    """NAME=KIND for columns that are read as another kind than meant: number, category, date,
+    boolean or drop."""
+    drop: Annotated[tuple[str, ...], _SEVERAL] = ()
+    """Columns to leave out."""
+    missing: Annotated[tuple[str, ...], _SEVERAL] = ()
+    """Texts that stand for a missing value, besides the usual ones (NA, ?, NaN, null, ...)."""
+    missing_target: Annotated[Literal["drop", "error"], Parameter(group=_DATA)] = "drop"
+    """What to do with rows that have no target: leave them out, or stop."""
+    date_format: Annotated[str | None, Parameter(group=_DATA)] = None
+    """day-first or month-first for dates such as 03/04/2021, or a format such as %Y%m%d
+    [default: as the dates tell]."""
+    decimal: Annotated[_Decimal | None, Parameter(group=_DATA)] = None
+    """The decimal mark [default: as the numbers tell]."""
+    separator: Annotated[str | None, Parameter(group=_DATA, converter=_character)] = None
+    """The character between the fields of CSV files, or tab [default: as the first rows tell]."""
+    header: Annotated[bool | None, Parameter(group=_DATA)] = None
+    """Whether the first row of CSV files names the columns [default: as the first rows tell]."""
     test_fraction: Annotated[float, Parameter(group=_DATA, validator=Number(gt=0, lt=1))] = 0.2
     """Fraction of the rows held out to test the model in the report."""
     scaling: Annotated[bool, Parameter(group=_DATA)] = True
@@ -167,6 +197,8 @@ class Settings:
 
     out: Annotated[Path, Parameter(group=_FILES)] = Path("runs/latest")
     """Folder for the run's model, history, settings and report."""
+    importance: Annotated[bool, Parameter(group=_FILES)] = True
+    """Measure for the report how much each column matters."""
     checkpoint_every: Annotated[float | None, Parameter(group=_FILES, validator=Number(gte=0))] = (
         None
     )
@@ -192,6 +224,36 @@ def settings_table(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in table.items() if value is not None}
 
 
+def options_of(settings: Settings) -> Options:
+    """Return what the settings say about the table.
+
+    Raises
+    ------
+    ValueError
+        If ``--column`` is not NAME=KIND, or the kind is none.
+    """
+    columns = {}
+    for said in settings.column:
+        name, equals, kind = said.rpartition("=")
+        if not equals or kind not in (*COLUMN_KINDS, "drop"):
+            near = get_close_matches(kind, [*COLUMN_KINDS, "drop"], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"--column {said}: it takes NAME=KIND, where KIND is one of"
+                f" {', '.join(COLUMN_KINDS)}, drop{hint}"
+            )
+        columns[name] = kind
+    return Options(
+        columns,
+        settings.drop,
+        settings.missing,
+        settings.decimal,
+        settings.date_format,
+        settings.separator,
+        settings.header,
+    )
+
+
 def to_toml(settings: Settings) -> str:
     """Return the settings as the text of a TOML file for ``--config``."""
     return tomli_w.dumps(settings_table(settings))
@@ -210,8 +272,9 @@ def to_command(settings: Settings) -> str:
         elif name == "hidden":
             words += [f"--{option}", ",".join(map(str, value))]
         else:
-            words += [
-                f"--{option}",
-                *(map(str, value) if isinstance(value, list) else [str(value)]),
-            ]
+            texts = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+            if any(text.startswith("-") for text in texts):  # each would be taken for an option
+                words += [f"--{option}={text}" for text in texts]
+            else:
+                words += [f"--{option}", *texts]
     return shlex.join(words)

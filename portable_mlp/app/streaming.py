@@ -14,6 +14,7 @@ from sklearn.pipeline import Pipeline
 
 from portable_mlp import load
 from portable_mlp.app.evaluation import Evaluation, evaluate
+from portable_mlp.app.reading.columns import Reading
 from portable_mlp.app.table import read_chunks, split_target
 from portable_mlp.backends import is_out_of_memory
 from portable_mlp.persistence import read_metadata
@@ -31,10 +32,12 @@ class Stored(NamedTuple):
     ----------
     pipeline : Pipeline
         Preprocessing and network.
-    target, target_kind : str
-        Name of the target column, and its kind.
-    kinds : dict
-        Kinds of the other columns, by name.
+    target : str
+        Name of the target column.
+    reading : Reading
+        How the columns are read, the target's too.
+    columns : list of str
+        Names of the columns without the target.
     used : list of str
         Names of the columns that the model uses.
     by_name : bool
@@ -43,8 +46,8 @@ class Stored(NamedTuple):
 
     pipeline: Any
     target: str
-    target_kind: str
-    kinds: dict[str, str]
+    reading: Reading
+    columns: list[str]
     used: list[str]
     by_name: bool
 
@@ -64,10 +67,13 @@ def load_stored(path: Path, device: str | None, backend: str | None) -> Stored:
         raise ValueError(f"{path} does not say which columns it takes: load it from Python")
     model = pipeline[-1] if isinstance(pipeline, Pipeline) else pipeline
     model.set_params(device=device, backend=backend)
-    used = [name for name in notes["columns"] if name not in notes["dropped"]]
-    return Stored(
-        pipeline, notes["target"], notes["target_kind"], notes["columns"], used, notes["by_name"]
-    )
+    columns, target = list(notes["columns"]), notes["target"]
+    if "reading" in notes:
+        reading = Reading.from_dict(notes["reading"])
+    else:
+        reading = Reading.of_kinds({**notes["columns"], target: notes["target_kind"]})
+    used = [name for name in columns if name not in notes["dropped"]]
+    return Stored(pipeline, target, reading, columns, used, notes["by_name"])
 
 
 def predict_file(
@@ -105,13 +111,13 @@ def predict_file(
     suffix = out.suffix.lower()
     if suffix not in (".csv", ".parquet"):
         raise ValueError(f"{out}: predictions are written as .csv or .parquet")
-    wanted = {name: kind for name, kind in stored.kinds.items()
-              if name in stored.used or not stored.by_name}  # fmt: skip
+    wanted = stored.used if stored.by_name else stored.columns
+    known = [*stored.columns, stored.target]
     rows = chunk_rows or max(1, _NUMBERS // len(wanted))
 
     def chunks(*_: Any) -> Iterator[pl.DataFrame]:
         predict = _Halving(stored, rows, say)
-        for chunk in read_chunks(data, wanted, rows, [*stored.kinds, stored.target]):
+        for chunk in read_chunks(data, stored.reading.only(wanted), rows, known):
             yield from predict(chunk)
 
     ahead = chunks()
@@ -156,7 +162,9 @@ def _sink(sink: Callable[[Path], Any], path: Path) -> None:
         raise
 
 
-def evaluate_file(stored: Stored, data: Sequence[Path]) -> Evaluation:
+def evaluate_file(
+    stored: Stored, data: Sequence[Path], *, say: Callable[[str], None] = print
+) -> Evaluation:
     """Compare predictions with the target in files, which are read into memory as a whole.
 
     Raises
@@ -165,11 +173,16 @@ def evaluate_file(stored: Stored, data: Sequence[Path]) -> Evaluation:
         If the files have no target, lack a column, or hold labels that the model does
         not know.
     """
-    kinds = stored.kinds | {stored.target: stored.target_kind}
-    frame = pl.concat(list(read_chunks(data, kinds, None)))
-    if not frame.height:
-        raise ValueError(f"{', '.join(map(str, data))}: there are no rows")
-    X, y, _ = split_target(frame, stored.target, ", ".join(map(str, data)))
+    source, target = ", ".join(map(str, data)), stored.target
+    wanted = [*(stored.used if stored.by_name else stored.columns), target]
+    chunks = list(read_chunks(data, stored.reading.only(wanted), None, [*stored.columns, target]))
+    if not chunks:
+        raise ValueError(f"{source}: there are no rows")
+    frame = pl.concat(chunks)
+    if n_missing := frame[target].null_count():
+        say(f"{n_missing} rows without a target are left out")
+    whole = stored.reading.columns[target].whole
+    X, y, _ = split_target(frame, target, source, whole=whole)
     classes = getattr(stored.pipeline, "classes_", None)
     if classes is not None:
         unknown = np.setdiff1d(y.astype(str) if classes.dtype.kind == "U" else y, classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,6 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import make_pipeline
@@ -21,11 +21,12 @@ from portable_mlp import Checkpoint, MLPClassifier, MLPRegressor, get_backend, l
 from portable_mlp.app import folder
 from portable_mlp.app.dataset import Dataset, read
 from portable_mlp.app.evaluation import evaluate, importances
+from portable_mlp.app.overview import columns_table
 from portable_mlp.app.run import Run, scales_target
 from portable_mlp.app.settings import Settings, settings_table
 from portable_mlp.backends import is_out_of_memory
 from portable_mlp.callbacks import Callback, Epoch, Progress
-from portable_mlp.preprocessing import make_preprocessing, model_input, nearly_numbers
+from portable_mlp.preprocessing import make_preprocessing, model_input
 from portable_mlp.training.pauses import deferred_interrupt
 from portable_mlp.typing import Array
 
@@ -76,11 +77,9 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
         f"{'classification' if data.classify else 'regression'} of {data.target}:"
         f" {len(data.y)} rows to train on, {len(data.y_test)} to test, {len(data.used)} columns"
     )
-    if data.dropped:
-        say("dropped: " + ", ".join(f"{name} ({why})" for name, why in data.dropped.items()))
-    rows = pl.concat([data.X, data.X_test]).select(data.used)
-    for name, values in nearly_numbers(rows).items():
-        say(f"{name}: taken as text, for not all values are numbers: {', '.join(values)}")
+    for note in data.notes:
+        say(note)
+    say(columns_table(data, shutil.get_terminal_size().columns))
     get_backend(settings.where.device, settings.where.backend)
     folder.check_writable(settings.out)
     preprocessing = make_preprocessing(
@@ -104,7 +103,9 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
         history,
         evaluate(pipeline, data.X, data.y, by_name=data.by_name),
         evaluate(pipeline, *test, by_name=data.by_name),
-        importances(pipeline, *test, data.used, by_name=data.by_name, seed=settings.seed),
+        importances(pipeline, *test, data.used, by_name=data.by_name, seed=settings.seed, say=say)
+        if settings.importance
+        else [],
         time.perf_counter() - began,
         interrupted,
     )

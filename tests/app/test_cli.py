@@ -99,7 +99,7 @@ def test_train_says_what_it_drops_and_a_line_an_epoch(tmp_path, capsys):
     train(tmp_path, "--no-early-stopping")
     out = capsys.readouterr().out
     assert "classification of sex: 266 rows to train on, 67 to test, 10 columns" in out
-    assert "dropped: region (constant)" in out
+    assert re.search("region +dropped +Anvers +constant", out)
     epoch = r"^epoch (\d)/8 loss \S+ lr 0.001 \S+/s \d:\d\d:\d\d left$"
     assert re.findall(epoch, out, re.MULTILINE) == list("12345678")
 
@@ -273,26 +273,6 @@ def test_predict_regression(masses, tmp_path):
     np.testing.assert_allclose(got["prediction"], load(model).predict(X), rtol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("others", "told"),
-    [
-        (["none yet"], "length: taken as text, for not all values are numbers: none yet"),
-        (["1,5", "?", "", "tbd", "1,5"], "length: taken as text, .*: 1,5, tbd$"),  # holes are none
-        ([], None),
-        ([f"text {i}" for i in range(12)], None),  # more than one in ten
-    ],
-)
-def test_text_among_numbers_is_told(others, told, tmp_path, capsys):
-    lengths = [*others, *map(str, range(100 - len(others)))]
-    frame = pl.DataFrame({"length": lengths, "sex": ["f", "m"] * 50})
-    frame.write_csv(tmp_path / "t.csv")
-    run("train", "--data", tmp_path / "t.csv", "--epochs", "1", "--out", tmp_path / "run")
-    out = capsys.readouterr().out
-    assert ("taken as text" in out) == (told is not None)
-    assert told is None or re.search(told, out, re.MULTILINE)
-
-
 def test_arrays_go_through_every_command(tmp_path, rng, capsys):
     X = rng.standard_normal((200, 4))
     X[:, 2] = 1.0
@@ -300,7 +280,7 @@ def test_arrays_go_through_every_command(tmp_path, rng, capsys):
     np.savez(tmp_path / "t.npz", X=X, y=y)
     np.savez(tmp_path / "new.npz", X=X)
     run("train", "--data", tmp_path / "t.npz", "--target", "y", "--out", tmp_path / "run")
-    assert "dropped: X_2 (constant)" in capsys.readouterr().out
+    assert re.search("X_2 +dropped .* constant", capsys.readouterr().out)
     model = tmp_path / "run/model.safetensors"
     run("predict", model, tmp_path / "new.npz", "--out", tmp_path / "p.csv")
     got = pl.read_csv(tmp_path / "p.csv")["prediction"].to_numpy()
@@ -357,24 +337,6 @@ def test_arrays_of_text_and_dates(tmp_path, rng, capsys):
     assert "90 rows" in capsys.readouterr().out
 
 
-def test_export_needs_names(tmp_path, capsys):
-    pytest.importorskip("skl2onnx")
-    (tmp_path / "t.csv").write_text(",y\n" + "".join(f"{i},{i % 2}\n" for i in range(40)))
-    run(
-        "train",
-        "--data",
-        tmp_path / "t.csv",
-        "--target",
-        "y",
-        "--epochs",
-        1,
-        "--out",
-        tmp_path / "run",
-    )
-    run("export", tmp_path / "run/model.safetensors", tmp_path / "m.onnx", code=2)
-    assert "a column has no name" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_target_too_fine_for_float32_is_named(tmp_path, rng, capsys):
     pl.DataFrame({"x": [*range(50)], "y": 1e9 + rng.standard_normal(50)}).write_csv(
@@ -401,7 +363,7 @@ def as_onnx_takes_it(column, kind):
 def test_export_agrees_with_the_model(target, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("skl2onnx")
-    X = read_table([PENGUINS]).drop("region")
+    X = read_table([PENGUINS]).frame.drop("region")
     holes = np.arange(X.height)[:, None] % np.arange(7, 7 + X.width) == 0  # elsewhere in each
     X = X.with_columns(
         pl.when(pl.Series(~holes[:, i])).then(pl.col(name))
@@ -679,9 +641,12 @@ ERRORS = [
     (f"{TRAIN} lonely.csv", "'sex' has a class of one row, unknown"),
     (f"{TRAIN} tiny.csv", "8 rows are too few to hold some out: --no-early-stopping"),
     (f"{TRAIN} lists.parquet", "column 'lists' holds List"),
-    (f"{TRAIN} infinite.parquet", "column 'mass' has infinite values"),
-    (f"{TRAIN} huge.parquet", r"column 'mass' has values beyond 1e\+150"),
-    (f"{TRAIN} mac.csv", "mac.csv, line 1: new-line character seen in unquoted field"),
+    (
+        f"{TRAIN} infinite.parquet",
+        r"infinite.parquet, row 1, column 'mass': 'inf', beyond ±1e\+150",
+    ),
+    (f"{TRAIN} huge.parquet", r"huge.parquet, row 1, column 'mass': '1e\+300', beyond ±1e\+150"),
+    (f"{TRAIN} mac.csv", "mac.csv has no column 'sex'; it has: a, b"),
     (f"{TRAIN} text.npy", "text.npy cannot be read: it is not one of NumPy's files"),
     ("evaluate penguins/model.safetensors header.csv", "header.csv: there are no rows"),
     (f"{TRAIN} good.csv other.csv", OTHER),
@@ -747,7 +712,10 @@ ERRORS = [
     ("train --resume penguins", "penguins was begun without --checkpoint-every"),
     ("trian", 'Did you mean "train"'),
     (f"{PREDICT} other.csv", OTHER),
-    (f"{PREDICT} text.csv", "could not parse `long` as dtype `f64` at column 'bill_length_mm'"),
+    (
+        f"{PREDICT} text.csv",
+        "text.csv, row 334, column 'bill_length_mm': 'long', which is no number",
+    ),
     (f"{PREDICT} ragged.csv", "ragged.csv, line 335"),
     (f"{PREDICT} ragged.csv --chunk-rows 10", "ragged.csv, line 335"),
     (f"{PREDICT} good.csv --chunk-rows 0", "--chunk-rows"),

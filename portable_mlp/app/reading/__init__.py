@@ -1,0 +1,1 @@
+"""Reading of tables: files, the dialect of CSV, the kinds of columns, and their values."""
