@@ -1,74 +1,177 @@
-"""Preprocessing as the bytes of a skops file, which loads known types only."""
+"""Preprocessing as JSON: scikit-learn's transformers by class, parameters and fitted attributes.
+
+Transformers that this form cannot hold are written as a skops file.  It loads known types only
+too, but needs skops, which imports all of scikit-learn.
+"""
 
 from __future__ import annotations
 
-import struct
-from io import BytesIO
-from math import prod
-from typing import IO, Any
-from zipfile import ZIP_STORED, ZipFile
+import json
+from base64 import b64decode, b64encode
+from importlib import import_module
+from typing import Any
 
 import numpy as np
-from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
 
+from portable_mlp.persistence import skops_files
 from portable_mlp.persistence.modelfile import Contents, check_json
 
-_MOST_DIRECTORY = 2**20  # bytes; a transformer takes some 65 for each of its arrays
-# A parameter of scikit-learn's encoders, and this library's own transformer
-_TRUSTED = ["numpy.dtype", "portable_mlp.preprocessing.DateParts"]
+_MODULES = (
+    "sklearn.compose",
+    "sklearn.decomposition",
+    "sklearn.feature_extraction.text",
+    "sklearn.impute",
+    "sklearn.pipeline",
+    "sklearn.preprocessing",
+    "portable_mlp.preprocessing",
+)
+"""Modules whose estimators may stand in a file."""
+
+_SCALARS = ("bool", "int32", "int64", "float32", "float64")
+
+
+class _Unknown(Exception):
+    """A value has no form as JSON."""
 
 
 def encode_transformer(transformer: Any) -> NDArray[np.uint8]:
     """Return a fitted transformer as bytes; raise a TypeError if these could not be loaded."""
-    from skops.io import dumps, get_untrusted_types
-
-    data = dumps(transformer)
-    unknown = set(get_untrusted_types(data=data)) - set(_TRUSTED)
-    if unknown:
-        raise TypeError(f"preprocessing of {sorted(unknown)} cannot be saved: it is not loaded")
-    _check_zip(BytesIO(data))
+    try:
+        data = json.dumps(_encode(transformer)).encode("ascii")
+        check_json(data)
+    except (_Unknown, ValueError, RecursionError):
+        data = skops_files.encode(transformer)
     return np.frombuffer(data, np.uint8)
 
 
 def decode_transformer(contents: Contents) -> Any:
     """Load a model file's transformer; raise a ValueError if it is not one."""
-    from skops.io import load as load_transformer
-
-    _check_zip(contents.section("preprocessing"))
-    transformer = load_transformer(contents.section("preprocessing"), trusted=_TRUSTED)
+    section = contents.section("preprocessing")
+    if section.read(1) == b"{":
+        section.seek(0)
+        data = section.read()
+        check_json(data)
+        transformer = _decode(json.loads(data))
+    else:
+        transformer = skops_files.decode(contents.section("preprocessing"))
     if not callable(getattr(transformer, "transform", None)):
         raise ValueError(f"its preprocessing is no transformer but a {type(transformer)}")
     return transformer
 
 
-def _check_zip(file: Any) -> None:
-    """Raise a ValueError if a zip archive is not as skops writes it, or expands when read."""
-    # ZipFile reads the whole directory into memory.  The archive's last 22 bytes tell its length
-    size = file.seek(0, 2)
-    file.seek(max(0, size - 42))
-    before, signature, *_, length, _, comment = struct.unpack("<20s4s4H2LH", file.read())
-    long_form = before.startswith(b"PK\x06\x07")  # ZIP64 has a length of its own
-    if signature != b"PK\x05\x06" or comment or long_form or length > _MOST_DIRECTORY:
-        raise ValueError("its preprocessing is no zip archive, or has too many members")
-    with ZipFile(file) as archive:
-        members = archive.infolist()
-        if sum(member.file_size for member in members) > size:
-            raise ValueError("its preprocessing is larger than what it is packed in")
-        for member in members:
-            if member.compress_type != ZIP_STORED:
-                raise ValueError("its preprocessing is compressed")
-            with archive.open(member) as content:
-                if member.filename == "schema.json":
-                    check_json(content.read())
-                elif not member.filename.endswith(".npy"):
-                    raise ValueError(f"its preprocessing has a {member.filename!r}")
-                elif _npy_size(content) > member.file_size:
-                    raise ValueError("its preprocessing has an array longer than its bytes")
+# ------------------------------------------------------------------ values
 
 
-def _npy_size(file: IO[bytes]) -> int:
-    """Return the size in bytes of the array that the header of a ``.npy`` file describes."""
-    readers = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
-    shape, _, dtype = readers[read_magic(file)](file)
-    return prod(shape) * int(dtype.itemsize)
+def _encode(value: Any) -> Any:
+    """Return a value as JSON data: plain values as they are, others as an object of one key."""
+    if value is None or isinstance(value, bool | str) or type(value) in (int, float):
+        return value
+    if isinstance(value, list):
+        return [_encode(v) for v in value]
+    if type(value) is tuple:
+        return {"tuple": [_encode(v) for v in value]}
+    if type(value) is dict:
+        return {"dict": [[_encode(k), _encode(v)] for k, v in value.items()]}
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    if isinstance(value, np.dtype):
+        return {"dtype": _named(value)}
+    if isinstance(value, type) and issubclass(value, np.generic):
+        return {"type": _named(np.dtype(value))}
+    if isinstance(value, np.generic):
+        return {"scalar": _encode(np.asarray(value))}
+    if isinstance(value, np.ndarray):
+        return {"array": _encode_array(value)}
+    name = type(value).__name__
+    module = next((m for m in _MODULES if type(value).__module__.startswith(m)), "")
+    if _estimator(module, name) is not type(value):
+        raise _Unknown(value)
+    return {"class": [module, name], "state": _encode(value.__getstate__())}
+
+
+def _estimator(module: str, name: str) -> Any:
+    """Return a class of `_MODULES` by name; None if there is no such estimator."""
+    from sklearn.base import BaseEstimator
+
+    cls = getattr(import_module(module), name, None) if module in _MODULES else None
+    return cls if isinstance(cls, type) and issubclass(cls, BaseEstimator) else None
+
+
+def _encode_array(value: NDArray[Any]) -> dict[str, Any]:
+    shape = list(value.shape)
+    if value.dtype.kind in "OU":
+        items = value.ravel().tolist()
+        if not all(item is None or type(item) in (str, float, bool) for item in items):
+            raise _Unknown(value)
+        return {"shape": shape, "dtype": value.dtype.str, "items": items}
+    # The order in memory decides about the last bits of products
+    order = "F" if value.flags.fnc else "C"
+    data = b64encode(value.tobytes(order)).decode("ascii")
+    return {"shape": shape, "dtype": _named(value.dtype), "order": order, "data": data}
+
+
+def _named(dtype: np.dtype[Any]) -> str:
+    if dtype.name not in _SCALARS and dtype != np.dtype(object):
+        raise _Unknown(dtype)
+    return dtype.name
+
+
+def _decode(value: Any) -> Any:
+    """Return the value that `_encode` was given; raise a ValueError if it is none."""
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    match value:
+        case {"tuple": [*items]}:
+            return tuple(_decode(v) for v in items)
+        case {"dict": [*pairs]}:
+            return {_decode(k): _decode(v) for k, v in pairs}
+        case {"slice": [start, stop, step]}:
+            return slice(start, stop, step)
+        case {"dtype": str(name)}:
+            return _dtype(name)
+        case {"type": str(name)}:
+            return _dtype(name).type
+        case {"scalar": array}:
+            return _decode(array)[()]
+        case {"array": dict(array)}:
+            return _decode_array(array)
+        case {"class": [str(module), str(name)], "state": state}:
+            return _decode_estimator(module, name, _decode(state))
+    raise ValueError(f"its preprocessing has {str(value)[:80]}")
+
+
+def _decode_array(value: dict[str, Any]) -> NDArray[Any]:
+    shape = tuple(value["shape"])
+    if "items" in value:
+        dtype = np.dtype(value["dtype"])
+        if dtype.kind not in "OU" or dtype.itemsize > 4 * max(
+            map(_length, value["items"]), default=8
+        ):
+            raise ValueError(f"its preprocessing has texts of {dtype}")
+        array = np.empty(len(value["items"]), dtype)
+        array[:] = value["items"]
+        return array.reshape(shape)
+    flat = np.frombuffer(b64decode(value["data"]), _dtype(value["dtype"]))
+    return flat.reshape(shape, order=value["order"]).copy(value["order"])
+
+
+def _length(item: Any) -> int:
+    return max(2, len(item)) if isinstance(item, str) else 2
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name not in (*_SCALARS, "object"):
+        raise ValueError(f"its preprocessing has the dtype {name}")
+    return np.dtype(name)
+
+
+def _decode_estimator(module: str, name: str, state: Any) -> Any:
+    cls = _estimator(module, name)
+    if cls is None or not isinstance(state, dict):
+        raise ValueError(f"its preprocessing has a {module}.{name}")
+    made = cls.__new__(cls)
+    made.__setstate__(state)
+    return made

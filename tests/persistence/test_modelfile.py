@@ -10,6 +10,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tracemalloc
 import zipfile
 from hashlib import sha256
@@ -17,8 +18,20 @@ from hashlib import sha256
 import numpy as np
 import pytest
 from safetensors import SafetensorError, safe_open
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris, make_multilabel_classification
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.decomposition import PCA
+from sklearn.feature_selection import VarianceThreshold
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
+    OrdinalEncoder,
+    QuantileTransformer,
+    StandardScaler,
+    TargetEncoder,
+)
 
 from portable_mlp import (
     Checkpoint,
@@ -30,6 +43,7 @@ from portable_mlp import (
     save,
 )
 from portable_mlp.persistence import modelfile, read_metadata
+from portable_mlp.persistence.transformers import encode_transformer
 from portable_mlp.schedules import ReduceOnPlateau
 
 skops = pytest.importorskip("skops.io")
@@ -370,6 +384,7 @@ def long_form(blob):
     return blob[:-22] + b"PK\x06\x07" + b"\0" * 16 + blob[-22:]
 
 
+NAMED = OneHotEncoder().fit(np.array([["a"], ["b"]], dtype=object))
 SCALER = skops.dumps(StandardScaler().fit(X))
 SCHEMA, *ARRAYS = sorted(members_of(SCALER), key=lambda member: member[0] != "schema.json")
 
@@ -402,6 +417,34 @@ BLOBS = {
 }  # fmt: skip
 
 
+def as_json(old=None, new=None, transformer=StandardScaler().fit(X)):
+    """The scaler as it is saved, with something else in it."""
+    text = encode_transformer(transformer).tobytes().decode()
+    assert old is None or old in text
+    return (text if old is None else text.replace(old, new)).encode()
+
+
+BLOBS |= {
+    "another module": (as_json("sklearn.preprocessing", "subprocess"), "has a subprocess"),
+    "no estimator": (as_json('"StandardScaler"', '"scale"'), "has a sklearn.preprocessing.scale"),
+    "no class": (as_json('"StandardScaler"', '"__doc__"'), "__doc__"),
+    "no state": (b'{"class": ["sklearn.preprocessing", "StandardScaler"], "state": 1}', "has a"),
+    "an array longer than its bytes": (as_json('"shape": [', '"shape": [1000000000, '), None),
+    "objects as bytes": (as_json('"dtype": "float64", "d', '"dtype": "object", "d'), None),
+    "another dtype": (as_json('"dtype": "float64", "d', '"dtype": "V8", "d'), "the dtype V8"),
+    "long texts": (as_json('"dtype": "|O"', '"dtype": "<U100000000"', NAMED), "texts of <U1"),
+    "something else": (b'{"set": [1, 2]}', "its preprocessing has {'set'"),
+    "no object": (b'{"tuple": [1]}', "no transformer"),
+    "an estimator that does not transform": (
+        as_json('"state": {"dict": [', '"state": {"dict": [["transform", 1], '),
+        "no transformer",
+    ),
+    "deep": (b'{"tuple": ' * 100_000, None),
+    "not ASCII": ('{"tuple": ["é"]}'.encode(), "not ASCII"),
+    "many": (b'{"tuple": [' + b"[]," * 300_000 + b"1]}", "at most"),
+}  # fmt: skip
+
+
 def with_preprocessing(raw, blob):
     header, meta, payload = take_apart(raw["classifier"])
     header["preprocessing"] = {
@@ -419,9 +462,50 @@ def test_hostile_preprocessing(case, raw, tmp_path, monkeypatch):
     refused(tmp_path / "model", with_preprocessing(raw, blob), says)
 
 
-def test_good_preprocessing_is_not_refused(raw, tmp_path):
-    (tmp_path / "model").write_bytes(with_preprocessing(raw, SCALER))
+@pytest.mark.parametrize("blob", [SCALER, as_json()], ids=["skops", "json"])
+def test_good_preprocessing_is_not_refused(blob, raw, tmp_path):
+    (tmp_path / "model").write_bytes(with_preprocessing(raw, blob))
     load(tmp_path / "model")
+
+
+MIXED = np.array([["a", 1.5, None], ["b", None, "x"], ["a", 2.5, "x"]] * 4, dtype=object)
+TRANSFORMERS = {
+    "scaled numbers": (make_pipeline(SimpleImputer(), StandardScaler()), MIXED[:, [1]]),
+    "categories": (OneHotEncoder(handle_unknown="ignore"), MIXED[:, [0, 2]]),
+    "given categories": (OneHotEncoder(categories=[["b", "a"]], dtype=np.float32), MIXED[:, [0]]),
+    "by columns": (
+        ColumnTransformer(
+            [("n", SimpleImputer(add_indicator=True), [1]), ("c", OrdinalEncoder(), [0, 2])],
+            remainder="drop",
+        ),
+        MIXED,
+    ),
+    "ranks": (QuantileTransformer(n_quantiles=5), np.arange(12.0).reshape(12, 1) ** 2),
+    "components": (PCA(2), np.random.default_rng(0).standard_normal((12, 4))),
+    "of targets": (TargetEncoder(cv=2), MIXED[:, [0]]),
+}
+
+
+@pytest.mark.parametrize("case", TRANSFORMERS)
+def test_transformers_come_back_without_skops(case, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skops", None)
+    monkeypatch.setitem(sys.modules, "skops.io", None)
+    transformer, rows = TRANSFORMERS[case]
+    wanted = transformer.fit(rows, np.arange(12) % 2).transform(rows)
+    model = MLPClassifier(**SETTINGS).fit(X, Y)
+    again = load(save(model, tmp_path / "model", transformer))[0]
+    assert again.get_params().keys() == transformer.get_params().keys()
+    got = again.transform(rows)
+    dense = [a.toarray() if hasattr(a, "toarray") else a for a in (got, wanted)]
+    np.testing.assert_array_equal(*dense)
+    assert dense[0].dtype == dense[1].dtype
+
+
+def test_other_transformers_come_back_by_skops(tmp_path):
+    transformer = VarianceThreshold(0.5).fit(X)
+    model = MLPClassifier(**SETTINGS).fit(X, Y)
+    again = load(save(model, tmp_path / "model", transformer))[0]
+    np.testing.assert_array_equal(again.transform(X), transformer.transform(X))
 
 
 def test_preprocessing_that_would_not_load_is_not_saved(tmp_path):

@@ -140,7 +140,6 @@ def test_transposed_weights_are_stored_right(tmp_path):
 
 
 def test_preprocessing_travels_along(tmp_path):
-    pytest.importorskip("skops")
     X, y = load_iris(return_X_y=True)
     scaler = StandardScaler().fit(X)
     model = MLPClassifier(max_iter=5, random_state=0).fit(scaler.transform(X), y)
