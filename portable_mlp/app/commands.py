@@ -143,7 +143,8 @@ def export(model: Path, out: Path, *, common: Common = Common()) -> None:
     """
     from portable_mlp.app.export import export_onnx
 
-    export_onnx(model, out)
+    for column, name in export_onnx(model, out).items():
+        print(f"column {column!r} is the input {name!r}: an output is called {column!r}")
     print(f"ONNX: {out}")
 
 

@@ -27,20 +27,20 @@ from skl2onnx.common.data_types import (  # isort: skip
 )
 
 _TYPES = {
-    "number": FloatTensorType,
-    "boolean": FloatTensorType,
+    "number": DoubleTensorType,
+    "boolean": DoubleTensorType,
     "category": StringTensorType,
     "date": DoubleTensorType,
 }
 
 
-def export_onnx(path: Path, out: Path) -> None:
+def export_onnx(path: Path, out: Path) -> dict[str, str]:
     """Write the model of a file, with its preprocessing, as ONNX.
 
-    Each column is an input (n, 1) of the column's name.  Numbers and booleans are float32, with
+    Each column is an input (n, 1) of the column's name.  Numbers and booleans are float64, with
     NaN for missing values.  Text is strings, with the empty string for missing values.  Dates
     are days since 1970 in float64, with NaN for missing values.  A model trained on arrays has
-    one input, X (n, n_columns).
+    one input, X (n, n_columns), in float64.
 
     Parameters
     ----------
@@ -48,6 +48,11 @@ def export_onnx(path: Path, out: Path) -> None:
         The model file.
     out : Path
         The ONNX file; overwritten if it exists.
+
+    Returns
+    -------
+    dict
+        From the names of columns to those of their inputs, where these differ.
 
     Raises
     ------
@@ -62,7 +67,10 @@ def export_onnx(path: Path, out: Path) -> None:
             raise ValueError("a column has no name: ONNX needs one, so name it and train again")
         types = [(name, _TYPES[kind]([None, 1])) for name, kind in used.items()]
         _name_missing(pipeline[0])
-    to_onnx(pipeline, out, initial_types=types)
+    found = to_onnx(pipeline, out, initial_types=types)
+    names = [name for name, _ in types or ()]
+    pairs = zip(names, (given.name for given in found.graph.input), strict=False)
+    return {name: own for name, own in pairs if name != own}
 
 
 def _name_missing(preprocessing: Any) -> None:

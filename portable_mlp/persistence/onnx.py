@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.impute import SimpleImputer
 from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted
 
 from portable_mlp.backends import to_host
 from portable_mlp.engines.graph.program import Node, Program, specify
@@ -36,6 +38,9 @@ try:
         Int64TensorType,
         StringTensorType,
     )
+    from skl2onnx.operator_converters.common import concatenate_variables
+    from skl2onnx.operator_converters.imputer_op import convert_sklearn_imputer
+    from skl2onnx.shape_calculators.imputer import calculate_sklearn_imputer_output_shapes
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"ONNX needs {error.name}, which is not installed: pip install 'portable_mlp[onnx]'"
@@ -49,8 +54,10 @@ OPSET = 18  # the first in which all reductions take their axes as an input
 def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = None) -> Any:
     """Return a fitted model, or a pipeline that ends in one, as an ONNX model.
 
-    The graph's input is ``X`` (n, n_features) in float32.  A classifier's outputs are ``label``
-    and ``probabilities`` (n, n_classes).  A regressor's output is ``variable`` (n, n_outputs).
+    The graph's input is ``X`` (n, n_features), in float32 for a model and in float64 for a
+    pipeline.  A pipeline often scales its input, and float32 would lose digits before that.
+    With ``initial_types``, the inputs have these names.  A classifier's outputs are ``label`` and
+    ``probabilities`` (n, n_classes).  A regressor's output is ``variable`` (n, n_outputs).
     Labels are strings, int64 (for booleans too) or float64.
 
     Parameters
@@ -69,24 +76,55 @@ def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = 
 
     Raises
     ------
+    TypeError
+        If ``model`` is something else, such as a search; the message says what to give.
+    NotFittedError
+        If the model is not fitted.
     ValueError
         If a layer or the loss uses an operation that this module cannot write as ONNX.
     OSError
         If the file cannot be written.
     """
+    final = model[-1] if isinstance(model, Pipeline) else model
+    if not isinstance(final, MLPClassifier | MLPRegressor):
+        hint = ": give its best_estimator_" if hasattr(final, "best_estimator_") else ""
+        raise TypeError(
+            "to_onnx takes an MLPClassifier, an MLPRegressor, or a Pipeline that ends in one, got"
+            f" {type(final).__name__}{hint}"
+        )
+    check_is_fitted(final)
     if isinstance(model, Pipeline):
-        final = model[-1]
+        types = initial_types or [("X", DoubleTensorType([None, model.n_features_in_]))]
         found = convert_pipeline(
             model,
-            initial_types=initial_types or [("X", FloatTensorType([None, model.n_features_in_]))],
+            initial_types=types,
             options={id(final): {"zipmap": False}} if isinstance(final, MLPClassifier) else None,
             target_opset=OPSET,
         )
+        _rename_inputs(found.graph, [name for name, _ in types])
     else:
         found = _bare(model)
     if path is not None:
         write_whole(path, [found.SerializeToString()])
     return found
+
+
+def _rename_inputs(graph: Any, names: list[str]) -> None:
+    """Give a graph's inputs the names that were asked for.
+
+    skl2onnx replaces characters that no variable of Python's has.  An input that is called as an
+    output gets an underscore, for the names of a graph have to differ.
+    """
+    taken = {name for node in graph.node for name in node.output}
+    new = {}
+    for given, name in zip(graph.input, names, strict=True):
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        new[given.name], given.name = name, name
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = new.get(name, name)
 
 
 def _bare(model: Any) -> Any:
@@ -396,6 +434,37 @@ def _convert(scope: Any, operator: Any, container: Any) -> None:
         )
 
 
+def _convert_imputer(scope: Any, operator: Any, container: Any) -> None:
+    """Write a SimpleImputer; onnxruntime's own operator for it takes no float64."""
+    imputer = operator.raw_operator
+    if not isinstance(operator.inputs[0].type, DoubleTensorType):
+        convert_sklearn_imputer(scope, operator, container)
+        return
+    values = np.asarray(imputer.statistics_, np.float64)
+    if imputer.add_indicator or np.isnan(values).any():
+        raise ValueError(
+            "a SimpleImputer with an indicator, or for a column without values, has no ONNX form"
+        )
+    unique: Callable[[str], str] = scope.get_unique_variable_name
+    x = concatenate_variables(scope, operator.inputs, container)
+    missing, statistics = unique("missing"), unique("statistics")
+    if np.isnan(imputer.missing_values):
+        container.add_node("IsNaN", [x], [missing], op_version=13)
+    else:
+        value = unique("value")
+        container.add_initializer(value, TensorProto.DOUBLE, [1], [imputer.missing_values])
+        container.add_node("Equal", [x, value], [missing], op_version=13)
+    container.add_initializer(statistics, TensorProto.DOUBLE, [1, len(values)], values.tolist())
+    output = operator.outputs[0].full_name
+    container.add_node("Where", [missing, statistics, x], [output], op_version=16)
+
+
+update_registered_converter(
+    SimpleImputer,
+    "PortableMLPImputer",
+    calculate_sklearn_imputer_output_shapes,
+    _convert_imputer,
+)
 _OPTIONS = {"zipmap": [True, False, "columns"], "nocl": [False], "output_class_labels": [False]}
 update_registered_converter(
     MLPClassifier, "PortableMLPClassifier", _declare, _convert, options=_OPTIONS

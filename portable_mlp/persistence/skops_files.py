@@ -29,7 +29,7 @@ def encode(transformer: Any) -> bytes:
     return data
 
 
-def decode(file: IO[bytes]) -> Any:
+def decode(file: Any) -> Any:
     """Load the object of a skops file; raise a ValueError if the file is damaged."""
     from skops.io import load
 

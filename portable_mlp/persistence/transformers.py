@@ -47,7 +47,7 @@ def encode_transformer(transformer: Any) -> NDArray[np.uint8]:
 
 def decode_transformer(contents: Contents) -> Any:
     """Load a model file's transformer; raise a ValueError if it is not one."""
-    section = contents.section("preprocessing")
+    section: Any = contents.section("preprocessing")
     if section.read(1) == b"{":
         section.seek(0)
         data = section.read()
@@ -106,7 +106,7 @@ def _encode_array(value: NDArray[Any]) -> dict[str, Any]:
             raise _Unknown(value)
         return {"shape": shape, "dtype": value.dtype.str, "items": items}
     # The order in memory decides about the last bits of products
-    order = "F" if value.flags.fnc else "C"
+    order: Any = "F" if value.flags.fnc else "C"
     data = b64encode(value.tobytes(order)).decode("ascii")
     return {"shape": shape, "dtype": _named(value.dtype), "order": order, "data": data}
 

@@ -353,9 +353,10 @@ def test_a_target_too_fine_for_float32_is_named(tmp_path, rng, capsys):
 def as_onnx_takes_it(column, kind):
     if kind == "tensor(string)":
         return column.fill_null("").to_numpy().astype(object)
-    if kind == "tensor(double)":
+    assert kind == "tensor(double)"
+    if column.dtype == pl.Datetime:
         return (np.asarray(column) - np.datetime64(0, "D")) / np.timedelta64(1, "D")
-    return column.cast(pl.Float32).to_numpy().astype(np.float32)
+    return column.cast(pl.Float64).to_numpy()
 
 
 @pytest.mark.slow
@@ -387,6 +388,45 @@ def test_export_agrees_with_the_model(target, tmp_path):
             np.testing.assert_allclose(got[1], load(model).predict_proba(rows), atol=1e-5)
         else:
             np.testing.assert_allclose(got[0][:, 0], load(model).predict(rows), rtol=1e-5)
+
+
+NAMES = [
+    ["a.b", "a b", "a_b", "a-b"],
+    ["label", "probabilities", "variable", "output_label"],
+    ["größe (cm)", "1st", "x/y:0", "café"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", NAMES)
+def test_exported_inputs_have_the_names_of_the_columns(names, tmp_path, rng, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("skl2onnx")
+    columns = {name: rng.standard_normal(60) for name in names}
+    columns[names[2]] = rng.choice(["red", "", "blue"], 60)  # a missing text is the empty one
+    columns[names[1]] = 1.7e9 + 3600 * rng.random_sample(60)
+    frame = pl.DataFrame({**columns, "y": columns[names[0]] + columns[names[3]] > 0})
+    frame = frame.with_columns(
+        pl.when(pl.int_range(60) % 9 > 0).then(pl.col(names[2])).alias(names[2])
+    )
+    frame.write_parquet(tmp_path / "t.parquet")
+    model = tmp_path / "run/model.safetensors"
+    run("train", "--data", tmp_path / "t.parquet", "--epochs", 20, "--out", model.parent)
+    run("export", model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    outputs = {"label", "probabilities"}
+    called = {f"{name}_" if name in outputs else name: name for name in names}
+    assert sorted(given.name for given in session.get_inputs()) == sorted(called)
+    told = "column 'label' is the input 'label_'" in capsys.readouterr().out
+    assert told == ("label" in names)
+    rows = read_table([tmp_path / "t.parquet"]).frame.select(names)
+    feed = {
+        i.name: as_onnx_takes_it(rows[called[i.name]], i.type)[:, None]
+        for i in session.get_inputs()
+    }
+    label, probabilities = session.run(None, feed)
+    assert label.astype(bool).tolist() == load(model).predict(rows).tolist()
+    np.testing.assert_allclose(probabilities, load(model).predict_proba(rows), atol=3e-6)
 
 
 # ------------------------------------------------------------------ interrupted, resumed

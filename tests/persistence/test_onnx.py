@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_diabetes, load_iris, make_multilabel_classification
+from sklearn.exceptions import NotFittedError
 from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
@@ -102,9 +105,44 @@ def test_every_task(task, how):
     if how == "pipeline":
         model = make_pipeline(StandardScaler(), model)
     model.fit(rows, y)
-    found = run(ours.to_onnx(model), rows)
-    agree(model, rows, found)
-    agree(model, rows[:1], run(ours.to_onnx(model), rows[:1]))
+    given = rows.astype(np.float64 if how == "pipeline" else np.float32)
+    agree(model, rows, run(ours.to_onnx(model), given))
+    agree(model, rows[:1], run(ours.to_onnx(model), given[:1]))
+
+
+@pytest.mark.parametrize("offset", [1.7e9, -3e8, 2.0**24 * 40])
+def test_numbers_that_vary_little_around_a_large_one(offset):
+    """Such as seconds since 1970 within an hour: float32 would hold steps of two minutes."""
+    rng = np.random.RandomState(0)
+    rows = offset + np.c_[np.sort(rng.uniform(0, 3600, 400)), rng.uniform(0, 3600, 400)]
+    y = np.sin((rows[:, 0] - offset) / 300) > 0
+    model = make_pipeline(StandardScaler(), MLPClassifier(**SETTINGS, dtype="float32"))
+    model.fit(rows, y)
+    assert agree(model, rows, run(ours.to_onnx(model), rows)) < 3e-6
+
+
+NO_MODELS = {
+    "got GridSearchCV: give its best_estimator_": GridSearchCV(
+        MLPClassifier(max_iter=2), {"alpha": [0.1, 1.0]}, cv=2
+    ),
+    "got LogisticRegression$": make_pipeline(StandardScaler(), LogisticRegression()),
+}
+
+
+@pytest.mark.parametrize("said", NO_MODELS)
+def test_what_is_no_model(said):
+    model = NO_MODELS[said].fit(X, Y)
+    with pytest.raises(TypeError, match=f"takes an MLPClassifier, an MLPRegressor, or .*{said}"):
+        ours.to_onnx(model)
+    ours.to_onnx(getattr(model, "best_estimator_", MLPClassifier(max_iter=1).fit(X, Y)))
+
+
+@pytest.mark.parametrize(
+    "model", [MLPClassifier(), make_pipeline(StandardScaler(), MLPRegressor())]
+)
+def test_unfitted_models(model):
+    with pytest.raises(NotFittedError):
+        ours.to_onnx(model)
 
 
 def test_the_twin_with_a_weight_changed():
