@@ -10,14 +10,16 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.compose import ColumnTransformer
 from sklearn.impute import MissingIndicator, SimpleImputer
+from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
 
 KINDS = {"number": pl.Float64, "boolean": pl.Boolean, "category": pl.String, "date": pl.Datetime}
 """The kinds of columns, and the polars dtype in which a model takes each."""
 
 _FEW_ROWS = 20
 _DISTINCT = 0.95  # share of distinct values in a column that tells rows apart
+_TARGETS = {None: "continuous", 1: "binary", 2: "binary"}  # by the number of classes
 _MAX_CATEGORIES = 64  # rarer categories of a column are encoded as zeros, like unknown ones
 
 
@@ -76,13 +78,22 @@ def identifiers(X: pl.DataFrame, kinds: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name: bool) -> Any:
+def make_preprocessing(
+    X: pl.DataFrame,
+    used: list[str],
+    *,
+    scale: bool,
+    by_name: bool,
+    n_classes: int | None = None,
+    seed: int = 0,
+) -> Any:
     """Return an unfitted transformer from a table to numbers.
 
     Missing numbers and booleans are replaced by the median.  If ``X`` has missing values in
-    such a column, an additional column marks them.  Text is one-hot encoded.  Dates are
-    encoded by `DateParts`.  Numbers, booleans and dates are then scaled to mean 0 and
-    variance 1 if ``scale`` is set.
+    such a column, an additional column marks them.  Dates are encoded by `DateParts`.  Text is
+    one-hot encoded.  Text of more than 64 different values is encoded by the mean target of
+    each value as well, fitted out of fold.  All but the one-hot encoding is then scaled to mean
+    0 and variance 1 if ``scale`` is set.
 
     Parameters
     ----------
@@ -95,6 +106,10 @@ def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name
     by_name : bool
         Whether the transformer finds its columns by name, in a data frame, or by
         position, in an array.
+    n_classes : int, optional
+        Number of classes of the target; None for a regression.
+    seed : int, default=0
+        Seed of the folds for the mean targets.
 
     Returns
     -------
@@ -112,6 +127,9 @@ def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name
         handle_unknown="ignore",
         sparse_output=False,
     )
+    many = [name for name in texts if X[name].n_unique() > _MAX_CATEGORIES]
+    folds = KFold(5, shuffle=True, random_state=seed)
+    means = TargetEncoder(target_type=_TARGETS.get(n_classes, "multiclass"), cv=folds)
     parts = {
         "numbers": (scaled(SimpleImputer(strategy="median")), numbers),
         "missing": (
@@ -123,6 +141,7 @@ def make_preprocessing(X: pl.DataFrame, used: list[str], *, scale: bool, by_name
             [name for name in used if kinds[name] == "date"],
         ),
         "categories": (one_hot, texts),
+        "targets": (scaled(means), many),
     }
     at = {name: name if by_name else i for i, name in enumerate(X.columns)}
     return ColumnTransformer(

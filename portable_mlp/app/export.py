@@ -1,7 +1,7 @@
 """ONNX export of a run's model, with the table's columns as inputs.
 
-Importing this module registers two transformers of the preprocessing with skl2onnx, which has
-no converters for them.
+Importing this module registers three transformers of the preprocessing with skl2onnx, whose own
+converters for them are missing or do less.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from sklearn.impute import MissingIndicator
 from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import TargetEncoder
 
 from portable_mlp import load
 from portable_mlp.persistence import read_metadata
@@ -20,6 +21,7 @@ from portable_mlp.preprocessing import DateParts
 
 from onnx import TensorProto  # isort: skip  # portable_mlp.persistence.onnx says what is missing
 from skl2onnx import update_registered_converter  # isort: skip
+from skl2onnx.operator_converters.common import concatenate_variables  # isort: skip
 from skl2onnx.common.data_types import (  # isort: skip
     DoubleTensorType,
     FloatTensorType,
@@ -75,8 +77,9 @@ def export_onnx(path: Path, out: Path) -> dict[str, str]:
 
 def _name_missing(preprocessing: Any) -> None:
     """Replace the category None by the empty string: ONNX's strings have no missing value."""
-    for name, encoder, _ in preprocessing.transformers_:
-        if name == "categories":
+    for name, transformer, _ in preprocessing.transformers_:
+        if name in ("categories", "targets"):
+            encoder = transformer[0] if isinstance(transformer, Pipeline) else transformer
             encoder.categories_ = [
                 np.array([category or "" for category in categories], dtype=object)
                 for categories in encoder.categories_
@@ -90,6 +93,12 @@ def _declare_missing(operator: Any) -> None:
 def _declare_dates(operator: Any) -> None:
     rows, n = operator.inputs[0].type.shape
     operator.outputs[0].type = DoubleTensorType([rows, n * (2 * len(DateParts.PERIODS) + 2)])
+
+
+def _declare_means(operator: Any) -> None:
+    encoder = operator.raw_operator
+    rows = operator.inputs[0].get_first_dimension()
+    operator.outputs[0].type = FloatTensorType([rows, len(encoder.encodings_)])
 
 
 class _OperatorWriter:
@@ -137,7 +146,34 @@ def _convert_dates(scope: Any, operator: Any, container: Any) -> None:
     container.add_node("Concat", parts, [operator.outputs[0].full_name], op_version=13, axis=1)
 
 
+def _convert_means(scope: Any, operator: Any, container: Any) -> None:
+    """Write a TargetEncoder of texts; skl2onnx's own takes no more than two classes."""
+    write, encoder = _OperatorWriter(scope, container), operator.raw_operator
+    texts = concatenate_variables(scope, operator.inputs, container)
+    n_classes = len(encoder.encodings_) // len(encoder.categories_)
+    parts = []
+    for i, encoding in enumerate(encoder.encodings_):
+        place, label = divmod(i, n_classes)
+        column = write("Gather", texts, write.constant(TensorProto.INT64, place), axis=1)
+        found = scope.get_unique_variable_name("mean")
+        container.add_node(
+            "LabelEncoder",
+            [column],
+            [found],
+            op_domain="ai.onnx.ml",
+            op_version=2,
+            keys_strings=[str(c).encode() for c in encoder.categories_[place]],
+            values_floats=encoding.astype(np.float32).tolist(),
+            default_float=float(np.atleast_1d(encoder.target_mean_)[label]),
+        )
+        parts.append(found)
+    container.add_node("Concat", parts, [operator.outputs[0].full_name], op_version=13, axis=1)
+
+
 update_registered_converter(
     MissingIndicator, "MissingIndicator", _declare_missing, _convert_missing
+)
+update_registered_converter(
+    TargetEncoder, "PortableMLPTargetEncoder", _declare_means, _convert_means
 )
 update_registered_converter(DateParts, "PortableMLPDateParts", _declare_dates, _convert_dates)

@@ -83,9 +83,14 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
     get_backend(settings.where.device, settings.where.backend)
     folder.check_writable(settings.out)
     preprocessing = make_preprocessing(
-        data.X, data.used, scale=settings.scaling, by_name=data.by_name
+        data.X,
+        data.used,
+        scale=settings.scaling,
+        by_name=data.by_name,
+        n_classes=len(np.unique(data.y)) if data.classify else None,
+        seed=settings.seed,
     )
-    numbers = preprocessing.fit_transform(model_input(data.X, data.by_name))
+    numbers = preprocessing.fit_transform(model_input(data.X, data.by_name), data.y)
     model, history, interrupted = _fit(settings, data, numbers, resume, say)
     if interrupted and not history:
         raise KeyboardInterrupt

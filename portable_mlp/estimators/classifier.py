@@ -237,6 +237,12 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
             classes = np.arange(y.shape[1])
         elif kind in ("binary", "multiclass"):
             classes = np.unique(y)
+        elif kind == "multiclass-multioutput":
+            raise ValueError(
+                f"Unknown label type: {kind}. Each of the {y.shape[1]} columns of y has classes of"
+                " its own, but a row has one label here, or several that are 0 or 1 each: fit a"
+                " classifier for each column (sklearn.multioutput.MultiOutputClassifier does)"
+            )
         else:
             raise ValueError(
                 f"Unknown label type: {kind}. Maybe you are trying to fit a classifier,"
@@ -280,8 +286,11 @@ class MLPClassifier(ClassifierMixin, MultilayerPerceptron):
             if not np.isin(y, (0, 1)).all():
                 raise ValueError(f"y: several labels are 0 or 1 each, got {np.unique(y)}")
             return y.astype(np.float64)
-        if np.setdiff1d(y, self.classes_).size:
-            raise ValueError(f"y has labels that are not among the classes {self.classes_}")
+        unknown = np.setdiff1d(y, self.classes_)
+        if unknown.size:
+            raise ValueError(
+                f"labels {unknown[:5]} are not among the classes of y, {self.classes_}"
+            )
         codes = np.searchsorted(self.classes_, y).astype(np.int32)
         return codes if len(self.classes_) > 2 else codes.astype(np.float64)
 

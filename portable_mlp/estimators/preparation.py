@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -123,13 +124,30 @@ class Preparation(Inference):
         y = check_y(self, y, X, self._target_dtype)
         weights = check_weights(sample_weight, X, dtype, "sample_weight_val")
         weights = self._class_weighted(y, weights, dtype, " of y_val")
-        return Rows(X, y, self._encode_target(y), weights)
+        try:
+            target = self._encode_target(y)
+        except ValueError as error:
+            raise ValueError(f"y_val: {error}") from error
+        return Rows(X, y, target, weights)
 
     def _split(self, rows: Rows, rng: np.random.RandomState) -> list[NDArray[np.intp]]:
         """Return the indices of the rows to train on and of those to validate on."""
         # Only binary labels are stratified, as in scikit-learn
         binary = rows.target.ndim == 1 and self._loss.link_name == "logistic"
         numbers = np.arange(rows.x.shape[0])
+        n_held_out = ceil(self.validation_fraction * len(numbers))
+        codes, counts = np.unique(rows.target, return_counts=True)
+        if binary and counts.min() < 2:
+            label = np.unique(rows.y)[counts.argmin()]
+            raise ValueError(
+                f"early_stopping needs two rows of each class, to train and to validate on: class"
+                f" {label} has one"
+            )
+        if binary and n_held_out < len(codes):
+            raise ValueError(
+                f"The validation set is too small: {n_held_out} of {len(numbers)} rows cannot have"
+                " both classes. Increase 'validation_fraction' or the size of your dataset."
+            )
         split: list[NDArray[np.intp]] = train_test_split(
             numbers,
             test_size=float(self.validation_fraction),

@@ -22,11 +22,12 @@ _MODULES = (
     "sklearn.decomposition",
     "sklearn.feature_extraction.text",
     "sklearn.impute",
+    "sklearn.model_selection",
     "sklearn.pipeline",
     "sklearn.preprocessing",
     "portable_mlp.preprocessing",
 )
-"""Modules whose estimators may stand in a file."""
+"""Modules whose estimators, and splitters of rows, may stand in a file."""
 
 _SCALARS = ("bool", "int32", "int64", "float32", "float64")
 
@@ -91,11 +92,13 @@ def _encode(value: Any) -> Any:
 
 
 def _estimator(module: str, name: str) -> Any:
-    """Return a class of `_MODULES` by name; None if there is no such estimator."""
+    """Return a class of `_MODULES` by name; None if there is no such estimator or splitter."""
     from sklearn.base import BaseEstimator
+    from sklearn.model_selection import BaseCrossValidator
 
     cls = getattr(import_module(module), name, None) if module in _MODULES else None
-    return cls if isinstance(cls, type) and issubclass(cls, BaseEstimator) else None
+    bases = BaseEstimator, BaseCrossValidator
+    return cls if isinstance(cls, type) and issubclass(cls, bases) else None
 
 
 def _encode_array(value: NDArray[Any]) -> dict[str, Any]:
@@ -173,5 +176,5 @@ def _decode_estimator(module: str, name: str, state: Any) -> Any:
     if cls is None or not isinstance(state, dict):
         raise ValueError(f"its preprocessing has a {module}.{name}")
     made = cls.__new__(cls)
-    made.__setstate__(state)
+    getattr(made, "__setstate__", made.__dict__.update)(state)
     return made

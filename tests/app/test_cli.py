@@ -311,6 +311,17 @@ def test_info_of_a_file_from_before_there_were_networks(capsys):
     assert "layers: Linear 3x5, Linear 5x4, Linear 4x3\n" in capsys.readouterr().out
 
 
+def test_a_run_of_version_0_2_predicts_the_same(tmp_path, capsys):
+    """Its model file has the kinds of the columns alone, and its preprocessing is skops's."""
+    model = DATA / "run_0.2.safetensors"
+    run("predict", model, PENGUINS, "--out", tmp_path / "p.csv")
+    got, wanted = pl.read_csv(tmp_path / "p.csv"), pl.read_csv(DATA / "run_0.2_predictions.csv")
+    assert got["prediction"].equals(wanted["prediction"])
+    np.testing.assert_allclose(got[:, 1:], wanted[:, 1:], rtol=1e-5)
+    run("evaluate", model, PENGUINS)
+    assert "accuracy 0.927928\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_evaluate_takes_labels_as_they_are(tmp_path, rng, capsys):
     x = rng.standard_normal(100)
@@ -427,6 +438,47 @@ def test_exported_inputs_have_the_names_of_the_columns(names, tmp_path, rng, cap
     label, probabilities = session.run(None, feed)
     assert label.astype(bool).tolist() == load(model).predict(rows).tolist()
     np.testing.assert_allclose(probabilities, load(model).predict_proba(rows), atol=3e-6)
+
+
+TARGETS = {
+    "two classes": lambda level, x: np.where(level % 2 + x > 0.5, "p", "q"),
+    "four classes": lambda level, x: (level % 4).astype(str),
+    "a number": lambda level, x: 100.0 * (level % 7) + x,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_text_of_many_values_is_encoded_by_the_mean_target(target, tmp_path, rng, capsys):
+    """One hundred values of which 64 have a column each: the others would all look alike."""
+    level, x = rng.randint(0, 100, 3000), rng.standard_normal(3000)
+    y = TARGETS[target](level, x)
+    texts = [None if i % 50 == 7 else f"value {n}" for i, n in enumerate(level)]
+    frame = pl.DataFrame({"x": x, "text": texts, "y": y})
+    frame.write_parquet(tmp_path / "t.parquet")
+    model = tmp_path / "run/model.safetensors"
+    run("train", "--data", tmp_path / "t.parquet", "--epochs", 30, "--out", model.parent)
+    score = float(re.search(r"test  \S+ (\S+)", capsys.readouterr().out)[1])
+    assert score > 0.9
+    pipeline = load(model)
+    X = read_table([tmp_path / "t.parquet"]).frame.drop("y")
+    encoded = pipeline[0].transform(X)
+    n_means = 4 if target == "four classes" else 1
+    assert encoded.shape == (3000, 1 + 64 + n_means)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("skl2onnx")
+    run("export", model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    X = X.with_columns(
+        text=pl.when(pl.int_range(3000) % 9 > 0).then("text").otherwise(pl.lit("?!"))
+    )
+    feed = {i.name: as_onnx_takes_it(X[i.name], i.type)[:, None] for i in session.get_inputs()}
+    got = session.run(None, feed)
+    if target == "a number":
+        np.testing.assert_allclose(got[0][:, 0], pipeline.predict(X), rtol=1e-5, atol=1e-3)
+    else:
+        assert got[0].tolist() == pipeline.predict(X).tolist()
+        np.testing.assert_allclose(got[1], pipeline.predict_proba(X), atol=1e-5)
 
 
 # ------------------------------------------------------------------ interrupted, resumed

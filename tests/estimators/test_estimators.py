@@ -895,3 +895,15 @@ def test_a_memory_map_is_read_a_batch_at_a_time(settings, tmp_path):
     np.testing.assert_array_equal(predicted, wanted.predict(X))
     for a, b in zip(model.coefs_, wanted.coefs_, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_labels_that_cannot_be_learned_say_what_to_do(rng):
+    X = rng.standard_normal((60, 3))
+    names = np.array(["a", "b"] * 30)
+    with pytest.raises(ValueError, match="Each of the 2 columns of y has classes of its own"):
+        MLPClassifier(max_iter=2).fit(X, np.c_[np.arange(60) % 3, np.arange(60) % 3])
+    with pytest.raises(ValueError, match="1 of 10 rows cannot have both classes. Increase"):
+        MLPClassifier(max_iter=2, early_stopping=True).fit(X[:10], names[:10])
+    few = np.where(np.arange(60) == 0, "a", "b")
+    with pytest.raises(ValueError, match="two rows of each class.*: class a has one"):
+        MLPClassifier(max_iter=2, early_stopping=True).fit(X, few)

@@ -418,7 +418,10 @@ def test_a_scorer_that_takes_no_weights_gets_none(scoring):
     [
         ({"X_val": X_VAL}, "X_val and y_val go together"),
         ({"X_val": X_VAL[:, :3], "y_val": Y_VAL}, "3 features"),
-        ({"X_val": X_VAL, "y_val": Y_VAL + 1}, "not among the classes"),
+        (
+            {"X_val": X_VAL, "y_val": Y_VAL + 1},
+            r"^y_val: labels \[.*\] are not among the classes of y",
+        ),
         ({"X_val": X_VAL, "y_val": Y_VAL[:-1]}, "inconsistent numbers"),
     ],
 )
