@@ -9,8 +9,8 @@ import polars as pl
 
 from portable_mlp.app.dataset import Dataset
 
-_MOST_ROWS = 30  # of the table on the terminal
-_MOST_CHARACTERS = 16  # of an example
+_MOST_ROWS, _MOST_NOTES, _FEW_ROWS = 30, 50, 10  # of the table on the terminal
+_MOST_CHARACTERS = 24  # of an example
 
 
 def column_rows(data: Dataset) -> list[dict[str, Any]]:
@@ -59,32 +59,28 @@ def columns_table(data: Dataset, width: int) -> str:
     from rich.table import Table
 
     rows = column_rows(data)
-    shown = sorted(rows[1:], key=lambda row: not row["note"])[: _MOST_ROWS - 1]
+    noted = [row for row in rows[1:] if row["note"]]
+    plain = [row for row in rows[1:] if not row["note"]]
+    shown = noted[:_MOST_NOTES] + (plain if len(rows) <= _MOST_ROWS else plain[:_FEW_ROWS])
     keep = {id(row) for row in (rows[0], *shown)}
     table = Table(box=None, pad_edge=False)
-    for title in ("column", "kind", "missing", "examples", "note"):
-        one_line = title == "examples"
-        table.add_column(
-            title,
-            justify="right" if title == "missing" else "left",
-            no_wrap=one_line,
-            overflow="ellipsis" if one_line else "fold",
-            max_width=30 if one_line else None,
-        )
+    table.add_column("column", overflow="fold")
+    table.add_column("kind")
+    table.add_column("missing", justify="right")
+    table.add_column("examples", no_wrap=True, overflow="ellipsis", max_width=30)
+    table.add_column("note", overflow="fold")
     for row in rows:
         if id(row) in keep:
             kind = row["kind"] + (", the target" if row is rows[0] else "")
             missing = f"{row['missing']:.1%}" if row["missing"] else ""
-            examples = ", ".join(
-                text if len(text) <= 16 else text[:15] + "…" for text in row["examples"]
-            )
+            examples = ", ".join(map(_short, row["examples"]))
             table.add_row(row["name"], kind, missing, examples, row["note"])
     text = StringIO()
     console = Console(file=text, width=width, markup=False, emoji=False, highlight=False)
     console.print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     if len(keep) < len(rows):
-        kinds = pl.Series([row["kind"] for row in rows if id(row) not in keep])
-        counts = kinds.value_counts(sort=True).rows()
-        lines.append(f"and {', '.join(f'{n} of kind {kind}' for kind, n in counts)}")
+        left = pl.Series([row["kind"] for row in rows if id(row) not in keep])
+        counts = ", ".join(f"{n} of kind {kind}" for kind, n in left.value_counts(sort=True).rows())
+        lines.append(f"and {counts}: the report has all")
     return "\n".join(lines)

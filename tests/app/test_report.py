@@ -209,7 +209,9 @@ def test_names_need_no_font_of_matplotlib(tmp_path):
 
 
 def test_wide_tables_take_no_longer(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr("portable_mlp.app.evaluation._BUDGET_OF_ALL", 5 * (12 + 300) * 40 * 7)
+    """When the time is up, the columns that are left are not measured."""
+    monkeypatch.setattr("portable_mlp.app.evaluation._NUMBERS", 12 * 40 * 7)  # of seven columns
+    monkeypatch.setattr("portable_mlp.app.evaluation._MOST_SECONDS", 0.0)
     np.savez(tmp_path / "t.npz", X=rng.standard_normal((60, 40)), y=np.arange(60) % 2)
     out = tmp_path / "run"
     command = ["train", "--data", tmp_path / "t.npz", "--epochs", "1", "--out", out]
@@ -220,21 +222,30 @@ def test_wide_tables_take_no_longer(tmp_path, rng, monkeypatch):
     assert page.count(">X_7<") == 1  # in the data's table alone
 
 
+def test_importance_can_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("portable_mlp.app.train.importances", None)  # not called
+    shown = page(run(tmp_path / "run", "--data", PENGUINS, "--no-importance"))
+    assert "It was not measured (--no-importance)." in shown.text
+    assert "--no-importance" in shown.text.split("portable-mlp train --data")[1]
+
+
 def test_data_and_how_it_was_made(runs):
     shown = page(runs["sex"])
     ((_, *rows),) = shown.tables["data"]
     by_name = {row[0]: row[1:] for row in rows}
-    X, y, *_ = held_back("sex")
+    X, y, X_test, y_test = held_back("sex")
     mass = X["body_mass_g"]
     assert by_name["body_mass_g"] == [
-        "number", "0.0 %", f"{mass.min()} to {mass.max()}, mean {mass.mean():.5g}"
+        "number", "0.0 %", f"{mass.min():.5g} to {mass.max():.5g}, mean {mass.mean():.5g}", ""
     ]  # fmt: skip
-    assert by_name["delta_15_n"][1] == f"{100 * X['delta_15_n'].null_count() / len(y):.1f} %"
-    assert by_name["region"][2] == "not used: constant Anvers 100%"
+    holes = pl.concat([X, X_test])["delta_15_n"].null_count()
+    assert by_name["delta_15_n"][1] == f"{100 * holes / (len(y) + len(y_test)):.1f} %"
+    assert by_name["region"] == ["dropped", "0.0 %", "Anvers 100%", "constant"]
     assert by_name["sex"] == [
-        "target",
+        "category, the target",
         "0.0 %",
         f"male {np.mean(y == 'male'):.0%}, female {np.mean(y == 'female'):.0%}",
+        "",
     ]
     assert "portable-mlp train --data" in shown.text
     assert "266 rows to train on, 67 held back" in shown.text
@@ -244,7 +255,7 @@ def test_data_and_how_it_was_made(runs):
 def nasty(tmp_path_factory):
     """A table whose names and texts are markup and mathematics."""
     folder = tmp_path_factory.mktemp("nasty")
-    frame = read_table([PENGUINS]).rename({"bill_length_mm": NASTY, "sex": "<b>sex</b>"})
+    frame = read_table([PENGUINS]).frame.rename({"bill_length_mm": NASTY, "sex": "<b>sex</b>"})
     frame = frame.with_columns(
         species=pl.col("species") + NASTY, **{"<b>sex</b>": NASTY + pl.col("<b>sex</b>")}
     )

@@ -174,7 +174,7 @@ class Evidence:
         ranges = []
         if self.n_plain:
             low, high = self.low + 0.0, self.high + 0.0  # no minus zero
-            ranges.append(f"{low:.6g} to {high:.6g}")
+            ranges.append(f"{low:.4g} to {high:.4g}")
         if self._dates:
             ranges.append(f"{self._dates[0]} to {self._dates[-1]}")
         return tuple([*ranges, *frequent.to_list()][:_SHOWN])
@@ -263,7 +263,7 @@ def _decided(evidence: Evidence, table: _Table, kind: str | None) -> Column:
     for name, allowed in _ALLOWED.items():
         if not evidence.declared <= allowed:
             continue
-        if name != "number" and evidence.few_numbers is None:
+        if name != "number" and evidence.few_numbers is None:  # most values are numbers
             continue
         fit = _FITS[name](evidence, table)
         n_left, n = int(fit.left["n"].sum()), evidence.n - _n_holes(evidence)

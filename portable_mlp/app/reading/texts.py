@@ -96,6 +96,8 @@ def has_decimal_mark(texts: pl.Series, decimal: str) -> bool:
     """
     other = "," if decimal == "." else "."
     maybe = texts.filter(texts.str.contains(decimal, literal=True))
+    if maybe.is_empty():
+        return False
     sure = dressed_numbers(maybe, decimal).is_not_null() & dressed_numbers(maybe, other).is_null()
     return bool(sure.any())
 
