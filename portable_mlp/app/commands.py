@@ -90,7 +90,7 @@ def predict(
     model
         The model.safetensors of a run.
     data
-        CSV, Parquet, .npy or .npz files; they need not contain the target.
+        Files such as those of the training; they need not contain the target.
     out
         File for the predictions, .csv or .parquet.
     chunk_rows
@@ -118,7 +118,7 @@ def evaluate(
     model
         The model.safetensors of a run.
     data
-        CSV, Parquet, .npy or .npz files; the target is one of their columns.
+        Files such as those of the training; the target is one of their columns.
     """
     from portable_mlp.app.streaming import evaluate_file, load_stored
 

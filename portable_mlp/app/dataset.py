@@ -96,12 +96,12 @@ def read(settings: Settings) -> Dataset:
     target = find_column(frame.columns, settings.target, source)
     n_missing = frame[target].null_count()
     if n_missing and settings.missing_target == "error":
-        raise ValueError(f"{source}: the target {target!r} is missing in {n_missing} rows")
+        raise ValueError(f"{source}: the target {target!r} is missing in some rows ({n_missing})")
     column = table.reading.columns[target]
     X, y, target = split_target(frame, target, source, whole=column.whole)
     notes = list(table.notes)
     if n_missing:
-        notes.append(f"{n_missing} rows without a target are left out")
+        notes.append(f"rows without a target, left out: {n_missing}")
     classify, why = _is_classification(settings.task, y)
     notes += [f"{target} {why}"] if why else []
     if classify:

@@ -105,7 +105,7 @@ class Settings:
         tuple[Path, ...],
         Parameter(group=_DATA, consume_multiple=1, negative="", show_default=False),
     ] = ()
-    """CSV, Parquet, .npy or .npz files with the same columns."""
+    """Files with the same columns: CSV, Parquet, Arrow, Excel, .npy or .npz."""
     dataset: Annotated[_Bundled, Parameter(group=_DATA)] = "digits"
     """A bundled table to use if no files are given."""
     target: Annotated[str, Parameter(group=_DATA)] = "-1"
@@ -114,14 +114,15 @@ class Settings:
         "auto"
     )
     """auto: classification if the target is text, booleans, or at most 20 different whole
-    numbers."""
+    numbers, each in several rows."""
     column: Annotated[tuple[str, ...], _SEVERAL] = ()
     """NAME=KIND for columns that are read as another kind than meant: number, category, date,
     boolean or drop."""
     drop: Annotated[tuple[str, ...], _SEVERAL] = ()
     """Columns to leave out."""
     missing: Annotated[tuple[str, ...], _SEVERAL] = ()
-    """Texts that stand for a missing value, besides the usual ones (NA, ?, NaN, null, ...)."""
+    """Texts that stand for a missing value, besides the usual ones (NA, ?, NaN, null, ...);
+    --missing=-999 if one begins with a hyphen."""
     missing_target: Annotated[Literal["drop", "error"], Parameter(group=_DATA)] = "drop"
     """What to do with rows that have no target: leave them out, or stop."""
     date_format: Annotated[str | None, Parameter(group=_DATA)] = None

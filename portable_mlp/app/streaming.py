@@ -180,7 +180,7 @@ def evaluate_file(
         raise ValueError(f"{source}: there are no rows")
     frame = pl.concat(chunks)
     if n_missing := frame[target].null_count():
-        say(f"{n_missing} rows without a target are left out")
+        say(f"rows without a target, left out: {n_missing}")
     whole = stored.reading.columns[target].whole
     X, y, _ = split_target(frame, target, source, whole=whole)
     classes = getattr(stored.pipeline, "classes_", None)

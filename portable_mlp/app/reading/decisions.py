@@ -285,6 +285,11 @@ def _described(evidence: Evidence, fit: _Fit) -> Column:
         shown = [f"{text} ({n})" for text, n in fit.left.head(_MOST_OTHERS).iter_rows()]
         more = f" and {len(fit.left) - _MOST_OTHERS} more" if len(fit.left) > _MOST_OTHERS else ""
         notes.append(f"taken as missing: {', '.join(shown)}{more}")
+    if fit.column.kind != "category" and (holes := _n_holes(evidence)):
+        words = evidence.others["text"].filter(
+            ~evidence.others["text"].is_in(_texts(evidence)["text"].to_list())
+        )
+        notes.append(f"{', '.join(words.head(_SHOWN))} is missing ({holes})")
     return replace(
         fit.column,
         others=tuple(fit.left["text"].str.to_lowercase().unique().sort()),
