@@ -273,6 +273,44 @@ def test_predict_regression(masses, tmp_path):
     np.testing.assert_allclose(got["prediction"], load(model).predict(X), rtol=1e-6)
 
 
+@pytest.mark.slow
+def test_evaluation_of_the_training_files_is_that_of_training(tmp_path, rng, capsys):
+    """Of files whose columns alone would be read in different ways."""
+    towns = [" Oslo", "Bergen ", "None", "NA", "7"]
+    rows = [
+        f'{x:.2f},{towns[i % 5]},{1 + i % 12:02}/{1 + i % 28:02}/2021,"${1000 + 37 * i:,}",{x > 0}\n'
+        for i, x in enumerate(rng.standard_normal(400))
+    ]
+    rows[3] = rows[3].replace("Oslo", "7").replace("/2021", "/2021 10:00 PM")
+    parts = [
+        rows[:3],
+        [row for row in rows if ",7," in row],
+        [r for r in rows[3:] if ",7," not in r],
+    ]
+    files = []
+    for i, part in enumerate(parts):
+        files.append(tmp_path / f"{i}.csv")
+        files[-1].write_text("x,town,day,paid,y\n" + "".join(part))
+    model = tmp_path / "run/model.safetensors"
+    run("train", "--data", *files, "--epochs", 10, "--out", model.parent)
+    shown = capsys.readouterr().out
+    n_train, n_test = map(
+        int, re.search(r": (\d+) rows to train on, (\d+) to test", shown).groups()
+    )
+    scores = [float(score) for score in re.findall(r"accuracy (\S+)", shown)]
+    run("evaluate", model, *files)
+    accuracy = float(re.search(r"^accuracy (\S+)", capsys.readouterr().out, re.MULTILINE)[1])
+    n = n_train + n_test
+    assert accuracy == pytest.approx(np.dot(scores, [n_train, n_test]) / n, abs=1e-4)
+    predicted = []
+    for i, file in enumerate(files):
+        run("predict", model, file, "--out", tmp_path / f"{i}.parquet", "--chunk-rows", 1 + i)
+        predicted += pl.read_parquet(tmp_path / f"{i}.parquet")["prediction"].to_list()
+    frame = read_table(files, "y").frame
+    assert predicted == load(model).predict(frame.drop("y")).tolist()
+    assert np.mean(frame["y"].to_numpy() == predicted) == pytest.approx(accuracy, abs=1e-6)
+
+
 def test_arrays_go_through_every_command(tmp_path, rng, capsys):
     X = rng.standard_normal((200, 4))
     X[:, 2] = 1.0
@@ -332,7 +370,8 @@ def test_evaluate_takes_labels_as_they_are(tmp_path, rng, capsys):
         data = tmp_path / f"{name}.csv"
         run("train", "--data", data, "--epochs", 1, "--out", tmp_path / name)
         run("evaluate", tmp_path / name / "model.safetensors", data)
-    assert capsys.readouterr().out.count("[/b]") == 20  # it is no markup of rich's
+    evaluated = capsys.readouterr().out.split("100 rows\n")[-1]
+    assert evaluated.count("[/b]") == 20  # it is no markup of rich's
     run("evaluate", tmp_path / "whole/model.safetensors", tmp_path / "half.csv", code=2)
     assert "does not know: 3.5, 4.5" in capsys.readouterr().err
 
