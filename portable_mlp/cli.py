@@ -44,11 +44,18 @@ def _run(argv: list[str]) -> int:
                 app(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0
             )
         except (
-            CycloptsError, BackendError, OSError, ValueError, MemoryError, ModuleNotFoundError
+            CycloptsError, BackendError, OSError, ValueError, MemoryError, ModuleNotFoundError,
+            *_polars_errors(),
         ) as error:  # fmt: skip
             if "--debug" in argv:
                 raise
             return _fail(_message(error))
+
+
+def _polars_errors() -> tuple[type[Exception], ...]:
+    """Return the base class of polars' exceptions, if polars was imported."""
+    polars = sys.modules.get("polars")
+    return () if polars is None else (polars.exceptions.PolarsError,)
 
 
 def _message(error: Exception) -> str:

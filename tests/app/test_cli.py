@@ -277,8 +277,9 @@ def test_predict_regression(masses, tmp_path):
 def test_evaluation_of_the_training_files_is_that_of_training(tmp_path, rng, capsys):
     """Of files whose columns alone would be read in different ways."""
     towns = [" Oslo", "Bergen ", "None", "NA", "7"]
+    days = [f"{1 + i % 12:02}/{1 + i % 28:02}/2021" for i in range(400)]
     rows = [
-        f'{x:.2f},{towns[i % 5]},{1 + i % 12:02}/{1 + i % 28:02}/2021,"${1000 + 37 * i:,}",{x > 0}\n'
+        f'{x:.2f},{towns[i % 5]},{days[i]},"${1000 + 37 * i:,}",{x > 0}\n'
         for i, x in enumerate(rng.standard_normal(400))
     ]
     rows[3] = rows[3].replace("Oslo", "7").replace("/2021", "/2021 10:00 PM")
@@ -880,6 +881,17 @@ def test_errors_are_one_line_and_leave_nothing(command, message, place, capsys):
 def test_debug_shows_where(place):
     with pytest.raises(ValueError, match="has no column 'sexx'"):
         main(["train", "--debug", "--target", "sexx", "--data", "good.csv"])
+
+
+def test_errors_of_polars_are_one_line_wherever_they_come_from(place, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise pl.exceptions.ComputeError("of a kind\nthat nobody thought of")
+
+    for where in ("portable_mlp.app.dataset.useless_columns", "portable_mlp.app.train.evaluate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, broken)
+            assert main(f"{TRAIN} good.csv".split()) == 2
+        assert capsys.readouterr().err == "error: of a kind that nobody thought of\n"
 
 
 def test_full_disk(place, capsys):

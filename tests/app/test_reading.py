@@ -326,6 +326,15 @@ def test_whole_numbers_that_would_change_are_text(values, tmp_path):
     assert "would change" in note
 
 
+@pytest.mark.parametrize(
+    "codes", [["007", "010"], ["00", "01", "1"], [str(10**20), str(10**20 + 1)]]
+)
+def test_labels_that_are_codes_stay_as_they_are(codes, tmp_path):
+    data = read(tmp_path, {"x": range(60), "y": [codes[i % len(codes)] for i in range(60)]})
+    assert data.classify
+    assert set(data.y) == set(codes)
+
+
 @pytest.mark.parametrize("values", [[2**60 + 1, 2**60 + 2], [10**17 + 1, 5]])
 def test_whole_numbers_of_typed_files_that_would_change_are_text(values, tmp_path):
     pl.DataFrame({"x": values, "y": [1, 2]}).write_parquet(tmp_path / "t.parquet")
