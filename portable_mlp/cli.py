@@ -43,11 +43,11 @@ def _run(argv: list[str]) -> int:
             return (
                 app(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0
             )
-        except (
-            CycloptsError, BackendError, OSError, ValueError, MemoryError, ModuleNotFoundError,
-            *_polars_errors(),
-        ) as error:  # fmt: skip
-            if "--debug" in argv:
+        except Exception as error:
+            known = (
+                CycloptsError, BackendError, OSError, ValueError, MemoryError, ModuleNotFoundError
+            )  # fmt: skip
+            if "--debug" in argv or not isinstance(error, known + _polars_errors()):
                 raise
             return _fail(_message(error))
 

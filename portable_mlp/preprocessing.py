@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ KINDS = {"number": pl.Float64, "boolean": pl.Boolean, "category": pl.String, "da
 """The kinds of columns, and the polars dtype in which a model takes each."""
 
 _FEW_ROWS = 20
+_INDEX = r"Unnamed: [\d.]+|__index_level_\d+__"  # as pandas calls it
 _DISTINCT = 0.95  # share of distinct values in a column that tells rows apart
 _TARGETS = {None: "continuous", 1: "binary", 2: "binary"}  # by the number of classes
 _MAX_CATEGORIES = 64  # rarer categories of a column are encoded as zeros, like unknown ones
@@ -63,17 +65,25 @@ def identifiers(X: pl.DataFrame, kinds: dict[str, str]) -> dict[str, str]:
     """Return the columns that tell rows apart rather than say something about them.
 
     These are texts that are different in nearly every row, and numbers of the rows without a
-    name, as a data frame's index is written.
+    name among columns with names, as a data frame's index is written.
+
+    Parameters
+    ----------
+    X : polars.DataFrame
+        All rows and columns of a table, in any order.
+    kinds : dict
+        Kinds of the columns that may be left out.
     """
     found = {}
+    unnamed = [name for name in X.columns if re.fullmatch(r"column_\d+", name)]
     for name, kind in kinds.items():
         values = X[name].drop_nulls()
         if kind == "category" and len(values) >= _FEW_ROWS:
             if values.n_unique() >= _DISTINCT * len(values):
                 found[name] = "different in nearly every row"
-        elif kind == "number" and name in ("column_0", "Unnamed: 0") and "column_1" not in kinds:
-            steps = values.diff().drop_nulls()
-            if len(values) == X.height > 2 and (steps == 1).all():
+        elif kind == "number" and ([name] == unnamed or re.fullmatch(_INDEX, name)):
+            low: Any = values.min()
+            if len(values) == X.height > 2 and (values.sort() == low + np.arange(X.height)).all():
                 found[name] = "numbers the rows"
     return found
 
@@ -234,5 +244,9 @@ class DateParts(TransformerMixin, BaseEstimator):
 
 
 def model_input(X: pl.DataFrame, by_name: bool) -> Any:
-    """Return a table as a model takes it: unchanged, or as a float64 array without names."""
+    """Return a table as a model takes it: by names, or as a float64 array without names.
+
+    Booleans are numbers, for a missing one is NaN then.
+    """
+    X = X.with_columns(pl.col(pl.Boolean).cast(pl.Float64))
     return X if by_name else X.to_numpy().astype(np.float64, copy=False)

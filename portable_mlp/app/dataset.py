@@ -111,12 +111,14 @@ def read(settings: Settings) -> Dataset:
         raise ValueError(f"the target {target!r} is no number: use --task classification")
     train, test = _split(settings, y, classify)
     kinds = {name: table.reading.columns[name].kind for name in X.columns}
-    said = options_of(settings).columns
+    said = {find_column(frame.columns, name, source) for name in options_of(settings).columns
+            if name not in table.dropped}  # fmt: skip
     dropped = table.dropped | useless_columns(X[train])
-    dropped |= {name: why for name, why in identifiers(X, kinds).items() if name not in said}
+    dropped |= identifiers(frame, {n: kind for n, kind in kinds.items() if n not in said})
     if dropped.keys() >= set(X.columns):
         raise ValueError(
-            f"{source}: all columns are constant or empty: there is nothing to learn from"
+            f"{source}: all columns are left out, so there is nothing to learn from: "
+            + ", ".join(f"{name} ({why})" for name, why in dropped.items())
         )
     return Dataset(
         X[train], y[train], X[test], y[test], target, table.reading, dropped,

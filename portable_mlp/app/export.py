@@ -22,6 +22,12 @@ from portable_mlp.preprocessing import DateParts
 from onnx import TensorProto  # isort: skip  # portable_mlp.persistence.onnx says what is missing
 from skl2onnx import update_registered_converter  # isort: skip
 from skl2onnx.operator_converters.common import concatenate_variables  # isort: skip
+from skl2onnx.operator_converters.target_encoder import (  # isort: skip
+    convert_sklearn_target_encoder,
+)
+from skl2onnx.shape_calculators.target_encoder import (  # isort: skip
+    calculate_sklearn_target_encoder_output_shapes,
+)
 from skl2onnx.common.data_types import (  # isort: skip
     DoubleTensorType,
     FloatTensorType,
@@ -96,6 +102,9 @@ def _declare_dates(operator: Any) -> None:
 
 
 def _declare_means(operator: Any) -> None:
+    if not isinstance(operator.inputs[0].type, StringTensorType):
+        calculate_sklearn_target_encoder_output_shapes(operator)
+        return
     encoder = operator.raw_operator
     rows = operator.inputs[0].get_first_dimension()
     operator.outputs[0].type = FloatTensorType([rows, len(encoder.encodings_)])
@@ -148,6 +157,9 @@ def _convert_dates(scope: Any, operator: Any, container: Any) -> None:
 
 def _convert_means(scope: Any, operator: Any, container: Any) -> None:
     """Write a TargetEncoder of texts; skl2onnx's own takes no more than two classes."""
+    if not isinstance(operator.inputs[0].type, StringTensorType):
+        convert_sklearn_target_encoder(scope, operator, container)
+        return
     write, encoder = _OperatorWriter(scope, container), operator.raw_operator
     texts = concatenate_variables(scope, operator.inputs, container)
     n_classes = len(encoder.encodings_) // len(encoder.categories_)

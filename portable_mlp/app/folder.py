@@ -66,7 +66,7 @@ def write_model(
     notes = {
         "target": data.target,
         "columns": data.kinds,
-        "reading": data.reading.to_dict(),
+        "reading": data.reading.without_examples(list(data.dropped)).to_dict(),
         "dropped": data.dropped,
         "by_name": data.by_name,
         "settings": settings_table(settings),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, fields
+from datetime import datetime
 from difflib import get_close_matches
 from math import inf
 from pathlib import Path
@@ -14,7 +15,7 @@ from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 
 from portable_mlp.activations import ACTIVATIONS
-from portable_mlp.app.reading.options import COLUMN_KINDS, DECIMALS, Options
+from portable_mlp.app.reading.options import COLUMN_KINDS, DATE_ORDERS, DECIMALS, Options
 from portable_mlp.app.table import BUNDLED, PENGUINS
 from portable_mlp.backends import BACKENDS, DEVICES, DTYPES
 from portable_mlp.losses import LOSSES
@@ -244,6 +245,8 @@ def options_of(settings: Settings) -> Options:
                 f" {', '.join(COLUMN_KINDS)}, drop{hint}"
             )
         columns[name] = kind
+    if settings.date_format is not None and settings.date_format not in DATE_ORDERS:
+        _check_date_format(settings.date_format)
     return Options(
         columns,
         settings.drop,
@@ -253,6 +256,19 @@ def options_of(settings: Settings) -> Options:
         settings.separator,
         settings.header,
     )
+
+
+def _check_date_format(text: str) -> None:
+    day = datetime(2021, 11, 23)
+    try:
+        read = datetime.strptime(day.strftime(text), text)
+    except ValueError:
+        read = None
+    if read != day:
+        raise ValueError(
+            f"--date-format {text} is no format of dates, such as %d/%m/%Y; it can also be"
+            f" {' or '.join(DATE_ORDERS)}"
+        )
 
 
 def to_toml(settings: Settings) -> str:

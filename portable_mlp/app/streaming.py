@@ -51,6 +51,12 @@ class Stored(NamedTuple):
     used: list[str]
     by_name: bool
 
+    @property
+    def known(self) -> list[str]:
+        """All columns of the table that the model was trained on, the target last."""
+        names = self.reading.names or (*self.columns, self.target)
+        return [*(name for name in names if name != self.target), self.target]
+
 
 def load_stored(path: Path, device: str | None, backend: str | None) -> Stored:
     """Load the model of a training run, and set where it computes.
@@ -112,7 +118,7 @@ def predict_file(
     if suffix not in (".csv", ".parquet"):
         raise ValueError(f"{out}: predictions are written as .csv or .parquet")
     wanted = stored.used if stored.by_name else stored.columns
-    known = [*stored.columns, stored.target]
+    known = stored.known
     rows = chunk_rows or max(1, _NUMBERS // len(wanted))
 
     def chunks(*_: Any) -> Iterator[pl.DataFrame]:
@@ -175,7 +181,7 @@ def evaluate_file(
     """
     source, target = ", ".join(map(str, data)), stored.target
     wanted = [*(stored.used if stored.by_name else stored.columns), target]
-    chunks = list(read_chunks(data, stored.reading.only(wanted), None, [*stored.columns, target]))
+    chunks = list(read_chunks(data, stored.reading.only(wanted), None, stored.known))
     if not chunks:
         raise ValueError(f"{source}: there are no rows")
     frame = pl.concat(chunks)

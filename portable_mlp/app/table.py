@@ -137,7 +137,7 @@ def _read(
     order: Callable[[Path], Any] | None = None,
 ) -> Table:
     pl = _polars()
-    from portable_mlp.app.reading.decisions import Evidence, decide
+    from portable_mlp.app.reading.decisions import Evidence, add_batch, decide
     from portable_mlp.app.reading.texts import MISSING
 
     names = files[0].columns
@@ -153,11 +153,10 @@ def _read(
             f"--target {target} is {' or '.join(sorted(map(repr, targets)))}, for the columns of"
             " the files are in different orders: give its name"
         )
-    kinds = {name: kind for name, kind in options.columns.items() if kind != "drop"}
-    dropped = dict.fromkeys(options.drop, "--drop")
-    dropped |= {name: "--column" for name, kind in options.columns.items() if kind == "drop"}
-    for name in {**kinds, **dropped}:
-        find_column(names, name, source)
+    said = {find_column(names, name, source): kind for name, kind in options.columns.items()}
+    dropped = {find_column(names, name, source): "--drop" for name in options.drop}
+    dropped |= {name: "--column" for name, kind in said.items() if kind == "drop"}
+    kinds = {name: kind for name, kind in said.items() if kind != "drop"}
     if not targets.isdisjoint(dropped):
         raise ValueError(f"the target {targets.pop()!r} cannot be dropped")
     # A model finds the columns of an array by their positions, so all stay
@@ -165,17 +164,17 @@ def _read(
         names if not all(file.by_name for file in files) else [n for n in names if n not in dropped]
     )
     missing = MISSING + tuple(text.lower() for text in options.missing)
-    found = {name: Evidence(name, missing) for name in kept}
+    found = {name: Evidence(name, missing, options.date_format) for name in kept}
     for file in files:
         n_rows = 0
         for batch in file.batches():
             n_rows += batch.height
-            for name, evidence in found.items():
-                evidence.add(batch[name])
+            add_batch(found, batch)
         if not n_rows:
             raise ValueError(f"{file.path} has a header and no rows")
     semicolons = {file.separator for file in files} == {";"}
     reading = decide(found, replace(options, columns=kinds), comma=semicolons)
+    reading = replace(reading, names=tuple(names))
     frames = [frame for file in files for frame in _chunks(file, reading, None)]
     notes = [file.note for file in files if file.note]
     return Table(pl.concat(frames), reading, dropped, notes)

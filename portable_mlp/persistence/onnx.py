@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
@@ -54,11 +55,11 @@ OPSET = 18  # the first in which all reductions take their axes as an input
 def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = None) -> Any:
     """Return a fitted model, or a pipeline that ends in one, as an ONNX model.
 
-    The graph's input is ``X`` (n, n_features), in float32 for a model and in float64 for a
-    pipeline.  A pipeline often scales its input, and float32 would lose digits before that.
-    With ``initial_types``, the inputs have these names.  A classifier's outputs are ``label`` and
-    ``probabilities`` (n, n_classes).  A regressor's output is ``variable`` (n, n_outputs).
-    Labels are strings, int64 (for booleans too) or float64.
+    The graph's input is ``X`` (n, n_features), in float32 for a model.  For a pipeline it is in
+    float64 if all its steps have a form for that: scaling would lose digits in float32.  With
+    ``initial_types``, the inputs have these names and types.  A classifier's outputs are
+    ``label`` and ``probabilities`` (n, n_classes).  A regressor's output is ``variable``
+    (n, n_outputs).  Labels are strings, int64 (for booleans too) or float64.
 
     Parameters
     ----------
@@ -94,7 +95,8 @@ def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = 
         )
     check_is_fitted(final)
     if isinstance(model, Pipeline):
-        types = initial_types or [("X", DoubleTensorType([None, model.n_features_in_]))]
+        kind = DoubleTensorType if _takes_float64(model[:-1]) else FloatTensorType
+        types = initial_types or [("X", kind([None, model.n_features_in_]))]
         found = convert_pipeline(
             model,
             initial_types=types,
@@ -107,6 +109,25 @@ def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = 
     if path is not None:
         write_whole(path, [found.SerializeToString()])
     return found
+
+
+# Transformers that onnxruntime computes in float64 as scikit-learn does, as the tests show
+_IN_FLOAT64 = {
+    "StandardScaler", "MinMaxScaler", "MaxAbsScaler", "RobustScaler", "QuantileTransformer",
+    "SimpleImputer", "PCA", "TruncatedSVD", "Normalizer", "OneHotEncoder", "OrdinalEncoder",
+}  # fmt: skip
+
+
+def _takes_float64(transformer: Any) -> bool:
+    """Tell whether a transformer and all its parts have a form in float64."""
+    if isinstance(transformer, Pipeline):
+        return all(_takes_float64(step) for _, step in transformer.steps)
+    if isinstance(transformer, ColumnTransformer):
+        return all(_takes_float64(part) for _, part, _ in transformer.transformers_)
+    return (isinstance(transformer, str) or transformer is None) or (
+        type(transformer).__module__.startswith("sklearn.")
+        and type(transformer).__name__ in _IN_FLOAT64
+    )
 
 
 def _rename_inputs(graph: Any, names: list[str]) -> None:

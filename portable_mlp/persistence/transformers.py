@@ -29,6 +29,7 @@ _MODULES = (
 )
 """Modules whose estimators, and splitters of rows, may stand in a file."""
 
+_MOST_CHARACTERS = 2**24
 _SCALARS = ("bool", "int32", "int64", "float32", "float64")
 
 
@@ -88,7 +89,7 @@ def _encode(value: Any) -> Any:
     module = next((m for m in _MODULES if type(value).__module__.startswith(m)), "")
     if _estimator(module, name) is not type(value):
         raise _Unknown(value)
-    return {"class": [module, name], "state": _encode(value.__getstate__())}
+    return {"class": [module, name], "state": _encode(value.__getstate__() or {})}
 
 
 def _estimator(module: str, name: str) -> Any:
@@ -107,11 +108,19 @@ def _encode_array(value: NDArray[Any]) -> dict[str, Any]:
         items = value.ravel().tolist()
         if not all(item is None or type(item) in (str, float, bool) for item in items):
             raise _Unknown(value)
-        return {"shape": shape, "dtype": value.dtype.str, "items": items}
+        _check_texts(items)
+        return {"shape": shape, "kind": value.dtype.kind, "items": items}
     # The order in memory decides about the last bits of products
     order: Any = "F" if value.flags.fnc else "C"
-    data = b64encode(value.tobytes(order)).decode("ascii")
+    data = b64encode(value.astype(value.dtype.newbyteorder("<")).tobytes(order)).decode("ascii")
     return {"shape": shape, "dtype": _named(value.dtype), "order": order, "data": data}
+
+
+def _check_texts(items: list[Any]) -> None:
+    """Raise a ValueError for texts that take much memory: each takes as much as the longest."""
+    longest = max((len(item) for item in items if isinstance(item, str)), default=0)
+    if len(items) * longest > _MOST_CHARACTERS:
+        raise ValueError(f"{len(items)} texts of up to {longest} characters are too many")
 
 
 def _named(dtype: np.dtype[Any]) -> str:
@@ -149,20 +158,15 @@ def _decode(value: Any) -> Any:
 def _decode_array(value: dict[str, Any]) -> NDArray[Any]:
     shape = tuple(value["shape"])
     if "items" in value:
-        dtype = np.dtype(value["dtype"])
-        if dtype.kind not in "OU" or dtype.itemsize > 4 * max(
-            map(_length, value["items"]), default=8
-        ):
-            raise ValueError(f"its preprocessing has texts of {dtype}")
-        array = np.empty(len(value["items"]), dtype)
-        array[:] = value["items"]
+        items = value["items"]
+        _check_texts(items)
+        array = np.array(items, np.str_) if value["kind"] == "U" else np.empty(len(items), object)
+        array[:] = items
         return array.reshape(shape)
-    flat = np.frombuffer(b64decode(value["data"]), _dtype(value["dtype"]))
-    return flat.reshape(shape, order=value["order"]).copy(value["order"])
-
-
-def _length(item: Any) -> int:
-    return max(2, len(item)) if isinstance(item, str) else 2
+    flat = np.frombuffer(b64decode(value["data"]), _dtype(value["dtype"]).newbyteorder("<"))
+    return flat.reshape(shape, order=value["order"]).astype(
+        _dtype(value["dtype"]), order=value["order"]
+    )
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -480,6 +480,26 @@ def test_exported_inputs_have_the_names_of_the_columns(names, tmp_path, rng, cap
     np.testing.assert_allclose(probabilities, load(model).predict_proba(rows), atol=3e-6)
 
 
+@pytest.mark.slow
+def test_missing_booleans_are_marked(tmp_path, rng):
+    """Alone, without a missing number beside them."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("skl2onnx")
+    truth = rng.choice(["true", "false", ""], 300)
+    frame = pl.DataFrame({"b": truth, "x": rng.standard_normal(300), "y": truth == ""})
+    frame.write_csv(tmp_path / "t.csv")
+    model = tmp_path / "run/model.safetensors"
+    run("train", "--data", tmp_path / "t.csv", "--epochs", 30, "--out", model.parent)
+    run("predict", model, tmp_path / "t.csv", "--out", tmp_path / "p.csv", "--chunk-rows", 1)
+    got = pl.read_csv(tmp_path / "p.csv")
+    assert (got["prediction"] == frame["y"]).mean() > 0.95
+    run("export", model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    X = read_table([tmp_path / "t.csv"]).frame
+    feed = {i.name: as_onnx_takes_it(X[i.name], i.type)[:, None] for i in session.get_inputs()}
+    np.testing.assert_allclose(session.run(None, feed)[1], got[:, 1:], atol=1e-5)
+
+
 TARGETS = {
     "two classes": lambda level, x: np.where(level % 2 + x > 0.5, "p", "q"),
     "four classes": lambda level, x: (level % 4).astype(str),

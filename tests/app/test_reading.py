@@ -225,7 +225,16 @@ def test_forms_of_dates(text, wanted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values", [["1.2.3", "10.0.19"], ["12:30", "13:45"], ["2020-02-30"], ["May", "June"]]
+    "values",
+    [
+        ["1.2.3", "10.0.19"],
+        ["12:30", "13:45"],
+        ["2020-02-30"],
+        ["May", "June"],
+        ["1001-1", "1002-3"],
+        ["1234-05", "1234-11"],
+        ["12/31/2020 13:00 PM"],
+    ],
 )
 def test_what_is_no_date(values, tmp_path):
     assert column(tmp_path, values)[1] == "category"
@@ -264,6 +273,8 @@ def test_spaces_around_fields(text, columns, rows, tmp_path):
         ("M,0.455,15\nF,0.35,7\nM,0.40,9\n", False),
         ("2020-01-02,red\n2020-01-03,blue\n", False),
         ("red,yes\nblue,no\nred,yes\n", False),
+        (",3.5,a\n1.00,2.00,a\n2.00,,b\n", False),
+        ("5,1;3,5;1,4;a\n4,9;3,0;1,4;b\n", False),
         ("5.1,3.5,setosa\n4.9,3.0,setosa\n", False),
         ("sex,length,rings\nM,0.455,15\n", True),
         ("country,2019,2020\nFrance,1,2\nItaly,3,4\n", True),
@@ -304,6 +315,11 @@ def test_a_name_twice_is_refused(text, said, tmp_path):
 
 
 def test_columns_without_a_name_are_called_by_their_places(tmp_path):
+    assert read_table(write(tmp_path, "column_1,,y\n1,2,p\n"), "y").frame.columns == [
+        "column_1", "column_1_", "y"
+    ]  # fmt: skip
+    pl.DataFrame({"": [1, 2], " y ": ["p", "q"]}).write_parquet(tmp_path / "t.parquet")
+    assert read_table([tmp_path / "t.parquet"], "y").frame.columns == ["column_0", "y"]
     table = read_table(write(tmp_path, ",a,,y\n0,5,,p\n1,6,,q\n2,8,,p\n"), "y")
     assert table.frame.columns == ["column_0", "a", "column_2", "y"]
 
@@ -385,6 +401,10 @@ def test_what_is_no_number(text, tmp_path):
         (["1.234,5", "6.250"], ";", {}, [1234.5, 6250], "1.234,5 is 1234.5"),
         (["5,125", "0.5"], ";", {}, [5125, 0.5], "5,125 is 5125"),
         (["1.234", "2.345"], ",", {}, [1.234, 2.345], ""),
+        (["40.100", "-70.200"], ";", {}, [40.1, -70.2], ""),
+        (["0.143", "1.234"], ";", {}, [0.143, 1.234], ""),
+        (["234.567", "1.234.567"], ",", {}, [234567, 1234567], "234.567 is 234567"),
+        (["234,567", "1,234,567"], ";", {}, [234567, 1234567], "1,234,567 is 1234567"),
     ],
 )
 def test_the_decimal_mark(values, separator, options, wanted, said, tmp_path):
@@ -399,6 +419,32 @@ def test_the_decimal_mark(values, separator, options, wanted, said, tmp_path):
 def test_a_column_tells_another_the_decimal_mark(tmp_path):
     (path,) = write(tmp_path, 'a;b;y\n"1,500";0,5;p\n"2,500";0,7;q\n')
     assert read_table([path], "y").frame.rows() == [(1.5, 0.5, "p"), (2.5, 0.7, "q")]
+
+
+@pytest.mark.parametrize("tags", ["1,2", "0,5 or so"])
+def test_texts_do_not_tell_numbers_the_decimal_mark(tags, tmp_path):
+    (path,) = write(tmp_path, f'tags,x,y\n"{tags}",0.100,p\nred,1.101,q\nblue,2.102,p\n')
+    assert read_table([path], "y").frame["x"].to_list() == [0.1, 1.101, 2.102]
+
+
+def test_a_column_with_another_decimal_mark_is_noted(tmp_path):
+    (path,) = write(tmp_path, "a;b;y\n1,5;1.234;p\n2,5;2.345;q\n")
+    table = read_table([path], "y")
+    assert table.frame["b"].to_list() == [1234.0, 2345.0]
+    assert table.reading.columns["b"].note == "1.234 is 1234 (--decimal . says otherwise)"
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        (["12%", "15", "0.5"], "12% is 0.12, and numbers without % are as they are"),
+        (["12%", "15%"], "12% is 0.12"),
+        (["$5", "€5", "5 USD"], "in different currencies: $, USD, €"),
+        (["10.04.20", "12.10.18"], "10.04.20 is 10 April 2020"),
+    ],
+)
+def test_what_is_not_obvious_is_noted(values, note, tmp_path):
+    assert column(tmp_path, values)[2] == note
 
 
 # ------------------------------------------------------------------ 11, 12: missing values
@@ -421,6 +467,11 @@ def test_holes_among_numbers_dates_and_booleans(hole, tmp_path):
 def test_words_for_nothing_are_categories_among_texts(tmp_path):
     got, kind, _ = column(tmp_path, ["None", "mild", "-", "NA", ""])
     assert (got, kind) == (["None", "mild", "-", None, None], "category")
+
+
+def test_codes_are_not_missing_numbers(tmp_path):
+    got, kind, _ = column(tmp_path, ["005", "006", "007", "7"], missing=("7",))
+    assert (got, kind) == (["005", "006", "007", None], "category")
 
 
 def test_missing_values_of_one_s_own(tmp_path):
@@ -561,6 +612,41 @@ def test_foreign_files_are_named(content, said, tmp_path):
         read_table(write(tmp_path, ("t.csv", content)))
 
 
+@pytest.mark.parametrize("header", ["ORC,apples,y", "PAR1,PAR2,y", "RDX,b,y", "Obj,b,y"])
+def test_names_are_no_magic(header, tmp_path):
+    assert read_table(write(tmp_path, f"{header}\n1,2,p\n")).frame.columns == header.split(",")
+
+
+def test_damaged_archives_and_books_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "b.xlsx", "w") as archive:
+        archive.writestr("[Content_Types].xml", "<x/>")
+    pytest.importorskip("fastexcel")
+    with pytest.raises(ValueError, match="b.xlsx cannot be read as an Excel file"):
+        read_table([tmp_path / "b.xlsx"])
+    text = "x,y\n" + "".join(f"{i * 7919 % 1000},{i}\n" for i in range(3000))
+    for pack in (zstd, gzip.compress, bz2.compress, lzma.compress):
+        content = pack(text.encode())[:-200]
+        with pytest.raises(ValueError, match="it is damaged"):
+            read_table(write(tmp_path, content))
+
+
+def test_an_excel_file_without_a_header(tmp_path):
+    pytest.importorskip("fastexcel")
+    pytest.importorskip("xlsxwriter")
+    pl.DataFrame({"a": [1, 2], "b": ["p", "q"]}).write_excel(
+        tmp_path / "t.xlsx", include_header=False
+    )
+    table = read_table([tmp_path / "t.xlsx"], options=Options(header=False))
+    assert table.frame.rows() == [(1.0, "p"), (2.0, "q")]
+    assert table.frame.columns == ["column_0", "column_1"]
+
+
+def test_arrays_that_would_share_a_name_are_refused(tmp_path):
+    np.savez(tmp_path / "t.npz", X=np.ones((4, 2)), X_0=np.zeros(4))
+    with pytest.raises(ValueError, match="several of its columns would be called X_0"):
+        read_table([tmp_path / "t.npz"])
+
+
 def test_separators_of_one_s_own(tmp_path):
     paths = write(tmp_path, "x~y\n1,5~p\n2,5~q\n")
     table = read_table(paths, options=Options(separator="~"))
@@ -574,6 +660,24 @@ def test_long_fields_and_bare_quotes(tmp_path):
     table = read_table(paths)
     assert table.frame.rows() == [(long, 1.0), ('5" pipe', 2.0)]
     assert pl.concat(read_chunks(paths, table.reading, 1)).equals(table.frame)
+
+
+def test_odd_quotes_after_the_first_rows(tmp_path, monkeypatch):
+    from portable_mlp.app.reading import csvs
+
+    monkeypatch.setattr(csvs, "_BLOCK", 2**10)
+    monkeypatch.setattr(csvs, "_LONGEST_ROW", 2**12)
+    plain = "".join(f"{i}, red, {'ab'[i % 2]}\n" for i in range(9000))
+    for row, wanted in [
+        ('5, "u, v", a', "u, v"),
+        ('5, "red", a', "red"),
+        ('5, 5" pipe, a', '5" pipe'),
+    ]:
+        paths = write(tmp_path, f"x, z, y\n{plain}{row}\n{plain}")
+        frame = read_table(paths, "y").frame
+        assert len(frame) == 18001
+        assert frame["z"][9000] == wanted
+        assert frame["z"].n_unique() == (1 if wanted == "red" else 2)
 
 
 def test_blocks_end_with_rows(tmp_path, monkeypatch):
@@ -620,6 +724,15 @@ def test_truth_among_zeros_and_ones(tmp_path):
     assert frame.rows() == [(1.0, True, "a"), (0.0, False, "b")]
     assert read_table([first, second]).reading.columns["x"].kind == "number"
     assert read_table([third]).reading.columns["x"].kind == "category"  # among other numbers
+    (fourth,) = write(tmp_path, "x,b,y\n1,true,p\n20,false,q\n")
+    reading = read_table([fourth]).reading
+    with pytest.raises(ValueError, match="row 1, column 'x': 'true', which is no number"):
+        list(read_chunks([second], reading, None))
+
+
+def test_a_few_ones_and_zeros_among_truths(tmp_path):
+    got, kind, note = column(tmp_path, ["true"] * 20 + ["false"] * 20 + ["0", "1"])
+    assert (got[-2:], kind, note) == ([False, True], "boolean", "")
 
 
 # ------------------------------------------------------------------ 15, 18, 19: the task
@@ -692,9 +805,25 @@ def test_columns_that_tell_rows_apart_are_left_out(values, why, tmp_path):
 def test_the_index_of_a_data_frame_is_left_out(tmp_path):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"x": np.arange(30) % 7, "y": ["a", "b"] * 15})
+    frame.loc[7, "y"] = None
+    frame[:12].to_csv(tmp_path / "a.csv")
+    frame[12:].sample(frac=1, random_state=0).to_csv(tmp_path / "b.csv")
     frame.to_csv(tmp_path / "t.csv")
-    data = dataset.read(Settings(data=(tmp_path / "t.csv",), target="y"))
-    assert data.dropped == {"column_0": "numbers the rows"}
+    for names in ("ab", "ba", "t"):
+        data = dataset.read(Settings(data=tuple(tmp_path / f"{n}.csv" for n in names), target="y"))
+        assert data.dropped == {"column_0": "numbers the rows"}
+
+
+def test_numbers_in_order_are_a_column_like_others_where_none_has_a_name(tmp_path):
+    np.save(tmp_path / "t.npy", np.c_[np.arange(40), np.arange(40) / 7])
+    assert dataset.read(Settings(data=(tmp_path / "t.npy",))).used == ["column_0"]
+
+
+def test_a_table_of_identifiers_alone(tmp_path):
+    with pytest.raises(
+        ValueError, match="nothing to learn from: id .different in nearly every row"
+    ):
+        read(tmp_path, {"id": [f"C{i}" for i in range(60)], "y": ["a", "b"] * 30})
 
 
 # ------------------------------------------------------------------ what the user says
@@ -706,13 +835,27 @@ def test_the_index_of_a_data_frame_is_left_out(tmp_path):
         ("number", [7.0, 10.0, None]),
         ("category", ["007", "010", "x"]),
         ("boolean", [None, None, None]),
-        ("date", [None, None, None]),
     ],
 )
 def test_kinds_as_the_user_says(kind, wanted, tmp_path):
     got, found, note = column(tmp_path, ["007", "010", "x"], columns={"x": kind})
     assert (got, found) == (wanted, kind)
     assert "as --column says" in note
+
+
+def test_numbers_that_are_no_dates_are_named(tmp_path):
+    with pytest.raises(ValueError, match="row 1, column 'x': '1', which is no date"):
+        column(tmp_path, [str(i) for i in range(1, 40)], columns={"x": "date"})
+
+
+@pytest.mark.parametrize("n", [5, 60])
+@pytest.mark.parametrize("said", [{}, {"columns": {"x": "date"}}])
+def test_dates_in_a_format_that_only_the_user_knows(n, said, tmp_path):
+    days = [dt.datetime(2020, 1, 1) + dt.timedelta(i) for i in range(n)]
+    values = [f"{day:%Y%m%d}" for day in days]
+    got, kind, _ = column(tmp_path, values, date_format="%Y%m%d", **said)
+    assert (got, kind) == (days, "date")
+    assert column(tmp_path, values)[1] == "number"
 
 
 def test_columns_to_drop(tmp_path):
@@ -737,6 +880,9 @@ def test_columns_to_drop(tmp_path):
         ({"column": ("x",)}, "it takes NAME=KIND"),
         ({"column": ("z=number",)}, "no column 'z'"),
         ({"drop": ("z",)}, "no column 'z'"),
+        ({"date_format": "%Q"}, "%Q is no format of dates"),
+        ({"date_format": "dmy"}, "dmy is no format of dates"),
+        ({"date_format": "%d/%m/%Y"}, "fits the values of no column"),
         ({"drop": ("y",)}, "the target 'y' cannot be dropped"),
     ],
 )
@@ -744,6 +890,37 @@ def test_what_the_user_cannot_say(said, message, tmp_path):
     (path,) = write(tmp_path, "x,y\n1,p\n2,q\n")
     with pytest.raises(ValueError, match=message):
         dataset.read(Settings(data=(path,), target="y", **said))
+
+
+def test_columns_to_drop_by_position(tmp_path):
+    (path,) = write(tmp_path, "".join(f"{i % 3},{i % 5},{i % 7},{i % 2}\n" for i in range(40)))
+    data = dataset.read(Settings(data=(path,), target="0", drop=("3",)))
+    assert data.used == ["column_1", "column_2"]
+    (later,) = write(tmp_path, ("later.csv", "1,2,0\n3,4,1\n"))  # without the target
+    wanted = data.reading.only(data.used)
+    known = [*(n for n in data.reading.names if n != data.target), data.target]
+    assert pl.concat(read_chunks([later], wanted, 1, known)).rows() == [(1.0, 2.0), (3.0, 4.0)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, None])
+def test_floats_as_categories_do_not_depend_on_the_rows_beside_them(rows, tmp_path):
+    pl.DataFrame({"x": [1.0, 2.0, 2.5, None], "y": list("pqpq")}).write_parquet(
+        tmp_path / "t.parquet"
+    )
+    table = read_table([tmp_path / "t.parquet"], options=Options(columns={"x": "category"}))
+    assert table.frame["x"].to_list() == ["1", "2", "2.5", None]
+    chunks = read_chunks([tmp_path / "t.parquet"], table.reading, rows)
+    assert pl.concat(chunks).equals(table.frame)
+
+
+def test_types_that_clash_are_noted(tmp_path):
+    pl.DataFrame({"x": [dt.date(2020, 1, 2)] * 3, "y": [1, 2, 3]}).write_parquet(
+        tmp_path / "a.parquet"
+    )
+    (path,) = write(tmp_path, ("b.csv", "x,y\n1,2\n2,3\n3,4\n"))
+    found = read_table([tmp_path / "a.parquet", path], "y").reading.columns["x"]
+    assert found.kind == "category"
+    assert found.note == "text: some files have it as date"
 
 
 def test_positions_of_the_target_have_to_agree(tmp_path):

@@ -432,7 +432,12 @@ BLOBS |= {
     "an array longer than its bytes": (as_json('"shape": [', '"shape": [1000000000, '), None),
     "objects as bytes": (as_json('"dtype": "float64"', '"dtype": "object"'), None),
     "another dtype": (as_json('"dtype": "float64"', '"dtype": "V8"'), "the dtype V8"),
-    "long texts": (as_json('"dtype": "|O"', '"dtype": "<U100000000"', NAMED), "texts of <U1"),
+    "long texts": (
+        json.dumps(
+            {"array": {"shape": [3000], "kind": "U", "items": ["x" * 100_000] + ["a"] * 2999}}
+        ).encode(),
+        "3000 texts of up to 100000 characters are too many",
+    ),
     "something else": (b'{"set": [1, 2]}', "its preprocessing has {'set'"),
     "no object": (b'{"tuple": [1]}', "no transformer"),
     "an estimator that does not transform": (
@@ -481,6 +486,14 @@ TRANSFORMERS = {
         MIXED,
     ),
     "ranks": (QuantileTransformer(n_quantiles=5), np.arange(12.0).reshape(12, 1) ** 2),
+    "texts of a fixed width": (
+        OneHotEncoder(handle_unknown="ignore"),
+        np.array([["a"], ["b"]] * 6 + [["a long one"]])[:12],
+    ),
+    "numbers in the other byte order": (
+        OneHotEncoder(),
+        np.array([[1.0], [2.0]] * 6, np.dtype(np.float64).newbyteorder()),
+    ),
     "components": (PCA(2), np.random.default_rng(0).standard_normal((12, 4))),
     "of targets": (TargetEncoder(cv=2), MIXED[:, [0]]),
 }

@@ -10,12 +10,25 @@ import numpy as np
 import pytest
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_diabetes, load_iris, make_multilabel_classification
+from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.exceptions import NotFittedError
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.preprocessing import (
+    Binarizer,
+    MaxAbsScaler,
+    MinMaxScaler,
+    Normalizer,
+    OneHotEncoder,
+    OrdinalEncoder,
+    PolynomialFeatures,
+    PowerTransformer,
+    QuantileTransformer,
+    RobustScaler,
+    StandardScaler,
+)
 
 from portable_mlp import ACTIVATIONS, Layer, MLPClassifier, MLPRegressor, load, save
 from portable_mlp.activations import ELU, LeakyReLU
@@ -119,6 +132,49 @@ def test_numbers_that_vary_little_around_a_large_one(offset):
     model = make_pipeline(StandardScaler(), MLPClassifier(**SETTINGS, dtype="float32"))
     model.fit(rows, y)
     assert agree(model, rows, run(ours.to_onnx(model), rows)) < 3e-6
+
+
+STEPS = {
+    "StandardScaler": StandardScaler(),
+    "MinMaxScaler": MinMaxScaler(),
+    "MaxAbsScaler": MaxAbsScaler(),
+    "RobustScaler": RobustScaler(),
+    "QuantileTransformer": QuantileTransformer(n_quantiles=20),
+    "PCA": PCA(3),
+    "TruncatedSVD": TruncatedSVD(3),
+    "Normalizer": Normalizer(),
+    "OneHotEncoder": OneHotEncoder(handle_unknown="ignore", sparse_output=False),
+    "OrdinalEncoder": OrdinalEncoder(),
+    "SimpleImputer, median": SimpleImputer(strategy="median"),
+    "SimpleImputer, constant": SimpleImputer(strategy="constant", fill_value=2.5),
+    "SimpleImputer, of -1": SimpleImputer(missing_values=-1.0, strategy="most_frequent"),
+    "parts": make_column_transformer(
+        (make_pipeline(SimpleImputer(), StandardScaler()), [0, 1]), remainder="passthrough"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_in_float64(name):
+    rows = np.round(X.astype(np.float64) * 2) / 2  # few different values, for the encoders
+    rows[::11, 0] = -1.0 if name.endswith("-1") else rows[::11, 0]
+    if "Imputer" in name or name == "parts":
+        rows[::7, 1] = np.nan if not name.endswith("-1") else -1.0
+    model = make_pipeline(STEPS[name], MLPClassifier(**SETTINGS)).fit(rows, NAMES)
+    graph = ours.to_onnx(model)
+    assert graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
+    agree(model, rows, run(graph, rows))
+
+
+@pytest.mark.parametrize(
+    "step", [PolynomialFeatures(2), PowerTransformer(), Binarizer(threshold=3.5)]
+)
+def test_steps_that_have_no_form_in_float64(step):
+    rows = X[:, :2] if isinstance(step, PolynomialFeatures) else X
+    model = make_pipeline(StandardScaler(), step, MLPClassifier(**SETTINGS)).fit(rows, NAMES)
+    graph = ours.to_onnx(model)
+    assert graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    agree(model, rows, run(graph, rows))
 
 
 NO_MODELS = {

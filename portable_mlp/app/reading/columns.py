@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import polars as pl
@@ -42,6 +43,8 @@ class Column:
         Texts that are missing values in this column, in lower case.
     whole : bool
         Whether all numbers are whole and written without a decimal point.
+    zero_one : bool
+        Whether all numbers are 0 or 1; true and false are numbers then.
     examples : tuple of str
         Some texts, for people to look at.
     note : str
@@ -54,6 +57,7 @@ class Column:
     date_format: str | None = None
     others: tuple[str, ...] = ()
     whole: bool = False
+    zero_one: bool = False
     examples: tuple[str, ...] = ()
     note: str = ""
 
@@ -73,6 +77,8 @@ class Reading:
         Models of version 0.2 and earlier were trained so.
     separator, header
         As in `Options`.
+    names : tuple of str
+        All columns of the table in their order, those that are left out too.
     """
 
     columns: dict[str, Column]
@@ -80,6 +86,7 @@ class Reading:
     as_written: bool = False
     separator: str | None = None
     header: bool | None = None
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of_kinds(cls, kinds: Mapping[str, str]) -> Reading:
@@ -103,6 +110,14 @@ class Reading:
         """Return the reading of some columns."""
         return replace(self, columns={name: self.columns[name] for name in names})
 
+    def without_examples(self, names: list[str]) -> Reading:
+        """Return the reading without the examples of some columns, which may be of persons."""
+        columns = {
+            name: replace(column, examples=()) if name in names else column
+            for name, column in self.columns.items()
+        }
+        return replace(self, columns=columns)
+
     def apply(self, frame: pl.DataFrame, source: str, first_row: int = 1) -> pl.DataFrame:
         """Read the values of a batch of rows.
 
@@ -125,8 +140,13 @@ class Reading:
         ValueError
             If a value is not of its column's kind, or is infinite; the message names its row.
         """
+        # Most columns of most tables are plain numbers: they are read together
+        plain = self._plain_numbers(frame)
         read = []
         for name, column in self.columns.items():
+            if name in plain:
+                read.append(plain[name])
+                continue
             given = frame[name]
             values, wrong = self._read(given, column)
             why = f"which is no {column.kind}"
@@ -139,18 +159,35 @@ class Reading:
                     f"{source}, row {first_row + at}, column {name!r}: {str(given[at])!r}, {why}"
                 )
             read.append(values.alias(name))
-        return pl.DataFrame(read)
+        return pl.DataFrame({values.name: values for values in read})
+
+    def _plain_numbers(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Return the columns that are plain numbers throughout, within the limits."""
+        names = [
+            name
+            for name, column in self.columns.items()
+            if (column.kind, column.decimal) == ("number", ".") and frame[name].dtype == pl.String
+        ]
+        if not names or _numbers_of(self.missing):
+            return pl.DataFrame()
+        found = frame.select(pl.col(names).cast(pl.Float64, strict=False).fill_nan(None))
+        lost = found.null_count() - frame.select(names).null_count()
+        beyond = found.select((pl.all().abs() > _MOST).any())
+        whole = [n for n in names if not lost[n][0] and not beyond[n][0]]
+        return found.select(whole)
 
     def _read(self, given: pl.Series, column: Column) -> tuple[pl.Series, pl.Series | None]:
         """Return the values of a column, and where they are wrong; None if nowhere."""
         kind = KINDS[column.kind]
-        values = without_numbers(plain_types(given), self.missing)
+        values = plain_types(given)
+        if column.kind != "category":
+            values = without_numbers(values, self.missing)
         if values.dtype == pl.String:
             return self._read_texts(values, column)
         if column.kind == "category":
-            return texts_of(values), None
+            return self._read_texts(texts_of(values), column)
         own = kind_of(given.name, values.dtype)
-        if own == column.kind or (own, column.kind) == ("boolean", "number"):
+        if own == column.kind or (own == "boolean" and column.zero_one):
             return values.cast(kind), None
         if (own, column.kind) == ("number", "boolean"):
             return values == 1, values.is_not_null() & ~values.is_in([0, 1])
@@ -182,9 +219,10 @@ def convert(texts: pl.Series, column: Column) -> pl.Series:
     """Return the values of a column's texts; missing values for those that are none."""
     match column.kind:
         case "number":
-            of_words = booleans(texts).cast(pl.Float64)
             numbers = dressed_numbers(texts, column.decimal)
-            return numbers.zip_with(numbers.is_not_null(), of_words)
+            if not column.zero_one:
+                return numbers
+            return numbers.zip_with(numbers.is_not_null(), booleans(texts).cast(pl.Float64))
         case "boolean":
             return truths(texts)
         case "date" if column.date_format is not None:
@@ -208,8 +246,8 @@ def plain_types(values: pl.Series) -> pl.Series:
 
 def without_numbers(values: pl.Series, missing: tuple[str, ...]) -> pl.Series:
     """Make numbers that stand for a missing value, such as -999, missing values."""
-    numbers = plain_numbers(pl.Series(missing, dtype=pl.String)).drop_nulls()
-    if numbers.is_empty():
+    numbers = _numbers_of(missing)
+    if not numbers:
         return values
     if values.dtype == pl.String:
         found = plain_numbers(values.str.strip_chars())
@@ -217,15 +255,20 @@ def without_numbers(values: pl.Series, missing: tuple[str, ...]) -> pl.Series:
         found = values.cast(pl.Float64)
     else:
         return values
-    kept = ~found.is_in(numbers.to_list()).fill_null(value=False)
+    kept = ~found.is_in(numbers).fill_null(value=False)
     return pl.select(pl.when(kept).then(values)).to_series().alias(values.name)
+
+
+@cache
+def _numbers_of(missing: tuple[str, ...]) -> list[float]:
+    numbers: list[float] = plain_numbers(pl.Series(missing, dtype=pl.String)).drop_nulls().to_list()
+    return numbers
 
 
 def texts_of(values: pl.Series) -> pl.Series:
     """Return the texts of numbers, booleans or dates; whole numbers without a decimal point."""
-    if values.dtype.is_float() and (values.is_null() | (values.floor() == values)).all():
-        values = values.cast(pl.Int64, strict=False)
-    return values.cast(pl.String)
+    texts = values.cast(pl.String)
+    return texts.str.strip_suffix(".0") if values.dtype.is_float() else texts
 
 
 def _not_defaults(made: Column | Reading) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO, TextIOWrapper
@@ -24,13 +23,16 @@ from portable_mlp.app.reading.texts import (
     clean,
     dates,
     dressed_numbers,
-    plain_numbers,
 )
 
-_SEPARATORS = ",;\t|"
+_SEPARATORS = "\t;|,"  # the first of equals: a comma may be a decimal mark
 _SAMPLE = 2**16  # bytes at the start of a file, or more if these hold no whole row
 _ROWS = 100  # in the sample
 _BLOCK = 2**22  # bytes that are parsed at a time
+_LONGEST_ROW = 2**24
+
+
+csv.field_size_limit(2**31 - 1)  # texts are longer than the 131 072 characters of the default
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def find_dialect(
         header = _has_header(first, rows[1:], target, names)
     note = ""
     if header:
-        columns = _named(path, first, names)
+        columns = named(path, first, names)
     else:
         columns = positions(len(first), names)
         if names is None:
@@ -124,16 +126,30 @@ def positions(width: int, names: list[str] | None) -> list[str]:
     return [f"column_{i}" for i in range(width)]
 
 
-def _named(path: Path, first: list[str], names: list[str] | None) -> list[str]:
-    """Return the names of a header; a column without one is called by its position."""
+def named(path: Path, first: list[str], names: list[str] | None) -> list[str]:
+    """Return the names of columns; one without a name is called by its position.
+
+    Raises
+    ------
+    ValueError
+        If several have the same name.
+    """
+    first = [name.strip() for name in first]
     twice = [name for name, n in Counter(first).items() if n > 1 and name]
     if twice:
         at = ", ".join(str(i + 1) for i, name in enumerate(first) if name == twice[0])
         raise ValueError(
             f"{path} has several columns {twice[0]!r}, in places {at}: give each its own name"
         )
-    unnamed = "" if names and "" in names else "column_{}"
-    return [name or unnamed.format(i) for i, name in enumerate(first)]
+    if names and "" in names:  # a model of version 0.2
+        return first
+    own = []
+    for i, name in enumerate(first):
+        made_up = f"column_{i}"
+        while not name and made_up in first:
+            made_up += "_"
+        own.append(name or made_up)
+    return own
 
 
 # ------------------------------------------------------------------ the first rows
@@ -181,9 +197,8 @@ def _find_separator(lines: list[str]) -> str:
 
 
 def _fields(lines: Sequence[str], separator: str) -> list[list[str]]:
-    with _long_fields():
-        reader = csv.reader(iter(lines), delimiter=separator, skipinitialspace=True)
-        return [row for row, _ in zip(reader, range(_ROWS), strict=False)]
+    reader = csv.reader(iter(lines), delimiter=separator, skipinitialspace=True)
+    return [row for row, _ in zip(reader, range(_ROWS), strict=False)]
 
 
 def _parsed(path: Path, lines: list[str], separator: str) -> list[list[str]]:
@@ -191,16 +206,6 @@ def _parsed(path: Path, lines: list[str], separator: str) -> list[list[str]]:
         return [row for row in _fields(lines, separator) if row]
     except csv.Error as error:
         raise ValueError(f"{path}, line 1: {error}") from error
-
-
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """Let fields be longer than the 131 072 characters that Python's reader takes."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def _has_header(
@@ -215,7 +220,7 @@ def _has_header(
     if _are_places(first):
         return True
     columns = [[row[i] for row in rows if len(row) == len(first)] for i in range(len(first))]
-    over = _are_values(first)
+    over = [value or hole for value, hole in zip(_are_values(first), _holes(first), strict=True)]
     under = [_mostly_values(column) for column in columns]
     if any(below and not above for above, below in zip(over, under, strict=True)):
         return True
@@ -236,11 +241,23 @@ def _are_values(texts: list[str]) -> list[bool]:
     return [bool(value) for value in found]
 
 
+def _holes(texts: list[str]) -> list[bool]:
+    return [text.lower() in MISSING for text in texts]
+
+
 def _mostly_values(texts: list[str]) -> bool:
+    """Tell whether nine in ten texts are numbers, dates or booleans."""
+    if all(map(_is_plain_number, texts)):  # nearly always so, or not at all
+        return bool(texts)
     known = clean(pl.Series(texts, dtype=pl.String), MISSING + MISSING_VALUES).drop_nulls()
-    if known.is_empty() or plain_numbers(known).is_not_null().all():
-        return not known.is_empty()
-    return sum(_are_values(known.to_list())) >= 0.9 * len(known)
+    return len(known) > 0 and sum(_are_values(known.to_list())) >= 0.9 * len(known)
+
+
+def _is_plain_number(text: str) -> bool:
+    try:
+        return float(text) == float(text)  # not NaN
+    except ValueError:
+        return False
 
 
 def _are_places(first: list[str]) -> bool:
@@ -286,21 +303,23 @@ def read_batches(
             for part in frame.iter_slices(rows):
                 done += part.height
                 yield part
-    except pl.exceptions.PolarsError:
+    except (pl.exceptions.PolarsError, _OddQuotes):
         if dialect.spaced:
             raise
-        check_rows(path, place, dialect)  # it names the line, if a row is at fault
-        # Otherwise there are quotes that Python's reader takes as they are
+        # Python's reader takes such quotes as they are, or names the line of the row at fault
         yield from read_batches(path, place, replace(dialect, spaced=True), rows, done)
 
 
 def _frames(place: Place, dialect: Dialect) -> Iterator[pl.DataFrame]:
     """Yield the rows of a file, with its header, a block of text at a time."""
     schema = dict.fromkeys(dialect.columns, pl.String)
+    spaced = re.compile(re.escape(dialect.separator.encode()) + b' +"')
     with open(place, "rb") as file:
         for _ in range(dialect.skip):
             file.readline()
         for block in _blocks(file):
+            if not dialect.spaced and spaced.search(block):
+                raise _OddQuotes
             yield pl.read_csv(
                 block,
                 separator=dialect.separator,
@@ -310,10 +329,15 @@ def _frames(place: Place, dialect: Dialect) -> Iterator[pl.DataFrame]:
             )
 
 
+class _OddQuotes(Exception):
+    """Quotes stand where polars does not expect them."""
+
+
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
     """Yield the text of a file in blocks of whole rows.
 
-    A line feed ends a row if an even number of quotes stands before it.
+    A line feed ends a row if an even number of quotes stands before it.  A quote that is no
+    bracket of a field would make the rest of the file one row: then this raises `_OddQuotes`.
     """
     block = b""
     while part := file.read(_BLOCK):
@@ -327,6 +351,8 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
         if end:
             yield block[:end]
             block = block[end:]
+        elif len(block) > _LONGEST_ROW:
+            raise _OddQuotes
     if block:
         yield block
 
@@ -337,7 +363,7 @@ def check_rows(path: Path, place: Place, dialect: Dialect) -> int:
     Empty lines at the end are no rows.
     """
     width, n_rows, blank = len(dialect.columns), -1 if dialect.header else 0, None
-    with open(place, "rb") as file, _long_fields():
+    with open(place, "rb") as file:
         lines = _text_lines(path, file)
         for _ in range(dialect.skip):
             next(lines)
@@ -372,7 +398,7 @@ def _text_lines(path: Path, file: BinaryIO) -> Iterator[str]:
 
 def _rewrite(place: Place, dialect: Dialect, file: IO[bytes]) -> None:
     """Write the rows of a file, with quotes where they have to be."""
-    with open(place, encoding="utf-8-sig", newline="") as lines, _long_fields():
+    with open(place, encoding="utf-8-sig", newline="") as lines:
         for _ in range(dialect.skip):
             file.write(next(lines).encode())
         text = TextIOWrapper(file, encoding="utf-8", newline="")

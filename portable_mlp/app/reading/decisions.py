@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import polars as pl
@@ -19,13 +20,16 @@ from portable_mlp.app.reading.columns import (
     plain_types,
     without_numbers,
 )
-from portable_mlp.app.reading.options import Options
+from portable_mlp.app.reading.options import DATE_ORDERS, DECIMALS, Options
 from portable_mlp.app.reading.texts import (
     MISSING,
     MISSING_VALUES,
     booleans,
     clean,
+    currencies,
     dates,
+    dates_of_format,
+    dressed_numbers,
     has_decimal_mark,
     plain_numbers,
 )
@@ -34,8 +38,11 @@ from portable_mlp.preprocessing import KINDS, kind_of
 _MOST_OTHERS = 10  # distinct texts that are no numbers in a column of numbers
 _MOST_SHARE = 0.1  # of the values
 _EXACT = 2.0**53  # float64 holds smaller whole numbers exactly
-_CODE = r"^(?:0\d+|[-+]?\d{16,})$"  # as a number it would lose its zeros, or its last digits
-_SHOWN = 3  # examples
+_SHOWN, _MOST_SHOWN = 3, 30  # examples, and their characters
+_MOST_STORED = 1000  # strangers in a column of a kind that the user says
+_SAMPLE = 200  # texts
+_GROUPED = r"^[-+]?[1-9]\d{0,2}\.\d{3}$"  # the point may group thousands
+_NO_TEXTS = pl.DataFrame(schema={"text": pl.String, "n": pl.Int64})
 
 
 class Evidence:
@@ -46,6 +53,8 @@ class Evidence:
     name : str
     missing : tuple of str
         Texts that are missing values, in lower case.
+    date_format : str, optional
+        As in `Options`.
 
     Attributes
     ----------
@@ -53,42 +62,51 @@ class Evidence:
         Number of values.
     n_plain : int
         Number of values that are plain numbers, see `texts.plain_numbers`.
-    n_missing : int
+    n_formatted : int
+        Number of plain numbers that are dates of the given format.
     low, high : float
         Limits of the plain numbers.
     whole : bool
         Whether all plain numbers are whole and written without a decimal point.
     pointed : bool
         Whether a plain number has a decimal point that cannot group thousands.
+    grouped : str or None
+        A plain number whose point may group thousands.
     codes : bool
         Whether a plain number would not be written again as it is, such as 007.
     declared : set of str
         Kinds that the files themselves give the column.
     """
 
-    def __init__(self, name: str, missing: tuple[str, ...]) -> None:
+    def __init__(self, name: str, missing: tuple[str, ...], date_format: str | None = None) -> None:
         self.name = name
-        self.n = self.n_plain = self.n_missing = 0
+        self._format = None if date_format in DATE_ORDERS else date_format
+        self.n = self.n_plain = self.n_formatted = 0
         self.low, self.high = float("inf"), float("-inf")
         self.whole, self.pointed, self.codes = True, False, False
+        self.grouped: str | None = None
         self.declared: set[str] = set()
         self._missing = missing
         self._others: list[pl.DataFrame] = []
         self._dates: list[str] = []
         self._few: dict[str, int] | None = {}
 
-    def add(self, values: pl.Series) -> None:
-        """Add values of the column, as a file holds them."""
+    def add(self, values: pl.Series, plain: pl.Series | None = None) -> None:
+        """Add values of the column, as a file holds them.
+
+        ``plain`` is the result of `texts.plain_numbers` for them, if that is known already.
+        """
         declared = values.dtype.base_type() in (pl.Categorical, pl.Enum)
         values = without_numbers(plain_types(values), self._missing)
         if values.dtype == pl.String:
+            if plain is None or values.null_count():
+                plain = plain_numbers(values)
             if declared:
                 self.declared.add("category")
-            self._add_texts(values)
+            self._add_texts(values, plain)
             return
         known = values.drop_nulls()
         self.n += len(known)
-        self.n_missing += values.null_count()
         if known.is_empty():
             return
         kind = kind_of(self.name, values.dtype)
@@ -96,12 +114,13 @@ class Evidence:
         if kind == "number":
             self._add_numbers(known.cast(pl.Float64))
             self.whole &= known.dtype.is_integer()
-            self.codes |= bool(known.dtype.is_integer() and self._beyond(known.cast(pl.Float64)))
+            self.codes |= bool(
+                known.dtype.is_integer() and (known.cast(pl.Float64).abs() >= _EXACT).any()
+            )
         if kind == "date":
             self._dates = sorted({*self._dates, *(str(d) for d in (known.min(), known.max()))})
 
-    def _add_texts(self, texts: pl.Series) -> None:
-        plain = plain_numbers(texts)
+    def _add_texts(self, texts: pl.Series, plain: pl.Series) -> None:
         are_plain = plain.is_not_null()
         if are_plain.any():
             written, numbers = texts.filter(are_plain), plain.filter(are_plain)
@@ -110,15 +129,16 @@ class Evidence:
             if self.whole:
                 self.whole = not written.str.contains(r"[.eEn]").any()
             if not self.pointed:
-                self.pointed = has_decimal_mark(written.head(100), ".") or has_decimal_mark(
-                    written, "."
-                )
+                # A hundred texts tell of nearly every column
+                self.pointed = _has_point(written.head(100)) or _has_point(written)
+                if not self.pointed:
+                    grouped = written.filter(written.str.contains(_GROUPED)).min()
+                    self.grouped = min(filter(None, (self.grouped, grouped)), default=None)
             if not self.codes:
-                led = written.filter(written.str.starts_with("0") & ~written.str.starts_with("0."))
-                self.codes = bool(led.str.contains(_CODE).any()) or (
-                    self._beyond(numbers) and bool(written.str.contains(_CODE).any())
-                )
+                self.codes = _has_codes(written, numbers)
             self._count_few(written)
+            if self._format is not None:
+                self.n_formatted += dates_of_format(written, self._format).count()
         rest = texts.filter(~are_plain)
         if rest.is_empty():
             return
@@ -126,7 +146,6 @@ class Evidence:
         bare = clean(counts.to_series(0), self._missing)
         rows = pl.DataFrame({"text": bare, "n": counts["count of rows"].cast(pl.Int64)})
         holes = rows["text"].is_null()
-        self.n_missing += int(rows["n"].filter(holes).sum())
         self._others.append(rows.filter(~holes))
         self.n += int(self._others[-1]["n"].sum())
 
@@ -147,37 +166,113 @@ class Evidence:
         if self.whole:
             self.whole = bool((numbers.floor() == numbers).all())
 
-    def _beyond(self, numbers: pl.Series) -> bool:
-        return bool((numbers.abs() >= _EXACT).any())
+    # What follows is for after the last batch
 
-    @property
+    @cached_property
     def others(self) -> pl.DataFrame:
         """The distinct texts that are no plain numbers, sorted, and the rows of each."""
         if not self._others:
-            return pl.DataFrame(schema={"text": pl.String, "n": pl.Int64})
+            return _NO_TEXTS
         parts = pl.concat(self._others)
-        self._others = [parts.group_by("text").agg(pl.col("n").sum()).sort("text")]
-        return self._others[0]
+        return parts.group_by("text").agg(pl.col("n").sum()).sort("text")
+
+    @cached_property
+    def texts(self) -> pl.DataFrame:
+        """Those of `others` that are not missing among numbers."""
+        if self.others.is_empty():
+            return self.others
+        return self.others.filter(~pl.col("text").str.to_lowercase().is_in(MISSING_VALUES))
+
+    @cached_property
+    def n_holes(self) -> int:
+        """Number of values that are missing among numbers."""
+        return int(self.others["n"].sum() - self.texts["n"].sum())
+
+    @cached_property
+    def all_texts(self) -> pl.DataFrame:
+        """Those of `texts`, and those of plain numbers if these are few."""
+        if not self._few:
+            return self.texts
+        few = pl.DataFrame(sorted(self._few.items()), schema=_NO_TEXTS.schema, orient="row")
+        return pl.concat([self.texts, few]).sort("text")
 
     @property
-    def few_numbers(self) -> pl.DataFrame | None:
-        """The distinct texts of plain numbers, and the rows of each; None if there are many."""
-        if self._few is None:
+    def many_numbers(self) -> bool:
+        """Whether there are many different plain numbers."""
+        return self._few is None
+
+    @cached_property
+    def marks(self) -> set[str]:
+        """The decimal marks that the numbers have for sure."""
+        texts, marks = self.texts["text"], {"."} if self.pointed else set()
+        if texts.is_empty() or not self.may_be("number"):
+            return marks
+        found = [dressed_numbers(texts, mark).is_not_null() for mark in DECIMALS]
+        n_numbers = self.n_plain + int(self.texts["n"].filter(found[0] | found[1]).sum())
+        if n_numbers < (1 - _MOST_SHARE) * (self.n - self.n_holes):
+            return marks  # it is no column of numbers
+        return marks | {mark for mark in DECIMALS if has_decimal_mark(texts, mark)}
+
+    @cached_property
+    def day_first(self) -> bool | None:
+        """Whether the dates have the day first; None if nothing tells."""
+        if "date" in self.declared or self.texts.is_empty() or not self.may_be("date"):
             return None
-        texts = sorted(self._few.items())
-        return pl.DataFrame(texts, schema={"text": pl.String, "n": pl.Int64}, orient="row")
+        n_month, n_day = (
+            int(
+                self.texts["n"]
+                .filter(dates(self.texts["text"], day_first=first).is_not_null())
+                .sum()
+            )
+            for first in (False, True)
+        )
+        return None if n_month == n_day else n_day > n_month
+
+    def may_be(self, kind: str) -> bool:
+        """Tell, from some of the texts, whether the column may be of a kind, or nearly so.
+
+        The answer spares a look at all texts.  More strangers among some of them than are
+        allowed among all decide.
+        """
+        if self.texts.is_empty() or (kind == "number" and 2 * self.n_plain > self.n):
+            return True
+        some = self.texts["text"].gather_every(max(1, len(self.texts) // _SAMPLE))
+        found = booleans(some).is_not_null()
+        if kind == "number":
+            for mark in DECIMALS:
+                found |= dressed_numbers(some, mark).is_not_null()
+        if kind == "date":
+            for first in (False, True):
+                found |= dates(some, day_first=first).is_not_null()
+        n_strangers = len(some) - int(found.sum())
+        return n_strangers <= _MOST_OTHERS or 2 * n_strangers < len(some)
 
     @property
     def examples(self) -> tuple[str, ...]:
         """The range of the numbers or dates, and the most frequent texts."""
-        frequent = self.others.sort("n", "text", descending=[True, False])["text"].head(_SHOWN)
+        frequent: list[str] = []
+        if len(self.others):
+            frequent = self.others.sort("n", "text", descending=[True, False])["text"][
+                :_SHOWN
+            ].to_list()
         ranges = []
         if self.n_plain:
             low, high = self.low + 0.0, self.high + 0.0  # no minus zero
             ranges.append(f"{low:.4g} to {high:.4g}")
         if self._dates:
             ranges.append(f"{self._dates[0]} to {self._dates[-1]}")
-        return tuple([*ranges, *frequent.to_list()][:_SHOWN])
+        shown = [*ranges, *frequent][:_SHOWN]
+        return tuple(
+            text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…" for text in shown
+        )
+
+
+def add_batch(found: Mapping[str, Evidence], batch: pl.DataFrame) -> None:
+    """Add a batch of rows to the evidence of its columns."""
+    texts = [name for name in found if batch[name].dtype == pl.String]
+    plain = batch.select(pl.col(texts).cast(pl.Float64, strict=False).fill_nan(None))
+    for name, evidence in found.items():
+        evidence.add(batch[name], plain[name] if name in plain.columns else None)
 
 
 class _Fit(NamedTuple):
@@ -215,16 +310,20 @@ def decide(found: Mapping[str, Evidence], options: Options, *, comma: bool = Fal
         raise ValueError(
             f"--column: there is no column {unknown[0]!r}; there are {', '.join(found)}"
         )
-    sure = {mark for evidence in found.values() for mark in _marks(evidence)}
+    sure = {mark for evidence in found.values() for mark in evidence.marks}
     table = _Table(
-        options.decimal or ("," if sure == {","} or (comma and not sure) else "."),
-        {order for evidence in found.values() if (order := _order(evidence)) is not None},
+        "," if sure == {","} else ".",
+        comma and not sure,
+        {e.day_first for e in found.values() if e.day_first is not None},
         options,
     )
     columns = {
         name: _decided(evidence, table, options.columns.get(name))
         for name, evidence in found.items()
     }
+    said = options.date_format
+    if said not in (None, *DATE_ORDERS) and all(c.date_format is None for c in columns.values()):
+        raise ValueError(f"--date-format {said} fits the values of no column")
     return Reading(
         columns,
         MISSING + tuple(text.lower() for text in options.missing),
@@ -240,13 +339,16 @@ class _Table:
     Attributes
     ----------
     decimal : str
-        The decimal mark where a column does not tell.
+        The decimal mark of the columns that tell.
+    comma : bool
+        Whether a comma is the decimal mark if no column tells.
     orders : set of bool
         The orders of day and month of the columns that tell; True for the day first.
     options : Options
     """
 
     decimal: str
+    comma: bool
     orders: set[bool]
     options: Options
 
@@ -260,15 +362,11 @@ def _decided(evidence: Evidence, table: _Table, kind: str | None) -> Column:
     category = _as_category(evidence, table)
     if "category" in evidence.declared or not evidence.n:
         return _described(evidence, category)
-    for name, allowed in _ALLOWED.items():
-        if not evidence.declared <= allowed:
-            continue
-        if name != "number" and evidence.few_numbers is None:  # most values are numbers
-            continue
+    for name in _candidates(evidence, table):
         fit = _FITS[name](evidence, table)
-        n_left, n = int(fit.left["n"].sum()), evidence.n - _n_holes(evidence)
+        n_left, n = int(fit.left["n"].sum()), evidence.n - evidence.n_holes
         if n_left < n and n_left <= _MOST_SHARE * n and len(fit.left) <= _MOST_OTHERS:
-            if name == "number" and _has_codes(evidence):
+            if name == "number" and (evidence.codes or _has_codes(evidence.texts["text"])):
                 note = "text: as numbers, values such as 007 or 12345678901234567 would change"
                 return _described(evidence, category._replace(notes=(note,)))
             return _described(evidence, fit)
@@ -276,7 +374,29 @@ def _decided(evidence: Evidence, table: _Table, kind: str | None) -> Column:
             such = ", ".join(fit.left["text"].head(_SHOWN))
             note = f"text: {n_left} of {n} values are no {name}s, such as {such}"
             category = category._replace(notes=(note,))
+    clash = evidence.texts.height or evidence.n_plain or len(evidence.declared) > 1
+    if evidence.declared and clash:
+        types = " and ".join(sorted(evidence.declared))
+        category = category._replace(notes=(f"text: some files have it as {types}",))
     return _described(evidence, category)
+
+
+def _candidates(evidence: Evidence, table: _Table) -> list[str]:
+    """Return the kinds that a column may be, the first choice first."""
+    if evidence.n_formatted and evidence.n_formatted == evidence.n_plain:
+        return ["date"]
+    kinds = []
+    if not evidence.many_numbers and (evidence.texts.height or not evidence.n_plain):
+        kinds += ["boolean", "date"]
+    kinds.insert(1, "number")
+    allowed = {"boolean": {"boolean"}, "number": {"number", "boolean"}, "date": {"date"}}
+    said = table.options.date_format is not None
+    return [
+        kind
+        for kind in kinds
+        if evidence.declared <= allowed[kind]
+        and (evidence.may_be(kind) or (kind == "date" and said))
+    ]
 
 
 def _described(evidence: Evidence, fit: _Fit) -> Column:
@@ -285,37 +405,33 @@ def _described(evidence: Evidence, fit: _Fit) -> Column:
         shown = [f"{text} ({n})" for text, n in fit.left.head(_MOST_OTHERS).iter_rows()]
         more = f" and {len(fit.left) - _MOST_OTHERS} more" if len(fit.left) > _MOST_OTHERS else ""
         notes.append(f"taken as missing: {', '.join(shown)}{more}")
-    if fit.column.kind != "category" and (holes := _n_holes(evidence)):
-        words = evidence.others["text"].filter(
-            ~evidence.others["text"].is_in(_texts(evidence)["text"].to_list())
-        )
+    if fit.column.kind != "category" and (holes := evidence.n_holes):
+        words = evidence.others.join(evidence.texts, on="text", how="anti").sort("text")["text"]
         notes.append(f"{', '.join(words.head(_SHOWN))} is missing ({holes})")
+    strangers = fit.left["text"].head(_MOST_STORED)
+    others = strangers.str.to_lowercase().unique().sort() if len(strangers) else ()
     return replace(
         fit.column,
-        others=tuple(fit.left["text"].str.to_lowercase().unique().sort()),
+        others=tuple(others),
         examples=evidence.examples,
         note="; ".join(notes),
     )
 
 
-def _texts(evidence: Evidence) -> pl.DataFrame:
-    """Return the texts of a column that are neither plain numbers nor missing among numbers."""
-    others = evidence.others
-    return others.filter(~others["text"].str.to_lowercase().is_in(MISSING_VALUES))
+def _has_codes(texts: pl.Series, numbers: pl.Series | None = None) -> bool:
+    """Tell whether numbers would not be written again as they are: 007, or beyond 2**53."""
+    if texts.is_empty():
+        return False
+    numbers = plain_numbers(texts) if numbers is None else numbers
+    zeros = texts.filter(texts.str.starts_with("0") & ~texts.str.starts_with("0."))
+    large = texts.filter(numbers.abs() >= _EXACT)
+    return bool(zeros.str.contains(r"^0\d+$").any() or large.str.contains(r"^[-+]?\d+$").any())
 
 
-def _all_texts(evidence: Evidence) -> pl.DataFrame:
-    """Return the texts of `_texts`, and those of plain numbers if these are few."""
-    few = evidence.few_numbers
-    return _texts(evidence) if few is None else pl.concat([_texts(evidence), few]).sort("text")
-
-
-def _n_holes(evidence: Evidence) -> int:
-    return int(evidence.others["n"].sum()) - int(_texts(evidence)["n"].sum())
-
-
-def _has_codes(evidence: Evidence) -> bool:
-    return evidence.codes or bool(evidence.others["text"].str.contains(_CODE).any())
+def _has_point(texts: pl.Series) -> bool:
+    """Tell whether some plain number has a decimal point that cannot group thousands."""
+    pointed = texts.filter(texts.str.contains(".", literal=True))
+    return bool((~pointed.str.contains(_GROUPED)).any())
 
 
 # ------------------------------------------------------------------ a column as each kind
@@ -326,56 +442,62 @@ def _as_category(evidence: Evidence, table: _Table) -> _Fit:
 
 
 def _as_boolean(evidence: Evidence, table: _Table) -> _Fit:
-    texts, column = _all_texts(evidence), Column("boolean")
-    forced = table.options.columns.get(evidence.name) == "boolean"
-    values = (convert if forced else _true_or_false)(texts["text"], column)
-    return _Fit(column, texts.filter(values.is_null()))
-
-
-def _true_or_false(texts: pl.Series, column: Column) -> pl.Series:
-    return booleans(texts)
+    texts, column = evidence.all_texts, Column("boolean")
+    n_truths = int(texts["n"].filter(booleans(texts["text"]).is_not_null()).sum())
+    # Yes and no, and 1 and 0, are booleans among true and false alone
+    forced = evidence.name in table.options.columns
+    if not forced and "boolean" not in evidence.declared and 2 * n_truths <= texts["n"].sum():
+        return _Fit(column, texts)
+    return _Fit(column, texts.filter(convert(texts["text"], column).is_null()))
 
 
 def _as_number(evidence: Evidence, table: _Table) -> _Fit:
-    texts, marks = _texts(evidence), _marks(evidence)
-    own = next(iter(marks)) if len(marks) == 1 else None
-    decimal = table.options.decimal or own or table.decimal
-    column = Column("number", decimal=decimal)
+    texts, marks, said = evidence.texts, evidence.marks, table.options.decimal
+    commas = texts["text"].str.contains(",", literal=True).any()
+    if said is not None:
+        decimal = said
+    elif len(marks) == 1:
+        (decimal,) = marks
+    else:
+        decimal = "," if table.decimal == "," or (commas and table.comma) else "."
+    zero_one = evidence.whole and evidence.low >= 0 and evidence.high <= 1
+    column = Column("number", decimal=decimal, whole=evidence.whole, zero_one=zero_one)
+    if texts.is_empty() and (decimal == "." or evidence.grouped is None):
+        return _Fit(column, texts)
     values = convert(texts["text"], column)
-    zero_or_one = evidence.whole and evidence.low >= 0 and evidence.high <= 1
-    if not zero_or_one:  # true is 1 among zeros and ones alone
-        values = values.zip_with(booleans(texts["text"]).is_null(), values.clear(len(values)))
     written = texts["text"].filter(values.is_not_null())
-    notes = []
-    if written.str.contains("%", literal=True).any():
-        notes.append("12% is 0.12")
-    if written.str.contains(",", literal=True).any():
-        example = str(written.filter(written.str.contains(",", literal=True))[0])
+    notes, example = [], None
+    if commas and len(with_comma := written.filter(written.str.contains(",", literal=True))):
+        example = with_comma[0]
+    elif decimal == ",":
+        example = evidence.grouped
+    if example is not None:
         value = convert(pl.Series([example]), column)[0]
         notes.append(f"{example} is {value:.15g}")
-        if not marks and table.options.decimal is None:
+        if not marks and said is None:
             notes[-1] += f" (--decimal {',' if decimal == '.' else '.'} says otherwise)"
+    n_percent = int(written.str.contains("%", literal=True).sum())
+    if n_percent:
+        notes.append("12% is 0.12")
+        if n_percent < len(written) or evidence.n_plain:
+            notes[-1] += ", and numbers without % are as they are"
+    if len(signs := currencies(written)) > 1:
+        notes.append(f"in different currencies: {', '.join(signs)}")
     whole = evidence.whole and not written.str.contains(rf"[{decimal}%eE]").any()
     return _Fit(replace(column, whole=whole), texts.filter(values.is_null()), tuple(notes))
 
 
-def _marks(evidence: Evidence) -> set[str]:
-    """Return the decimal marks that the numbers of a column have for sure."""
-    texts = evidence.others["text"]
-    marks = {mark for mark in (".", ",") if has_decimal_mark(texts, mark)}
-    return marks | ({"."} if evidence.pointed else set())
-
-
 def _as_date(evidence: Evidence, table: _Table) -> _Fit:
-    texts, said = _all_texts(evidence), table.options.date_format
-    if said is not None and said not in _ORDERS:
+    said, forced = table.options.date_format, evidence.name in table.options.columns
+    texts = evidence.texts if forced else evidence.all_texts
+    if said is not None and said not in DATE_ORDERS:
         column = Column("date", date_format=said)
-        values = convert(texts["text"], column)
-        if values.is_not_null().any():
-            return _Fit(column, texts.filter(values.is_null()))
-    order, notes = _order(evidence), []
-    if order is None and said in _ORDERS:
-        order = _ORDERS[said]
+        values = convert(evidence.texts["text"], column)
+        if values.is_not_null().any() or evidence.n_formatted:
+            return _Fit(column, evidence.texts.filter(values.is_null()))
+    order, notes = evidence.day_first, []
+    if order is None and said in DATE_ORDERS:
+        order = DATE_ORDERS[said]
     elif order is None:
         order = table.orders == {True}
         either = [dates(texts["text"], day_first=first) for first in (False, True)]
@@ -387,24 +509,15 @@ def _as_date(evidence: Evidence, table: _Table) -> _Fit:
                 f"{differ[0]} is {dates(differ.head(1), day_first=order)[0]:%-d %B %Y}:"
                 f" {which} (--date-format {other} says otherwise)"
             )
+    short = texts["text"].filter(
+        texts["text"].str.contains(r"^\d{1,2}[-/.]\d{1,2}[-/.]\d{2}(?:\D|$)")
+        & dates(texts["text"], day_first=order).is_not_null()
+    )
+    if len(short) and not notes:
+        notes.append(f"{short[0]} is {dates(short.head(1), day_first=order)[0]:%-d %B %Y}")
     column = Column("date", day_first=order)
     left = texts.filter(convert(texts["text"], column).is_null())
     return _Fit(column, left, tuple(notes))
-
-
-_ORDERS = {"day-first": True, "month-first": False}
-
-
-def _order(evidence: Evidence) -> bool | None:
-    """Tell whether the dates of a column have the day first; None if nothing tells."""
-    texts = _texts(evidence)
-    if "date" in evidence.declared or not len(texts):
-        return None
-    n_month, n_day = (
-        int(texts["n"].filter(dates(texts["text"], day_first=first).is_not_null()).sum())
-        for first in (False, True)
-    )
-    return None if n_month == n_day else n_day > n_month
 
 
 _FITS: dict[str, Callable[[Evidence, _Table], _Fit]] = {
@@ -414,6 +527,3 @@ _FITS: dict[str, Callable[[Evidence, _Table], _Fit]] = {
     "category": _as_category,
 }
 assert _FITS.keys() == KINDS.keys()
-
-# The kinds to try, in this order, and what the types of the files may be for each
-_ALLOWED = {"boolean": {"boolean"}, "number": {"number", "boolean"}, "date": {"date"}}

@@ -8,10 +8,9 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
-import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import polars as pl
 from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
-from portable_mlp.app.reading.csvs import find_dialect, positions, read_batches
+from portable_mlp.app.reading.csvs import find_dialect, named, positions, read_batches
 from portable_mlp.app.reading.temporary import Place, Temporary
 
 AT_ONCE = 2**17
@@ -40,23 +39,25 @@ _MAGIC = {
     "bzip2": b"BZh",
     "xz": b"\xfd7zXZ\x00",
 }
-_FOREIGN = {
-    "a SQLite database": b"SQLite format 3",
-    "an HDF5 file": b"\x89HDF",
-    "a PDF document": b"%PDF",
-    "an Excel file of the old format (.xls)": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
-    "an ORC file": b"ORC",
-    "an Avro file": b"Obj\x01",
-    "a pickle of Python's": b"\x80\x04",
-    "a pickle of Python's ": b"\x80\x05",
-    "an RData file of R's": b"RDX",
-    "a web page": b"<!DOCTYPE",
-    "a web page ": b"<html",
-    "an XML document": b"<?xml",
-    "a file of MATLAB's": b"MATLAB 5.0",
-    "a Stata file": b"<stata_dta>",
-    "a 7z archive": b"7z\xbc\xaf\x27\x1c",
-}
+_FOREIGN = [
+    (b"SQLite format 3", "a SQLite database"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"%PDF", "a PDF document"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel file of the old format (.xls)"),
+    (b"Obj\x01", "an Avro file"),
+    (b"\x80\x04", "a pickle of Python's"),
+    (b"\x80\x05", "a pickle of Python's"),
+    (b"RDX2\n", "an RData file of R's"),
+    (b"RDX3\n", "an RData file of R's"),
+    (b"<!DOCTYPE", "a web page"),
+    (b"<!doctype", "a web page"),
+    (b"<html", "a web page"),
+    (b"<HTML", "a web page"),
+    (b"<?xml", "an XML document"),
+    (b"MATLAB 5.0", "a file of MATLAB's"),
+    (b"<stata_dta>", "a Stata file"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+]
 _ENCODINGS = {
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
@@ -137,11 +138,11 @@ def open_file(
     try:
         kind = what_is(path)
         if kind == "parquet":
-            return _lazy(path, pl.scan_parquet(path))
+            return _lazy(path, pl.scan_parquet(path), known)
         if kind == "arrow":
-            return _lazy(path, pl.scan_ipc(path))
+            return _lazy(path, pl.scan_ipc(path), known)
         if kind == "xlsx":
-            return _excel(path)
+            return _excel(path, header, known)
         if kind in ("npy", "npz"):
             return _arrays(path, kind, known)
         return _text(path, _as_utf8(path, kind), separator, header, target, known)
@@ -168,19 +169,27 @@ def what_is(path: Path) -> str:
         elif members and all(name.endswith(".npy") for name in members):
             kind = "npz"
     promised = _PROMISED.get(path.suffix.lower())
+    if kind == "parquet" and promised != "parquet" and not _ends_with(path, b"PAR1"):
+        kind = "text"  # the name of a column
     if kind in ("text", "zip") and promised is not None:
         what = {"parquet": "a Parquet file", "xlsx": "an Excel file"}.get(
             promised, "one of NumPy's files"
         )
         raise ValueError(f"{path} cannot be read: it is not {what}")
-    for foreign, magic in _FOREIGN.items():
-        if start.lower().startswith(magic.lower()):
+    for magic, foreign in _FOREIGN:
+        if start.startswith(magic):
             raise ValueError(
-                f"{path} is {foreign.strip()}: write its table as CSV or Parquet, and take that"
+                f"{path} is {foreign}: write its table as CSV or Parquet, and take that"
             )
     if kind == "text" and start.lstrip()[:2] in (b'{"', b"[{"):
         raise ValueError(f"{path} is JSON: write its table as CSV or Parquet, and take that")
     return kind
+
+
+def _ends_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - len(magic)))
+        return file.read() == magic
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
@@ -197,25 +206,35 @@ def _opened_zip(path: Path) -> ZipFile:
 # ------------------------------------------------------------------ files with types
 
 
-def _lazy(path: Path, lazy: pl.LazyFrame) -> File:
+def _lazy(path: Path, lazy: pl.LazyFrame, names: list[str] | None) -> File:
     height = lazy.select(pl.len()).collect().item()
+    own = lazy.collect_schema().names()
+    columns = named(path, own, names)
+    lazy = lazy.rename(dict(zip(own, columns, strict=True)))
 
     def batches(rows: int) -> Iterator[pl.DataFrame]:
         for start in range(0, height, rows):
             yield lazy.slice(start, rows).collect()
 
-    return File(path, lazy.collect_schema().names(), True, batches)
+    return File(path, columns, True, batches)
 
 
-def _excel(path: Path) -> File:
+def _excel(path: Path, header: bool | None, names: list[str] | None) -> File:
     try:
-        frame = pl.read_excel(path, engine="calamine", infer_schema_length=None)
+        frame = pl.read_excel(
+            path, engine="calamine", has_header=header is not False, infer_schema_length=None
+        )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{path} is an Excel file, for which fastexcel is needed:"
             " pip install 'portable_mlp[excel]'"
         ) from error
-    return File(path, frame.columns, True, lambda rows: iter(frame.iter_slices(rows)))
+    except Exception as error:  # fastexcel has exceptions of its own
+        raise ValueError(f"{path} cannot be read as an Excel file: {error}") from error
+    own = ["" if name.startswith("__UNNAMED__") else name for name in frame.columns]
+    columns = positions(len(own), names) if header is False else named(path, own, names)
+    frame.columns = columns
+    return File(path, columns, True, lambda rows: iter(frame.iter_slices(rows)))
 
 
 def _arrays(path: Path, kind: str, names: list[str] | None) -> File:
@@ -226,11 +245,13 @@ def _arrays(path: Path, kind: str, names: list[str] | None) -> File:
             if array.ndim not in (1, 2):
                 raise ValueError(f"its array {name} has {array.ndim} dimensions")
             if array.ndim == 1:
-                columns[name or "column_0"] = array
+                own, parts = [name or "column_0"], [array]
             else:
                 made_up = [f"{name}_{i}" for i in range(array.shape[1])]
-                own = made_up if name else positions(array.shape[1], names)
-                columns |= dict(zip(own, array.T, strict=True))
+                own, parts = made_up if name else positions(array.shape[1], names), array.T
+            if twice := columns.keys() & own:
+                raise ValueError(f"several of its columns would be called {min(twice)}")
+            columns |= dict(zip(own, parts, strict=True))
     except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     lengths = {len(array) for array in columns.values()}
@@ -292,14 +313,23 @@ def _start(place: Place) -> bytes:
 
 def _unpack(path: Path, kind: str, file: IO[bytes]) -> None:
     """Write the content of a compressed file."""
-    try:
-        with _opened(path, kind) as content:
-            shutil.copyfileobj(content, file)
-    except (EOFError, BadZipFile, lzma.LZMAError, zlib.error, OSError) as error:
-        raise ValueError(f"{path} cannot be read: it is damaged: {error}") from error
+    with ExitStack() as stack:
+        try:
+            content = stack.enter_context(_opened(path, kind, stack))
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        while True:
+            try:
+                part = content.read(2**20)
+            # Each library has exceptions of its own for what is damaged
+            except Exception as error:
+                raise ValueError(f"{path} cannot be read: it is damaged: {error}") from error
+            if not part:
+                return
+            file.write(part)
 
 
-def _opened(path: Path, kind: str) -> Any:
+def _opened(path: Path, kind: str, stack: ExitStack) -> Any:
     match kind:
         case "gzip":
             return gzip.open(path)
@@ -308,7 +338,7 @@ def _opened(path: Path, kind: str) -> Any:
         case "xz":
             return lzma.open(path)
         case "zip":
-            archive = _opened_zip(path)
+            archive = stack.enter_context(_opened_zip(path))
             if len(archive.namelist()) != 1:
                 raise ValueError(
                     f"{path} is an archive of {len(archive.namelist())} files: unpack it, and"

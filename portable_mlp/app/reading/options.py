@@ -11,6 +11,10 @@ DECIMALS = (".", ",")
 """The marks between a number's whole part and its fraction."""
 
 
+DATE_ORDERS = {"day-first": True, "month-first": False}
+"""The orders of day and month in a date of numbers: whether the day is first."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What a user says about a table.
@@ -25,7 +29,8 @@ class Options:
         Texts that are missing values, besides those of `texts.MISSING`.
     decimal : {".", ","} or None
     date_format : str or None
-        The format of dates that it fits, in the notation of `time.strptime`.
+        A key of `DATE_ORDERS`, or a format in the notation of `time.strptime` for the columns
+        that it fits.
     separator : str or None
         The character between the fields of CSV files.
     header : bool or None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,13 +21,19 @@ class Temporary:
     """
 
     def __init__(self, write: Callable[[IO[bytes]], None]) -> None:
-        self._file = tempfile.NamedTemporaryFile(suffix=".csv")  # noqa: SIM115  # it lives on
-        write(self._file)
-        self._file.flush()
+        handle, self._path = tempfile.mkstemp(suffix=".csv")
+        weakref.finalize(self, _remove, self._path)
+        with open(handle, "wb") as file:  # closed: Windows opens a file once
+            write(file)
 
     def __fspath__(self) -> str:
-        return self._file.name
+        return self._path
 
 
 Place = Path | Temporary
 """The path of a file, or a temporary file in its place."""
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.remove(path)

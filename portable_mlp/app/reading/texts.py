@@ -36,7 +36,7 @@ _GROUPS = {".": r",'’_", ",": r".'’_"}  # marks between the thousands, by th
 def _dressed(decimal: str) -> str:
     """Return the pattern of a number as people write it."""
     marks = [re.escape(mark) for mark in _GROUPS[decimal]] + [_SPACES]
-    groups = "|".join(rf"\d{{1,3}}(?:{mark}\d{{3}})+" for mark in marks)
+    groups = "|".join(rf"[1-9]\d{{0,2}}(?:{mark}\d{{3}})+" for mark in marks)
     number = rf"(?:(?:{groups}|\d+)(?:{re.escape(decimal)}\d*)?|{re.escape(decimal)}\d+)"
     sign, space = rf"(?:\+|{_MINUS})?", f"{_SPACES}*"
     before = rf"(?:{sign}{space}(?:{_MONEY})?|(?:{_MONEY}){space}{sign}){space}"
@@ -92,14 +92,20 @@ def dressed_numbers(texts: pl.Series, decimal: str) -> pl.Series:
 def has_decimal_mark(texts: pl.Series, decimal: str) -> bool:
     """Tell whether some number has this decimal mark for sure.
 
-    In 1,234 the comma may group thousands, or be a decimal mark; in 1,23 and 1.234,5 it is one.
+    In 1,234 the comma may group thousands, or be a decimal mark.  In 1,23 and 1.234,5 it is one,
+    and beside 1.234.567, whose points group thousands.
     """
     other = "," if decimal == "." else "."
-    maybe = texts.filter(texts.str.contains(decimal, literal=True))
+    maybe = texts.filter(texts.str.contains("[.,]"))
     if maybe.is_empty():
         return False
     sure = dressed_numbers(maybe, decimal).is_not_null() & dressed_numbers(maybe, other).is_null()
     return bool(sure.any())
+
+
+def currencies(texts: pl.Series) -> list[str]:
+    """Return the different signs and codes of currencies, sorted."""
+    return sorted(texts.str.extract(f"({_MONEY})").drop_nulls().unique())
 
 
 def booleans(texts: pl.Series) -> pl.Series:
@@ -132,7 +138,8 @@ _TIME = (
 )
 _YEAR, _WEEKDAY = r"(?P<year>\d{4}|\d{2})", r"(?:[A-Za-z]{3,9}\.?,? )?"
 _DAY, _NAME = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<month>[A-Za-z]{3,9})\.?"
-_ISO = r"(?P<year>\d{4})[-/.](?P<month>\d{1,2})(?:[-/.](?P<day>\d{1,2}))?"
+_ISO = r"(?P<year>\d{4})[-/.](?P<month>\d{1,2})[-/.](?P<day>\d{1,2})"
+_MONTH = r"(?P<year>1[89]\d\d|2[01]\d\d)[-/](?P<month>\d{2})(?P<day>)"  # 1001-2 is a part number
 _FORMS = [
     r"(?P<day>\d{1,2})\.(?P<month>\d{1,2})\.(?P<year>\d{4})",
     r"(?P<day>\d{2})\.(?P<month>\d{2})\.(?P<year>\d{2})",
@@ -144,7 +151,7 @@ _FORMS = [
 def _patterns(day_first: bool) -> list[str]:
     first, second = ("day", "month") if day_first else ("month", "day")
     numeric = rf"(?P<{first}>\d{{1,2}})[-/](?P<{second}>\d{{1,2}})[-/]{_YEAR}"
-    return [f"^{form}{_TIME}$" for form in (_ISO, numeric, *_FORMS)]
+    return [f"^{form}{_TIME}$" for form in (_ISO, _MONTH, numeric, *_FORMS)]
 
 
 _PATTERNS = {day_first: _patterns(day_first) for day_first in (False, True)}
@@ -178,6 +185,8 @@ def dates(texts: pl.Series, *, day_first: bool) -> pl.Series:
 
 def dates_of_format(texts: pl.Series, format: str) -> pl.Series:
     """Return the dates that are written in a format, in the notation of `time.strptime`."""
+    if "%H" in format and "%M" not in format:  # polars wants both
+        texts, format = texts + ":00", format + ":%M"
     if "%z" in format.lower():
         found = texts.str.strptime(pl.Datetime("us", "UTC"), format, strict=False)
         return found.dt.replace_time_zone(None)
@@ -188,7 +197,8 @@ def _date(parts: pl.DataFrame) -> pl.Series:
     """Return the dates of a frame with the texts of their year, month, day and time."""
     year, month, hour = pl.col("year"), pl.col("month").str.to_lowercase(), pl.col("hour")
     late = pl.col("half").str.to_lowercase() == "p"
-    of_half = (hour.cast(pl.Int64) % 12 + late.cast(pl.Int64) * 12).cast(pl.String)
+    twelve = hour.cast(pl.Int64)  # there is no 13:00 PM
+    of_half = pl.when(twelve.is_between(1, 12)).then(twelve % 12 + late.cast(pl.Int64) * 12)
     zone = pl.col("zone").str.replace(":", "", literal=True)
     named = zone.str.contains("^[A-Z]")
     minutes = zone.str.slice(1, 2).cast(pl.Int64, strict=False) * 60 + zone.str.slice(3).cast(
@@ -207,8 +217,10 @@ def _date(parts: pl.DataFrame) -> pl.Series:
         "{}-{}-{} {}:{}:{}.{}",
         full,
         month.replace(_MONTHS),
-        pl.col("day").fill_null("1"),
-        pl.when(pl.col("half").is_null()).then(hour.fill_null("0")).otherwise(of_half),
+        pl.col("day").replace("", "1"),
+        pl.when(pl.col("half").is_null())
+        .then(hour.fill_null("0"))
+        .otherwise(of_half.cast(pl.String)),
         pl.col("minute").fill_null("0"),
         pl.col("second").fill_null("0"),
         pl.col("fraction").fill_null("0").str.slice(0, 6).str.pad_end(6, "0"),
