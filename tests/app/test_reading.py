@@ -78,9 +78,9 @@ PADDED = st.sampled_from(["{}", " {}", "{} ", "\u00a0{}"])
 @st.composite
 def tables(draw):
     """Columns of texts, mostly of one kind each, with holes, spaces and a few strangers."""
-    n_rows = draw(st.integers(2, 40))
+    n_rows = draw(st.integers(2, 25))
     columns = []
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(1, 3))):
         own, strange = draw(st.sampled_from(VALUES)), st.one_of(VALUES)
         share = draw(st.sampled_from([0, 0, 1, 3]))
         cell = st.integers(0, 19).flatmap(
