@@ -88,6 +88,7 @@ def trainer(optimizer=None, backend=NUMPY, network=NETWORK, dtype="float64", **s
 # ---------------------------------------------------------------- against torch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "theirs"),
     [

@@ -123,6 +123,7 @@ def test_regression_is_in_the_units_of_the_target(masses):
     assert abs(predicted.mean() - y.mean()) < 0.1 * y.mean()
 
 
+@pytest.mark.slow
 def test_settings_come_from_a_file_and_options_override_it(penguins, tmp_path):
     stored = tomllib.loads((penguins / "config.toml").read_text())
     assert stored["target"] == "sex"
@@ -248,6 +249,7 @@ def test_import_stays_light():
 # ------------------------------------------------------------------ predict, evaluate, info
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["p.csv", "p.parquet"])
 @pytest.mark.parametrize("rows", [None, 7])
 def test_predict_writes_what_the_model_says(name, rows, penguins, tmp_path):

@@ -662,6 +662,7 @@ def test_long_fields_and_bare_quotes(tmp_path):
     assert pl.concat(read_chunks(paths, table.reading, 1)).equals(table.frame)
 
 
+@pytest.mark.slow
 def test_odd_quotes_after_the_first_rows(tmp_path, monkeypatch):
     from portable_mlp.app.reading import csvs
 

@@ -573,6 +573,7 @@ def test_predict_uses_the_layers_that_were_fitted():
     assert np.array_equal(model.set_params(hidden_layer_sizes=(7, 7)).predict_proba(X), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

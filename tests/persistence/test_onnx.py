@@ -154,6 +154,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_in_float64(name):
     rows = np.round(X.astype(np.float64) * 2) / 2  # few different values, for the encoders
