@@ -41,7 +41,7 @@ _EXACT = 2.0**53  # float64 holds smaller whole numbers exactly
 _SHOWN, _MOST_SHOWN = 3, 30  # examples, and their characters
 _MOST_STORED = 1000  # strangers in a column of a kind that the user says
 _SAMPLE = 200  # texts
-_GROUPED = r"^[-+]?[1-9]\d{0,2}\.\d{3}$"  # the point may group thousands
+_GROUPED = r"^[-+]?[1-9][0-9]{0,2}\.[0-9]{3}$"  # the point may group thousands
 _NO_TEXTS = pl.DataFrame(schema={"text": pl.String, "n": pl.Int64})
 
 
@@ -425,7 +425,9 @@ def _has_codes(texts: pl.Series, numbers: pl.Series | None = None) -> bool:
     numbers = plain_numbers(texts) if numbers is None else numbers
     zeros = texts.filter(texts.str.starts_with("0") & ~texts.str.starts_with("0."))
     large = texts.filter(numbers.abs() >= _EXACT)
-    return bool(zeros.str.contains(r"^0\d+$").any() or large.str.contains(r"^[-+]?\d+$").any())
+    return bool(
+        zeros.str.contains(r"^0[0-9]+$").any() or large.str.contains(r"^[-+]?[0-9]+$").any()
+    )
 
 
 def _has_point(texts: pl.Series) -> bool:
@@ -510,7 +512,7 @@ def _as_date(evidence: Evidence, table: _Table) -> _Fit:
                 f" {which} (--date-format {other} says otherwise)"
             )
     short = texts["text"].filter(
-        texts["text"].str.contains(r"^\d{1,2}[-/.]\d{1,2}[-/.]\d{2}(?:\D|$)")
+        texts["text"].str.contains(r"^[0-9]{1,2}[-/.][0-9]{1,2}[-/.][0-9]{2}(?:[^0-9]|$)")
         & dates(texts["text"], day_first=order).is_not_null()
     )
     if len(short) and not notes:

@@ -36,12 +36,12 @@ _GROUPS = {".": r",'’_", ",": r".'’_"}  # marks between the thousands, by th
 def _dressed(decimal: str) -> str:
     """Return the pattern of a number as people write it."""
     marks = [re.escape(mark) for mark in _GROUPS[decimal]] + [_SPACES]
-    groups = "|".join(rf"[1-9]\d{{0,2}}(?:{mark}\d{{3}})+" for mark in marks)
-    number = rf"(?:(?:{groups}|\d+)(?:{re.escape(decimal)}\d*)?|{re.escape(decimal)}\d+)"
+    groups = "|".join(rf"[1-9][0-9]{{0,2}}(?:{mark}[0-9]{{3}})+" for mark in marks)
+    number = rf"(?:(?:{groups}|[0-9]+)(?:{re.escape(decimal)}[0-9]*)?|{re.escape(decimal)}[0-9]+)"
     sign, space = rf"(?:\+|{_MINUS})?", f"{_SPACES}*"
     before = rf"(?:{sign}{space}(?:{_MONEY})?|(?:{_MONEY}){space}{sign}){space}"
     after = rf"{space}(?:{_MONEY}|%)?"
-    power = rf"{sign}{space}{number}[eE][-+]?\d+"
+    power = rf"{sign}{space}{number}[eE][-+]?[0-9]+"
     brackets = rf"\({space}(?:{_MONEY})?{space}{number}{after}{space}\)"
     return rf"^(?:{before}{number}{after}|{power}|{brackets}{after})$"
 
@@ -81,6 +81,8 @@ def dressed_numbers(texts: pl.Series, decimal: str) -> pl.Series:
     -------
     polars.Series of float
     """
+    if not texts.str.contains("[0-9]").any():
+        return pl.repeat(None, len(texts), dtype=pl.Float64, eager=True).alias(texts.name)
     known = _only(texts, texts.str.contains(_DRESSED[decimal]))
     bare = known.str.replace_all(rf"{_MONEY}|{_SPACES}|[{_GROUPS[decimal]}]", "")
     bare = bare.str.replace(_MINUS, "-").str.replace(r"^\((.*)\)(.*)$", "-${1}${2}")
@@ -132,25 +134,26 @@ _MONTHS = {
     for length in (3, 4, len(name))
 }  # fmt: skip
 _TIME = (
-    r"(?:(?:[T ]|, ?)(?P<hour>\d{1,2}):(?P<minute>\d{2})(?::(?P<second>\d{2})"
-    r"(?:[.,](?P<fraction>\d{1,9}))?)? ?(?:(?P<half>[AaPp])\.?[Mm]\.?)?"
-    r" ?(?P<zone>Z|UTC|GMT|[-+]\d{2}(?::?\d{2})?)?)?"
+    r"(?:(?:[T ]|, ?)(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2})"
+    r"(?:[.,](?P<fraction>[0-9]{1,9}))?)? ?(?:(?P<half>[AaPp])\.?[Mm]\.?)?"
+    r" ?(?P<zone>Z|UTC|GMT|[-+][0-9]{2}(?::?[0-9]{2})?)?)?"
 )
-_YEAR, _WEEKDAY = r"(?P<year>\d{4}|\d{2})", r"(?:[A-Za-z]{3,9}\.?,? )?"
-_DAY, _NAME = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<month>[A-Za-z]{3,9})\.?"
-_ISO = r"(?P<year>\d{4})[-/.](?P<month>\d{1,2})[-/.](?P<day>\d{1,2})"
-_MONTH = r"(?P<year>1[89]\d\d|2[01]\d\d)[-/](?P<month>\d{2})(?P<day>)"  # 1001-2 is a part number
+_YEAR, _WEEKDAY = r"(?P<year>[0-9]{4}|[0-9]{2})", r"(?:[A-Za-z]{3,9}\.?,? )?"
+_DAY, _NAME = r"(?P<day>[0-9]{1,2})(?:st|nd|rd|th)?", r"(?P<month>[A-Za-z]{3,9})\.?"
+_ISO = r"(?P<year>[0-9]{4})[-/.](?P<month>[0-9]{1,2})[-/.](?P<day>[0-9]{1,2})"
+# 1001-2 is a part number
+_MONTH = r"(?P<year>1[89][0-9]{2}|2[01][0-9]{2})[-/](?P<month>[0-9]{2})(?P<day>)"
 _FORMS = [
-    r"(?P<day>\d{1,2})\.(?P<month>\d{1,2})\.(?P<year>\d{4})",
-    r"(?P<day>\d{2})\.(?P<month>\d{2})\.(?P<year>\d{2})",
+    r"(?P<day>[0-9]{1,2})\.(?P<month>[0-9]{1,2})\.(?P<year>[0-9]{4})",
+    r"(?P<day>[0-9]{2})\.(?P<month>[0-9]{2})\.(?P<year>[0-9]{2})",
     rf"{_WEEKDAY}{_DAY}(?:[-/ ]|\. ?){_NAME}[-/ ,]{{1,2}}{_YEAR}",
-    rf"{_WEEKDAY}{_NAME} {_DAY},? (?P<year>\d{{4}})",
+    rf"{_WEEKDAY}{_NAME} {_DAY},? (?P<year>[0-9]{{4}})",
 ]
 
 
 def _patterns(day_first: bool) -> list[str]:
     first, second = ("day", "month") if day_first else ("month", "day")
-    numeric = rf"(?P<{first}>\d{{1,2}})[-/](?P<{second}>\d{{1,2}})[-/]{_YEAR}"
+    numeric = rf"(?P<{first}>[0-9]{{1,2}})[-/](?P<{second}>[0-9]{{1,2}})[-/]{_YEAR}"
     return [f"^{form}{_TIME}$" for form in (_ISO, _MONTH, numeric, *_FORMS)]
 
 
@@ -176,6 +179,8 @@ def dates(texts: pl.Series, *, day_first: bool) -> pl.Series:
         In microseconds, without a time zone.
     """
     found = pl.repeat(None, len(texts), dtype=pl.Datetime("us"), eager=True)
+    if not texts.str.contains("[0-9]").any():
+        return found.alias(texts.name)
     for pattern in _PATTERNS[day_first]:
         parts = texts.str.extract_groups(pattern).struct.unnest()
         if not parts["year"].is_null().all():
