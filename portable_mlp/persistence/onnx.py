@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.validation import check_is_fitted
 
 from portable_mlp.backends import to_host
@@ -124,7 +125,9 @@ def _takes_float64(transformer: Any) -> bool:
         return all(_takes_float64(step) for _, step in transformer.steps)
     if isinstance(transformer, ColumnTransformer):
         return all(_takes_float64(part) for _, part, _ in transformer.transformers_)
-    return (isinstance(transformer, str) or transformer is None) or (
+    if isinstance(transformer, FunctionTransformer):  # what passes columns through
+        return transformer.func is None
+    return transformer in (None, "passthrough", "drop") or (
         type(transformer).__module__.startswith("sklearn.")
         and type(transformer).__name__ in _IN_FLOAT64
     )

@@ -157,7 +157,9 @@ STEPS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_in_float64(name):
-    rows = np.round(X.astype(np.float64) * 2) / 2  # few different values, for the encoders
+    rows = X.astype(np.float64)
+    if name.endswith("Encoder"):
+        rows = np.round(rows)  # skl2onnx encodes whole numbers
     rows[::11, 0] = -1.0 if name.endswith("-1") else rows[::11, 0]
     if "Imputer" in name or name == "parts":
         rows[::7, 1] = np.nan if not name.endswith("-1") else -1.0
