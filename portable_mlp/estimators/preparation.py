@@ -136,14 +136,7 @@ class Preparation(Inference):
         binary = rows.target.ndim == 1 and self._loss.link_name == "logistic"
         numbers = np.arange(rows.x.shape[0])
         n_held_out = ceil(self.validation_fraction * len(numbers))
-        codes, counts = np.unique(rows.target, return_counts=True)
-        if binary and counts.min() < 2:
-            label = np.unique(rows.y)[counts.argmin()]
-            raise ValueError(
-                f"early_stopping needs two rows of each class, to train and to validate on: class"
-                f" {label} has one"
-            )
-        if binary and n_held_out < len(codes):
+        if binary and n_held_out < len(np.unique(rows.target)):
             raise ValueError(
                 f"The validation set is too small: {n_held_out} of {len(numbers)} rows cannot have"
                 " both classes. Increase 'validation_fraction' or the size of your dataset."
