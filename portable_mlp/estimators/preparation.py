@@ -136,7 +136,8 @@ class Preparation(Inference):
         binary = rows.target.ndim == 1 and self._loss.link_name == "logistic"
         numbers = np.arange(rows.x.shape[0])
         n_held_out = ceil(self.validation_fraction * len(numbers))
-        if binary and n_held_out < len(np.unique(rows.target)):
+        counts = np.unique(rows.target, return_counts=True)[1]
+        if binary and n_held_out < len(counts) and counts.min() > 1:
             raise ValueError(
                 f"The validation set is too small: {n_held_out} of {len(numbers)} rows cannot have"
                 " both classes. Increase 'validation_fraction' or the size of your dataset."
