@@ -82,8 +82,8 @@ def identifiers(X: pl.DataFrame, kinds: dict[str, str]) -> dict[str, str]:
             if values.n_unique() >= _DISTINCT * len(values):
                 found[name] = "different in nearly every row"
         elif kind == "number" and ([name] == unnamed or re.fullmatch(_INDEX, name)):
-            low: Any = values.min()
-            if len(values) == X.height > 2 and (values.sort() == low + np.arange(X.height)).all():
+            steps = values.sort().diff().drop_nulls()
+            if len(values) == X.height > 2 and (steps == 1).all():
                 found[name] = "numbers the rows"
     return found
 
