@@ -213,7 +213,7 @@ class Settings:
 
 
 def settings_table(settings: Settings) -> dict[str, Any]:
-    """Return the settings as TOML values, by name; settings that are None are left out."""
+    """Return the settings as TOML values, by name, without those that are None or empty."""
     table: dict[str, Any] = {}
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -223,7 +223,7 @@ def settings_table(settings: Settings) -> dict[str, Any]:
             table[field.name] = [v if isinstance(v, int) else str(v) for v in value]
         else:
             table[field.name] = str(value) if isinstance(value, Path) else value
-    return {name: value for name, value in table.items() if value is not None}
+    return {name: value for name, value in table.items() if value not in (None, [])}
 
 
 def options_of(settings: Settings) -> Options:

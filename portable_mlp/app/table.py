@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -319,7 +320,7 @@ def check_columns(
 
 
 def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any]]:
-    """Read a CSV file and split off the target column.
+    """Read a table's file and split off the target column, in the rows that have a target.
 
     Parameters
     ----------
@@ -342,6 +343,8 @@ def read_csv(path: str | Path, target: str | int = -1) -> tuple[Any, NDArray[Any
     frame, reading, *_ = read_table([Path(path)], str(target))
     name = find_column(frame.columns, str(target), str(path))
     X, y, _ = split_target(frame, name, str(path), whole=reading.columns[name].whole)
+    if n_missing := frame[name].null_count():
+        warnings.warn(f"{path}: rows without a target, left out: {n_missing}", stacklevel=2)
     return X, y
 
 

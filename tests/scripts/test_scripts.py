@@ -156,7 +156,7 @@ def test_separators_and_missing_values(separator, tmp_path):
     [
         ("a,b,c\n1,2,3\n1,2,3,4,5\n", "line 3: 5 fields"),
         ("a,b,c\n", "has a header and no rows"),
-        ("a,b\n1,2\n3,NA\n", "target 'b' is missing in 1 rows"),
+        ("a,b\n1,NA\n3,NA\n", "target 'b' is missing in all rows"),
     ],
 )
 @pytest.mark.parametrize("script", ["train.py", "train_binary.py", "train_multiclass.py"])
