@@ -21,7 +21,7 @@ KINDS = {"number": pl.Float64, "boolean": pl.Boolean, "category": pl.String, "da
 _FEW_ROWS = 20
 _INDEX = r"Unnamed: [\d.]+|__index_level_\d+__"  # as pandas calls it
 _DISTINCT = 0.95  # share of distinct values in a column that tells rows apart
-_TARGETS = {None: "continuous", 1: "binary", 2: "binary"}  # by the number of classes
+_TARGETS = {None: "continuous", 2: "binary"}  # by the number of classes
 _MAX_CATEGORIES = 64  # rarer categories of a column are encoded as zeros, like unknown ones
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from hashlib import file_digest
 from math import ceil
 from pathlib import Path
@@ -15,14 +16,7 @@ from sklearn.model_selection import train_test_split
 
 from portable_mlp.app.reading.columns import Reading
 from portable_mlp.app.settings import Settings, options_of
-from portable_mlp.app.table import (
-    PENGUINS,
-    bundled_table,
-    find_column,
-    is_array_file,
-    read_table,
-    split_target,
-)
+from portable_mlp.app.table import bundled_table, find_column, read_table, split_target
 from portable_mlp.preprocessing import identifiers, useless_columns
 
 _MOST_CLASSES = 20  # different whole numbers that are taken for classes
@@ -87,9 +81,10 @@ def read(settings: Settings) -> Dataset:
     ValueError
         If the data are not suitable for training; the message says why.
     """
+    digest = cache(_digest)
     if settings.data:
         source = ", ".join(map(str, settings.data))
-        table = read_table(settings.data, settings.target, options_of(settings), _digest)
+        table = read_table(settings.data, settings.target, options_of(settings), digest)
     else:
         source, table = settings.dataset, bundled_table(settings.dataset, options_of(settings))
     frame = table.frame
@@ -98,7 +93,7 @@ def read(settings: Settings) -> Dataset:
     if n_missing and settings.missing_target == "error":
         raise ValueError(f"{source}: the target {target!r} is missing in some rows ({n_missing})")
     column = table.reading.columns[target]
-    X, y, target = split_target(frame, target, source, whole=column.whole)
+    X, y, _ = split_target(frame, target, source, whole=column.whole)
     notes = list(table.notes)
     if n_missing:
         notes.append(f"rows without a target, left out: {n_missing}")
@@ -111,10 +106,8 @@ def read(settings: Settings) -> Dataset:
         raise ValueError(f"the target {target!r} is no number: use --task classification")
     train, test = _split(settings, y, classify)
     kinds = {name: table.reading.columns[name].kind for name in X.columns}
-    said = {find_column(frame.columns, name, source) for name in options_of(settings).columns
-            if name not in table.dropped}  # fmt: skip
     dropped = table.dropped | useless_columns(X[train])
-    dropped |= identifiers(frame, {n: kind for n, kind in kinds.items() if n not in said})
+    dropped |= identifiers(frame, {n: kind for n, kind in kinds.items() if n not in table.said})
     if dropped.keys() >= set(X.columns):
         raise ValueError(
             f"{source}: all columns are left out, so there is nothing to learn from: "
@@ -122,17 +115,11 @@ def read(settings: Settings) -> Dataset:
         )
     return Dataset(
         X[train], y[train], X[test], y[test], target, table.reading, dropped,
-        by_name=_has_names(settings) or not {"category", "date"}.isdisjoint(kinds.values()),
-        digests={str(path): _digest(path) for path in settings.data},
+        by_name=table.by_name or not {"category", "date"}.isdisjoint(kinds.values()),
+        digests={str(path): digest(path) for path in settings.data},
         classify=classify,
         notes=notes,
     )  # fmt: skip
-
-
-def _has_names(settings: Settings) -> bool:
-    if settings.data:
-        return not any(map(is_array_file, settings.data))
-    return settings.dataset == PENGUINS.stem
 
 
 def _is_classification(task: str, y: NDArray[Any]) -> tuple[bool, str]:
@@ -159,14 +146,11 @@ def _check_classes(target: str, y: NDArray[Any]) -> None:
         )
     if counts.min() < 2:
         rare = classes[counts.argmin()]
-        advice = (
-            f"--missing {rare} leaves its row out"
-            if y.dtype.kind in "UO"
-            else ("--task regression predicts a number")
-        )
+        is_text = y.dtype.kind in "UO"
+        drop, number = f"--missing {rare} leaves its row out", "--task regression predicts a number"
         raise ValueError(
             f"the target {target!r} has a class of one row, {rare}: there have to be two at least,"
-            f" to train and to test on; {advice}"
+            f" to train and to test on; {drop if is_text else number}"
         )
 
 

@@ -68,15 +68,16 @@ def export_onnx(path: Path, out: Path) -> dict[str, str]:
         If a column has no name, or the model has no ONNX form.
     """
     pipeline, notes = load(path), read_metadata(path)["notes"]
-    types = None
-    if isinstance(pipeline, Pipeline) and notes.get("by_name"):
+    names: list[str] = []
+    types = [("X", DoubleTensorType([None, pipeline.n_features_in_]))]
+    if notes.get("by_name"):
         used = {name: of for name, of in notes["columns"].items() if name not in notes["dropped"]}
         if "" in used:
             raise ValueError("a column has no name: ONNX needs one, so name it and train again")
+        names = list(used)
         types = [(name, _TYPES[kind]([None, 1])) for name, kind in used.items()]
         _name_missing(pipeline[0])
     found = to_onnx(pipeline, out, initial_types=types)
-    names = [name for name, _ in types or ()]
     pairs = zip(names, (given.name for given in found.graph.input), strict=False)
     return {name: own for name, own in pairs if name != own}
 
@@ -107,7 +108,7 @@ def _declare_means(operator: Any) -> None:
         return
     encoder = operator.raw_operator
     rows = operator.inputs[0].get_first_dimension()
-    operator.outputs[0].type = FloatTensorType([rows, len(encoder.encodings_)])
+    operator.outputs[0].type = DoubleTensorType([rows, len(encoder.encodings_)])
 
 
 class _OperatorWriter:
@@ -162,23 +163,28 @@ def _convert_means(scope: Any, operator: Any, container: Any) -> None:
         return
     write, encoder = _OperatorWriter(scope, container), operator.raw_operator
     texts = concatenate_variables(scope, operator.inputs, container)
+    flat = write.constant(TensorProto.INT64, -1)
     n_classes = len(encoder.encodings_) // len(encoder.categories_)
     parts = []
-    for i, encoding in enumerate(encoder.encodings_):
-        place, label = divmod(i, n_classes)
+    for place, categories in enumerate(encoder.categories_):
+        own = encoder.encodings_[place * n_classes : (place + 1) * n_classes]
+        # The last row is for unknown texts
+        means = np.vstack([np.transpose(own), np.atleast_1d(encoder.target_mean_)])
+        table = scope.get_unique_variable_name("means")
+        container.add_initializer(table, TensorProto.DOUBLE, means.shape, means.ravel().tolist())
         column = write("Gather", texts, write.constant(TensorProto.INT64, place), axis=1)
-        found = scope.get_unique_variable_name("mean")
+        row = scope.get_unique_variable_name("row")
         container.add_node(
             "LabelEncoder",
             [column],
-            [found],
+            [row],
             op_domain="ai.onnx.ml",
             op_version=2,
-            keys_strings=[str(c).encode() for c in encoder.categories_[place]],
-            values_floats=encoding.astype(np.float32).tolist(),
-            default_float=float(np.atleast_1d(encoder.target_mean_)[label]),
+            keys_strings=[str(c).encode() for c in categories],
+            values_int64s=list(range(len(categories))),
+            default_int64=len(categories),
         )
-        parts.append(found)
+        parts.append(write("Gather", table, write("Reshape", row, flat), axis=0))
     container.add_node("Concat", parts, [operator.outputs[0].full_name], op_version=13, axis=1)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from io import StringIO
 from typing import Any
-
-import polars as pl
 
 from portable_mlp.app.dataset import Dataset
 
 _MOST_ROWS, _MOST_NOTES, _FEW_ROWS = 30, 50, 10  # of the table on the terminal
-_MOST_CHARACTERS = 24  # of an example
 
 
 def column_rows(data: Dataset) -> list[dict[str, Any]]:
@@ -22,7 +20,7 @@ def column_rows(data: Dataset) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "kind": "dropped" if dropped else column.kind,
-                "examples": [text.strip() or repr(text) for text in column.examples],
+                "examples": column.examples,
                 "missing": 0.0 if name == data.target else _share_missing(data, name),
                 "note": "; ".join(filter(None, (dropped, column.note))),
             }
@@ -32,17 +30,13 @@ def column_rows(data: Dataset) -> list[dict[str, Any]]:
         {
             "name": name,
             "kind": "dropped",
-            "examples": [],
+            "examples": (),
             "missing": 0.0,
             "note": data.dropped[name],
         }
         for name in gone
     ]
     return rows
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
 
 
 def _share_missing(data: Dataset, name: str) -> float:
@@ -73,14 +67,13 @@ def columns_table(data: Dataset, width: int) -> str:
         if id(row) in keep:
             kind = row["kind"] + (", the target" if row is rows[0] else "")
             missing = f"{row['missing']:.1%}" if row["missing"] else ""
-            examples = ", ".join(map(_short, row["examples"]))
-            table.add_row(row["name"], kind, missing, examples, row["note"])
+            table.add_row(row["name"], kind, missing, ", ".join(row["examples"]), row["note"])
     text = StringIO()
     console = Console(file=text, width=width, markup=False, emoji=False, highlight=False)
     console.print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     if len(keep) < len(rows):
-        left = pl.Series([row["kind"] for row in rows if id(row) not in keep])
-        counts = ", ".join(f"{n} of kind {kind}" for kind, n in left.value_counts(sort=True).rows())
+        left = Counter(row["kind"] for row in rows if id(row) not in keep)
+        counts = ", ".join(f"{n} of kind {kind}" for kind, n in left.most_common())
         lines.append(f"and {counts}: the report has all")
     return "\n".join(lines)

@@ -102,10 +102,7 @@ class Where:
 class Settings:
     """Settings of a training run, from its input files to its output folder."""
 
-    data: Annotated[
-        tuple[Path, ...],
-        Parameter(group=_DATA, consume_multiple=1, negative="", show_default=False),
-    ] = ()
+    data: Annotated[tuple[Path, ...], _SEVERAL] = ()
     """Files with the same columns: CSV, Parquet, Arrow, Excel, .npy or .npz."""
     dataset: Annotated[_Bundled, Parameter(group=_DATA)] = "digits"
     """A bundled table to use if no files are given."""
@@ -234,15 +231,15 @@ def options_of(settings: Settings) -> Options:
     ValueError
         If ``--column`` is not NAME=KIND, or the kind is none.
     """
-    columns = {}
+    columns, kinds = {}, [*COLUMN_KINDS, "drop"]
     for said in settings.column:
         name, equals, kind = said.rpartition("=")
-        if not equals or kind not in (*COLUMN_KINDS, "drop"):
-            near = get_close_matches(kind, [*COLUMN_KINDS, "drop"], 1)
+        if not equals or kind not in kinds:
+            near = get_close_matches(kind, kinds, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
                 f"--column {said}: it takes NAME=KIND, where KIND is one of"
-                f" {', '.join(COLUMN_KINDS)}, drop{hint}"
+                f" {', '.join(kinds)}{hint}"
             )
         columns[name] = kind
     if settings.date_format is not None and settings.date_format not in DATE_ORDERS:

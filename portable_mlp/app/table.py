@@ -38,6 +38,10 @@ class Table(NamedTuple):
     reading : Reading
     dropped : dict
         From the names of columns that are left out to the reasons.
+    by_name : bool
+        Whether a model finds the columns by name; those of arrays have positions.
+    said : dict
+        Kinds that the user says, by the names of the columns.
     notes : list of str
         What is not obvious about the files.
     """
@@ -45,6 +49,8 @@ class Table(NamedTuple):
     frame: Any
     reading: Reading
     dropped: dict[str, str]
+    by_name: bool
+    said: dict[str, str]
     notes: list[str]
 
 
@@ -69,13 +75,8 @@ def bundled_table(name: str, options: Options | None = None) -> Table:
     frame = frame.with_columns(pl.Series("target", target.tolist()))
     from portable_mlp.app.reading.files import File
 
-    whole = File(Path(name), frame.columns, True, lambda rows: frame.iter_slices(rows))
+    whole = File(Path(name), frame.columns, False, frame.iter_slices)
     return _read([whole], "-1", _options(options))
-
-
-def is_array_file(path: Path) -> bool:
-    """Tell, by its suffix, whether a file holds arrays, whose columns have no names."""
-    return path.suffix.lower() in (".npy", ".npz")
 
 
 def read_table(
@@ -117,12 +118,13 @@ def read_table(
         If a file does not exist.
     """
     _polars()
+    from portable_mlp.app.reading.csvs import Hints
     from portable_mlp.app.reading.files import open_file
 
     options = _options(options)
 
     def opened(path: Path, header: bool | None) -> Any:
-        return open_file(path, separator=options.separator, header=header, target=target)
+        return open_file(path, Hints(options.separator, header, target))
 
     files = [opened(path, options.header) for path in map(Path, paths)]
     if options.header is None and len({file.header for file in files} - {None}) == 2:
@@ -138,8 +140,7 @@ def _read(
     order: Callable[[Path], Any] | None = None,
 ) -> Table:
     pl = _polars()
-    from portable_mlp.app.reading.decisions import Evidence, add_batch, decide
-    from portable_mlp.app.reading.texts import MISSING
+    from portable_mlp.app.reading.decisions import Evidence, decide
 
     names = files[0].columns
     for file in files[1:]:
@@ -160,17 +161,16 @@ def _read(
     kinds = {name: kind for name, kind in said.items() if kind != "drop"}
     if not targets.isdisjoint(dropped):
         raise ValueError(f"the target {targets.pop()!r} cannot be dropped")
+    by_name = all(file.by_name for file in files)
     # A model finds the columns of an array by their positions, so all stay
-    kept = (
-        names if not all(file.by_name for file in files) else [n for n in names if n not in dropped]
-    )
-    missing = MISSING + tuple(text.lower() for text in options.missing)
-    found = {name: Evidence(name, missing, options.date_format) for name in kept}
+    kept = [name for name in names if name not in dropped or not by_name]
+    found = {name: Evidence(name, options) for name in kept}
     for file in files:
         n_rows = 0
         for batch in file.batches():
             n_rows += batch.height
-            add_batch(found, batch)
+            for name, evidence in found.items():
+                evidence.add(batch[name])
         if not n_rows:
             raise ValueError(f"{file.path} has a header and no rows")
     semicolons = {file.separator for file in files} == {";"}
@@ -178,7 +178,7 @@ def _read(
     reading = replace(reading, names=tuple(names))
     frames = [frame for file in files for frame in _chunks(file, reading, None)]
     notes = [file.note for file in files if file.note]
-    return Table(pl.concat(frames), reading, dropped, notes)
+    return Table(pl.concat(frames), reading, dropped, by_name, kinds, notes)
 
 
 def _chunks(file: Any, reading: Reading, rows: int | None) -> Iterator[Any]:
@@ -222,13 +222,13 @@ def read_chunks(
     FileNotFoundError
         If a file does not exist.
     """
+    from portable_mlp.app.reading.csvs import Hints
     from portable_mlp.app.reading.files import open_file
 
     wanted = list(reading.columns)
+    hints = Hints(reading.separator, reading.header, names=list(known or wanted))
     for path in map(Path, paths):
-        file = open_file(
-            path, separator=reading.separator, header=reading.header, names=list(known or wanted)
-        )
+        file = open_file(path, hints)
         check_columns(path, wanted, file.columns, [*wanted, *known])
         yield from _chunks(file, reading, rows)
 

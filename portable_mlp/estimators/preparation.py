@@ -136,6 +136,7 @@ class Preparation(Inference):
         binary = rows.target.ndim == 1 and self._loss.link_name == "logistic"
         numbers = np.arange(rows.x.shape[0])
         n_held_out = ceil(self.validation_fraction * len(numbers))
+        # scikit-learn's own error tells of a class of one row
         counts = np.unique(rows.target, return_counts=True)[1]
         if binary and n_held_out < len(counts) and counts.min() > 1:
             raise ValueError(

@@ -483,6 +483,34 @@ def test_exported_inputs_have_the_names_of_the_columns(names, tmp_path, rng, cap
 
 
 @pytest.mark.slow
+def test_exported_arrays(tmp_path, rng):
+    """Seconds since 1970 within an hour, some of them missing."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("skl2onnx")
+    X = np.c_[1.7e9 + 3600 * rng.random_sample(300), rng.standard_normal(300)]
+    y = np.sin((X[:, 0] - 1.7e9) / 600) > 0
+    X[::9, 0] = np.nan
+    np.savez(tmp_path / "t.npz", X=X, y=y)
+    model = tmp_path / "run/model.safetensors"
+    run(
+        "train",
+        "--data",
+        tmp_path / "t.npz",
+        "--target",
+        "y",
+        "--epochs",
+        30,
+        "--out",
+        model.parent,
+    )
+    run("export", model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    label, probabilities = session.run(None, {"X": X})
+    assert label.astype(bool).tolist() == load(model).predict(X).tolist()
+    np.testing.assert_allclose(probabilities, load(model).predict_proba(X), atol=3e-6)
+
+
+@pytest.mark.slow
 def test_missing_booleans_are_marked(tmp_path, rng):
     """Alone, without a missing number beside them."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -554,6 +554,7 @@ def zstd(content):
         PLAIN.decode().encode("utf-8-sig"),
         gzip.compress(PLAIN.decode().encode("utf-16")),
         b"sep=;\nx;y\n1;p\n2;q\n",
+        b"SEP=;\nx;y\n1;p\n2;q\n",
         b"# made by hand\n# in 2020\nx,y\n1,p\n2,q\n",
         b"#x,y\n1,p\n2,q\n",
         b"x|y\n1|p\n2|q\n",
@@ -561,7 +562,7 @@ def zstd(content):
         b"x,y\r1,p\r2,q\r",
         b'"x","y"\n"1","p"\n"2","q"',
     ],
-    ids=range(15),
+    ids=range(16),
 )
 @pytest.mark.parametrize("name", ["t.csv", "t.txt", "t.gz"])
 def test_files_are_what_their_bytes_are(content, name, tmp_path):
@@ -572,14 +573,23 @@ def test_files_are_what_their_bytes_are(content, name, tmp_path):
     assert pl.concat(read_chunks(paths, table.reading, 1)).equals(table.frame)
 
 
-@pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
-@pytest.mark.parametrize("how", ["write_parquet", "write_ipc"])
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("write_parquet", "t.parquet"), ("write_parquet", "t.csv"), ("write_ipc", "t.csv")],
+)
 def test_typed_files_by_their_bytes(how, name, tmp_path):
-    if name == "t.parquet" and how == "write_ipc":
-        pytest.skip("a name that promises Parquet is not tried with something else")
     frame = pl.DataFrame({"x": [1.0, 2.0], "y": ["p", "q"]})
     getattr(frame, how)(tmp_path / name)
     assert read_table([tmp_path / name]).frame.equals(frame)
+
+
+@pytest.mark.parametrize("name", ["t.npy", "t.csv"])
+def test_arrays_by_their_bytes(name, tmp_path):
+    with open(tmp_path / name, "wb") as file:
+        np.save(file, np.arange(60.0).reshape(30, 2) % 7)
+    data = dataset.read(Settings(data=(tmp_path / name,), task="regression"))
+    assert data.X.columns == ["column_0"]
+    assert not data.by_name
 
 
 def test_excel(tmp_path):
@@ -679,6 +689,22 @@ def test_odd_quotes_after_the_first_rows(tmp_path, monkeypatch):
         assert len(frame) == 18001
         assert frame["z"][9000] == wanted
         assert frame["z"].n_unique() == (1 if wanted == "red" else 2)
+
+
+@pytest.mark.parametrize("row", ["1,", '1, "p"', '1,5" pipe'])
+def test_a_file_is_checked_once(row, tmp_path, monkeypatch):
+    """Python's reader is slow; training reads a file twice."""
+    from portable_mlp.app.reading import csvs
+
+    calls = []
+
+    def counted(*given, original=csvs.check_rows):
+        calls.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(csvs, "check_rows", counted)
+    read_table(write(tmp_path, f"x,y\n1,p\n{row}\n2,q\n"), "x")
+    assert len(calls) == 1
 
 
 def test_blocks_end_with_rows(tmp_path, monkeypatch):

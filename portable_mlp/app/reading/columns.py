@@ -142,10 +142,10 @@ class Reading:
         """
         # Most columns of most tables are plain numbers: they are read together
         plain = self._plain_numbers(frame)
-        read = []
+        read: dict[str, pl.Series] = {}
         for name, column in self.columns.items():
             if name in plain:
-                read.append(plain[name])
+                read[name] = plain[name]
                 continue
             given = frame[name]
             values, wrong = self._read(given, column)
@@ -158,8 +158,8 @@ class Reading:
                 raise ValueError(
                     f"{source}, row {first_row + at}, column {name!r}: {str(given[at])!r}, {why}"
                 )
-            read.append(values.alias(name))
-        return pl.DataFrame({values.name: values for values in read})
+            read[name] = values
+        return pl.DataFrame(read)
 
     def _plain_numbers(self, frame: pl.DataFrame) -> pl.DataFrame:
         """Return the columns that are plain numbers throughout, within the limits."""

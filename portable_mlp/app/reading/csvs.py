@@ -11,7 +11,7 @@ from functools import partial
 from io import StringIO, TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, NamedTuple
 
 import polars as pl
 
@@ -19,10 +19,10 @@ from portable_mlp.app.reading.temporary import Place, Temporary
 from portable_mlp.app.reading.texts import (
     MISSING,
     MISSING_VALUES,
+    are_dates,
+    are_numbers,
     booleans,
     clean,
-    dates,
-    dressed_numbers,
 )
 
 _SEPARATORS = "\t;|,"  # the first of equals: a comma may be a decimal mark
@@ -32,7 +32,26 @@ _BLOCK = 2**22  # bytes that are parsed at a time
 _LONGEST_ROW = 2**24
 
 
-csv.field_size_limit(2**31 - 1)  # texts are longer than the 131 072 characters of the default
+csv.field_size_limit(2**31 - 1)  # texts may be longer than the 131 072 characters of the default
+
+
+class Hints(NamedTuple):
+    """What is known about a file before it is read.
+
+    Attributes
+    ----------
+    separator, header
+        What the user says, see `Options`.
+    target : str or None
+        Name or position of the target; its name in the first row makes this the header.
+    names : list of str or None
+        The columns of the table that a model learned from, the target last.
+    """
+
+    separator: str | None = None
+    header: bool | None = None
+    target: str | None = None
+    names: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,30 +80,28 @@ class Dialect:
     note: str = ""
 
 
-def find_dialect(
-    path: Path,
-    place: Place,
-    separator: str | None,
-    header: bool | None,
-    target: str | None,
-    names: list[str] | None,
-) -> Dialect:
+def find_dialect(path: Path, place: Place, hints: Hints) -> Dialect:
     """Find out how a file is written, from its first rows.
 
-    The parameters are those of `portable_mlp.app.reading.files.open_file`; ``place`` is the
-    path of the file's text in UTF-8.
+    Parameters
+    ----------
+    path : Path
+        Name of the file in error messages.
+    place : Place
+        Path of the file's text in UTF-8.
+    hints : Hints
 
     Raises
     ------
     ValueError
         If the file is empty, or its header names a column twice.
     """
-    lines = _sample(path, place)
+    lines, header = _sample(place), hints.header
     skip, given = _preamble(lines)
     if not any(line.strip() for line in lines[skip:]) or not lines[skip].strip():
         raise ValueError(f"{path} is empty, or begins with an empty line")
     n_hashes = next((i for i, line in enumerate(lines[skip:]) if line[0] != "#"), 0)
-    separator = separator or given or _find_separator(lines[skip + n_hashes :])
+    separator = hints.separator or given or _find_separator(lines[skip + n_hashes :])
     rows = _parsed(path, lines[skip + n_hashes :], separator)
     if n_hashes:
         # The last line behind a number sign is the header if it has as many fields as the rows
@@ -98,13 +115,13 @@ def find_dialect(
     if first[0].startswith("#"):
         first[0] = first[0].lstrip("# ")
     if header is None:
-        header = _has_header(first, rows[1:], target, names)
+        header = _has_header(first, rows[1:], hints)
     note = ""
     if header:
-        columns = named(path, first, names)
+        columns = named(path, first, hints.names)
     else:
-        columns = positions(len(first), names)
-        if names is None:
+        columns = positions(len(first), hints.names)
+        if hints.names is None:
             note = f"{path} has no header: its first row is data (--header says otherwise)"
     spaced = any(re.search(rf"{re.escape(separator)} +\"", line) for line in lines)
     return Dialect(separator, skip, header, columns, spaced, note)
@@ -155,7 +172,7 @@ def named(path: Path, first: list[str], names: list[str] | None) -> list[str]:
 # ------------------------------------------------------------------ the first rows
 
 
-def _sample(path: Path, place: Place) -> list[str]:
+def _sample(place: Place) -> list[str]:
     """Return the first lines of a file, with their ends."""
     size = _SAMPLE
     while True:
@@ -171,16 +188,13 @@ def _sample(path: Path, place: Place) -> list[str]:
 
 def _preamble(lines: list[str]) -> tuple[int, str | None]:
     """Return the number of lines before the table, and the separator that Excel's line names."""
-    if lines and (said := re.fullmatch(r"sep=(.)\s*", lines[0])):
+    if lines and (said := re.fullmatch(r"(?i)sep=(.)\s*", lines[0])):
         return 1, said[1]
     return 0, None
 
 
 def _find_separator(lines: list[str]) -> str:
-    """Return the separator by which most rows have as many fields as the first.
-
-    The first line alone decides between those that are equally good.
-    """
+    """Return the separator by which most rows have as many fields as the first."""
 
     def quality(mark: str) -> tuple[float, int]:
         try:
@@ -208,10 +222,9 @@ def _parsed(path: Path, lines: list[str], separator: str) -> list[list[str]]:
         raise ValueError(f"{path}, line 1: {error}") from error
 
 
-def _has_header(
-    first: list[str], rows: list[list[str]], target: str | None, names: list[str] | None
-) -> bool:
+def _has_header(first: list[str], rows: list[list[str]], hints: Hints) -> bool:
     """Tell whether the first row names the columns."""
+    target, names = hints.target, hints.names
     if names is not None:
         return not are_positions(names) or any(field in names for field in first)
     by_name = target is not None and not re.fullmatch(r"-?\d+", target)
@@ -220,7 +233,8 @@ def _has_header(
     if _are_places(first):
         return True
     columns = [[row[i] for row in rows if len(row) == len(first)] for i in range(len(first))]
-    over = [value or hole for value, hole in zip(_are_values(first), _holes(first), strict=True)]
+    values = zip(first, _are_values(first), strict=True)
+    over = [is_value or field.lower() in MISSING for field, is_value in values]
     under = [_mostly_values(column) for column in columns]
     if any(below and not above for above, below in zip(over, under, strict=True)):
         return True
@@ -233,16 +247,8 @@ def _has_header(
 def _are_values(texts: list[str]) -> list[bool]:
     """Tell which texts are numbers, dates or booleans."""
     known = clean(pl.Series(texts, dtype=pl.String), MISSING + MISSING_VALUES)
-    found = booleans(known).is_not_null()
-    for decimal in (".", ","):
-        found |= dressed_numbers(known, decimal).is_not_null()
-    for day_first in (False, True):
-        found |= dates(known, day_first=day_first).is_not_null()
+    found = booleans(known).is_not_null() | are_numbers(known) | are_dates(known)
     return [bool(value) for value in found]
-
-
-def _holes(texts: list[str]) -> list[bool]:
-    return [text.lower() in MISSING for text in texts]
 
 
 def _mostly_values(texts: list[str]) -> bool:
@@ -277,37 +283,62 @@ def _are_years(numbers: list[str]) -> bool:
 # ------------------------------------------------------------------ all rows
 
 
-def read_batches(
-    path: Path, place: Place, dialect: Dialect, rows: int, done: int = 0
-) -> Iterator[pl.DataFrame]:
-    """Yield the rows from the ``done``-th on as frames of texts, of at most ``rows`` rows each.
+class Rows:
+    """The rows of a CSV file as texts.
 
-    Raises
-    ------
-    ValueError
-        If a row does not have as many fields as the first; the message names its line.
+    Parameters
+    ----------
+    path : Path
+        Name of the file in error messages.
+    place : Place
+        Path of the file's text in UTF-8.
+    dialect : Dialect
     """
-    if dialect.spaced:
-        check_rows(path, place, dialect)
-        place = Temporary(partial(_rewrite, place, dialect))
-    height: int | None = None
-    before = done + dialect.header
-    try:
-        for frame in _frames(place, dialect):
-            # A row that is too short looks like one whose last values are missing
-            if height is None and (frame[:, -1] == "").any():
-                height = check_rows(path, place, dialect)
-            frame, before = frame.slice(before), max(0, before - frame.height)
-            if height is not None:
-                frame = frame.head(max(0, height - done))
-            for part in frame.iter_slices(rows):
+
+    def __init__(self, path: Path, place: Place, dialect: Dialect) -> None:
+        self._path = path
+        self._place = place
+        self._dialect = dialect
+        self._height: int | None = None  # known once the rows were counted
+        if dialect.spaced:
+            self._rewrite()
+
+    def batches(self, rows: int) -> Iterator[pl.DataFrame]:
+        """Yield frames of at most ``rows`` rows.
+
+        Raises
+        ------
+        ValueError
+            If a row does not have as many fields as the first; the message names its line.
+        """
+        done = 0
+        try:
+            for part in self._parts(rows, done):
                 done += part.height
                 yield part
-    except (pl.exceptions.PolarsError, _OddQuotes):
-        if dialect.spaced:
-            raise
-        # Python's reader takes such quotes as they are, or names the line of the row at fault
-        yield from read_batches(path, place, replace(dialect, spaced=True), rows, done)
+        except (pl.exceptions.PolarsError, _OddQuotes):
+            if self._dialect.spaced:
+                raise
+            # Python's reader takes such quotes as they are, or names the line of the row at fault
+            self._rewrite()
+            yield from self._parts(rows, done)
+
+    def _parts(self, rows: int, done: int) -> Iterator[pl.DataFrame]:
+        before = done + self._dialect.header
+        for frame in _frames(self._place, self._dialect):
+            # A row that is too short looks like one whose last values are missing
+            if self._height is None and (frame[:, -1] == "").any():
+                self._height = check_rows(self._path, self._place, self._dialect)
+            part, before = frame.slice(before), max(0, before - frame.height)
+            if self._height is not None:
+                part = part.head(max(0, self._height - done))
+            done += part.height
+            yield from part.iter_slices(rows)
+
+    def _rewrite(self) -> None:
+        self._dialect = replace(self._dialect, spaced=True)
+        self._height = check_rows(self._path, self._place, self._dialect)
+        self._place = Temporary(partial(_rewrite, self._place, self._dialect))
 
 
 def _frames(place: Place, dialect: Dialect) -> Iterator[pl.DataFrame]:

@@ -24,12 +24,13 @@ from portable_mlp.app.reading.options import DATE_ORDERS, DECIMALS, Options
 from portable_mlp.app.reading.texts import (
     MISSING,
     MISSING_VALUES,
+    are_dates,
+    are_numbers,
     booleans,
     clean,
     currencies,
     dates,
     dates_of_format,
-    dressed_numbers,
     has_decimal_mark,
     plain_numbers,
 )
@@ -38,7 +39,7 @@ from portable_mlp.preprocessing import KINDS, kind_of
 _MOST_OTHERS = 10  # distinct texts that are no numbers in a column of numbers
 _MOST_SHARE = 0.1  # of the values
 _EXACT = 2.0**53  # float64 holds smaller whole numbers exactly
-_SHOWN, _MOST_SHOWN = 3, 30  # examples, and their characters
+_SHOWN, _MOST_SHOWN = 3, 24  # examples, and their characters
 _MOST_STORED = 1000  # strangers in a column of a kind that the user says
 _SAMPLE = 200  # texts
 _GROUPED = r"^[-+]?[1-9][0-9]{0,2}\.[0-9]{3}$"  # the point may group thousands
@@ -51,10 +52,7 @@ class Evidence:
     Parameters
     ----------
     name : str
-    missing : tuple of str
-        Texts that are missing values, in lower case.
-    date_format : str, optional
-        As in `Options`.
+    options : Options
 
     Attributes
     ----------
@@ -78,32 +76,27 @@ class Evidence:
         Kinds that the files themselves give the column.
     """
 
-    def __init__(self, name: str, missing: tuple[str, ...], date_format: str | None = None) -> None:
+    def __init__(self, name: str, options: Options) -> None:
         self.name = name
-        self._format = None if date_format in DATE_ORDERS else date_format
+        self._missing = _missing(options)
+        self._format = None if options.date_format in DATE_ORDERS else options.date_format
         self.n = self.n_plain = self.n_formatted = 0
         self.low, self.high = float("inf"), float("-inf")
         self.whole, self.pointed, self.codes = True, False, False
         self.grouped: str | None = None
         self.declared: set[str] = set()
-        self._missing = missing
         self._others: list[pl.DataFrame] = []
         self._dates: list[str] = []
         self._few: dict[str, int] | None = {}
 
-    def add(self, values: pl.Series, plain: pl.Series | None = None) -> None:
-        """Add values of the column, as a file holds them.
-
-        ``plain`` is the result of `texts.plain_numbers` for them, if that is known already.
-        """
+    def add(self, values: pl.Series) -> None:
+        """Add values of the column, as a file holds them."""
         declared = values.dtype.base_type() in (pl.Categorical, pl.Enum)
         values = without_numbers(plain_types(values), self._missing)
         if values.dtype == pl.String:
-            if plain is None or values.null_count():
-                plain = plain_numbers(values)
             if declared:
                 self.declared.add("category")
-            self._add_texts(values, plain)
+            self._add_texts(values)
             return
         known = values.drop_nulls()
         self.n += len(known)
@@ -120,7 +113,8 @@ class Evidence:
         if kind == "date":
             self._dates = sorted({*self._dates, *(str(d) for d in (known.min(), known.max()))})
 
-    def _add_texts(self, texts: pl.Series, plain: pl.Series) -> None:
+    def _add_texts(self, texts: pl.Series) -> None:
+        plain = plain_numbers(texts)
         are_plain = plain.is_not_null()
         if are_plain.any():
             written, numbers = texts.filter(are_plain), plain.filter(are_plain)
@@ -207,8 +201,7 @@ class Evidence:
         texts, marks = self.texts["text"], {"."} if self.pointed else set()
         if texts.is_empty() or not self.may_be("number"):
             return marks
-        found = [dressed_numbers(texts, mark).is_not_null() for mark in DECIMALS]
-        n_numbers = self.n_plain + int(self.texts["n"].filter(found[0] | found[1]).sum())
+        n_numbers = self.n_plain + int(self.texts["n"].filter(are_numbers(texts)).sum())
         if n_numbers < (1 - _MOST_SHARE) * (self.n - self.n_holes):
             return marks  # it is no column of numbers
         return marks | {mark for mark in DECIMALS if has_decimal_mark(texts, mark)}
@@ -239,11 +232,9 @@ class Evidence:
         some = self.texts["text"].gather_every(max(1, len(self.texts) // _SAMPLE))
         found = booleans(some).is_not_null()
         if kind == "number":
-            for mark in DECIMALS:
-                found |= dressed_numbers(some, mark).is_not_null()
+            found |= are_numbers(some)
         if kind == "date":
-            for first in (False, True):
-                found |= dates(some, day_first=first).is_not_null()
+            found |= are_dates(some)
         n_strangers = len(some) - int(found.sum())
         return n_strangers <= _MOST_OTHERS or 2 * n_strangers < len(some)
 
@@ -252,9 +243,8 @@ class Evidence:
         """The range of the numbers or dates, and the most frequent texts."""
         frequent: list[str] = []
         if len(self.others):
-            frequent = self.others.sort("n", "text", descending=[True, False])["text"][
-                :_SHOWN
-            ].to_list()
+            ordered = self.others.sort("n", "text", descending=[True, False])
+            frequent = ordered["text"].head(_SHOWN).to_list()
         ranges = []
         if self.n_plain:
             low, high = self.low + 0.0, self.high + 0.0  # no minus zero
@@ -265,14 +255,6 @@ class Evidence:
         return tuple(
             text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…" for text in shown
         )
-
-
-def add_batch(found: Mapping[str, Evidence], batch: pl.DataFrame) -> None:
-    """Add a batch of rows to the evidence of its columns."""
-    texts = [name for name in found if batch[name].dtype == pl.String]
-    plain = batch.select(pl.col(texts).cast(pl.Float64, strict=False).fill_nan(None))
-    for name, evidence in found.items():
-        evidence.add(batch[name], plain[name] if name in plain.columns else None)
 
 
 class _Fit(NamedTuple):
@@ -303,13 +285,8 @@ def decide(found: Mapping[str, Evidence], options: Options, *, comma: bool = Fal
     Raises
     ------
     ValueError
-        If the options name a column that is not there, or a kind that does not exist.
+        If the format of dates fits no column.
     """
-    unknown = [name for name in options.columns if name not in found]
-    if unknown:
-        raise ValueError(
-            f"--column: there is no column {unknown[0]!r}; there are {', '.join(found)}"
-        )
     sure = {mark for evidence in found.values() for mark in evidence.marks}
     table = _Table(
         "," if sure == {","} else ".",
@@ -326,10 +303,15 @@ def decide(found: Mapping[str, Evidence], options: Options, *, comma: bool = Fal
         raise ValueError(f"--date-format {said} fits the values of no column")
     return Reading(
         columns,
-        MISSING + tuple(text.lower() for text in options.missing),
+        _missing(options),
         separator=options.separator,
         header=options.header,
     )
+
+
+def _missing(options: Options) -> tuple[str, ...]:
+    """Return the texts that are missing values in every column, in lower case."""
+    return MISSING + tuple(text.lower() for text in options.missing)
 
 
 @dataclass(frozen=True)
@@ -385,17 +367,15 @@ def _candidates(evidence: Evidence, table: _Table) -> list[str]:
     """Return the kinds that a column may be, the first choice first."""
     if evidence.n_formatted and evidence.n_formatted == evidence.n_plain:
         return ["date"]
-    kinds = []
-    if not evidence.many_numbers and (evidence.texts.height or not evidence.n_plain):
-        kinds += ["boolean", "date"]
-    kinds.insert(1, "number")
-    allowed = {"boolean": {"boolean"}, "number": {"number", "boolean"}, "date": {"date"}}
+    # What the types of the files may be for each kind
+    kinds = {"boolean": {"boolean"}, "number": {"number", "boolean"}, "date": {"date"}}
+    if evidence.many_numbers or (evidence.n_plain and evidence.texts.is_empty()):
+        kinds = {"number": kinds["number"]}
     said = table.options.date_format is not None
     return [
         kind
-        for kind in kinds
-        if evidence.declared <= allowed[kind]
-        and (evidence.may_be(kind) or (kind == "date" and said))
+        for kind, allowed in kinds.items()
+        if evidence.declared <= allowed and (evidence.may_be(kind) or (kind == "date" and said))
     ]
 
 
@@ -507,19 +487,22 @@ def _as_date(evidence: Evidence, table: _Table) -> _Fit:
         if len(differ):
             which = "another column has it so" if len(table.orders) == 1 else "it could be either"
             other = "month-first" if order else "day-first"
-            notes.append(
-                f"{differ[0]} is {dates(differ.head(1), day_first=order)[0]:%-d %B %Y}:"
-                f" {which} (--date-format {other} says otherwise)"
-            )
+            said_so = f"{which} (--date-format {other} says otherwise)"
+            notes.append(f"{_as_read(differ, order)}: {said_so}")
     short = texts["text"].filter(
         texts["text"].str.contains(r"^[0-9]{1,2}[-/.][0-9]{1,2}[-/.][0-9]{2}(?:[^0-9]|$)")
         & dates(texts["text"], day_first=order).is_not_null()
     )
     if len(short) and not notes:
-        notes.append(f"{short[0]} is {dates(short.head(1), day_first=order)[0]:%-d %B %Y}")
+        notes.append(_as_read(short, order))
     column = Column("date", day_first=order)
     left = texts.filter(convert(texts["text"], column).is_null())
     return _Fit(column, left, tuple(notes))
+
+
+def _as_read(texts: pl.Series, day_first: bool) -> str:
+    date = dates(texts.head(1), day_first=day_first)[0]
+    return f"{texts[0]} is {date.day} {date:%B} {date.year}"
 
 
 _FITS: dict[str, Callable[[Evidence, _Table], _Fit]] = {

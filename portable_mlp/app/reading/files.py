@@ -9,7 +9,7 @@ import bz2
 import gzip
 import lzma
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ import polars as pl
 from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
-from portable_mlp.app.reading.csvs import find_dialect, named, positions, read_batches
+from portable_mlp.app.reading.csvs import Hints, Rows, find_dialect, named, positions
 from portable_mlp.app.reading.temporary import Place, Temporary
 
 AT_ONCE = 2**17
@@ -101,25 +101,13 @@ class File:
             raise _unreadable(self.path, error) from error
 
 
-def open_file(
-    path: Path,
-    *,
-    separator: str | None = None,
-    header: bool | None = None,
-    target: str | None = None,
-    names: Sequence[str] | None = None,
-) -> File:
+def open_file(path: Path, hints: Hints) -> File:
     """Open a file, and find out what it is.
 
     Parameters
     ----------
     path : Path
-    separator, header
-        What the user says about a CSV file, see `Options`.
-    target : str, optional
-        Name or position of the target; its name in the first row makes this the header.
-    names : sequence of str, optional
-        The names of the columns of the table that a model learned from, the target last.
+    hints : Hints
 
     Raises
     ------
@@ -134,18 +122,17 @@ def open_file(
         raise FileNotFoundError(f"there is no file {path}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name its files")
-    known = list(names) if names is not None else None
     try:
         kind = what_is(path)
         if kind == "parquet":
-            return _lazy(path, pl.scan_parquet(path), known)
+            return _lazy(path, pl.scan_parquet(path), hints.names)
         if kind == "arrow":
-            return _lazy(path, pl.scan_ipc(path), known)
+            return _lazy(path, pl.scan_ipc(path), hints.names)
         if kind == "xlsx":
-            return _excel(path, header, known)
+            return _excel(path, hints)
         if kind in ("npy", "npz"):
-            return _arrays(path, kind, known)
-        return _text(path, _as_utf8(path, kind), separator, header, target, known)
+            return _arrays(path, kind, hints.names)
+        return _text(path, _as_utf8(path, kind), hints)
     except pl.exceptions.PolarsError as error:
         raise _unreadable(path, error) from error
 
@@ -219,11 +206,10 @@ def _lazy(path: Path, lazy: pl.LazyFrame, names: list[str] | None) -> File:
     return File(path, columns, True, batches)
 
 
-def _excel(path: Path, header: bool | None, names: list[str] | None) -> File:
+def _excel(path: Path, hints: Hints) -> File:
+    header = hints.header is not False
     try:
-        frame = pl.read_excel(
-            path, engine="calamine", has_header=header is not False, infer_schema_length=None
-        )
+        frame = pl.read_excel(path, engine="calamine", has_header=header, infer_schema_length=None)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{path} is an Excel file, for which fastexcel is needed:"
@@ -232,7 +218,7 @@ def _excel(path: Path, header: bool | None, names: list[str] | None) -> File:
     except Exception as error:  # fastexcel has exceptions of its own
         raise ValueError(f"{path} cannot be read as an Excel file: {error}") from error
     own = ["" if name.startswith("__UNNAMED__") else name for name in frame.columns]
-    columns = positions(len(own), names) if header is False else named(path, own, names)
+    columns = named(path, own, hints.names) if header else positions(len(own), hints.names)
     frame.columns = columns
     return File(path, columns, True, lambda rows: iter(frame.iter_slices(rows)))
 
@@ -270,19 +256,9 @@ def _arrays(path: Path, kind: str, names: list[str] | None) -> File:
 # ------------------------------------------------------------------ texts
 
 
-def _text(
-    path: Path,
-    place: Place,
-    separator: str | None,
-    header: bool | None,
-    target: str | None,
-    names: list[str] | None,
-) -> File:
-    dialect = find_dialect(path, place, separator, header, target, names)
-
-    def batches(rows: int) -> Iterator[pl.DataFrame]:
-        yield from read_batches(path, place, dialect, rows)
-
+def _text(path: Path, place: Place, hints: Hints) -> File:
+    dialect = find_dialect(path, place, hints)
+    batches = Rows(path, place, dialect).batches
     return File(
         path, dialect.columns, True, batches, dialect.separator, dialect.header, dialect.note
     )

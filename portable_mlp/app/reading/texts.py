@@ -91,6 +91,12 @@ def dressed_numbers(texts: pl.Series, decimal: str) -> pl.Series:
     return plain_numbers(bare.str.replace("%", "e-2", literal=True))
 
 
+def are_numbers(texts: pl.Series) -> pl.Series:
+    """Tell which texts are numbers with one of the decimal marks."""
+    first, second = (dressed_numbers(texts, mark).is_not_null() for mark in DECIMALS)
+    return first | second
+
+
 def has_decimal_mark(texts: pl.Series, decimal: str) -> bool:
     """Tell whether some number has this decimal mark for sure.
 
@@ -186,6 +192,12 @@ def dates(texts: pl.Series, *, day_first: bool) -> pl.Series:
         if not parts["year"].is_null().all():
             found = found.zip_with(found.is_not_null(), _date(parts))
     return found.alias(texts.name)
+
+
+def are_dates(texts: pl.Series) -> pl.Series:
+    """Tell which texts are dates with one of the orders of day and month."""
+    first, second = (dates(texts, day_first=first).is_not_null() for first in (False, True))
+    return first | second
 
 
 def dates_of_format(texts: pl.Series, format: str) -> pl.Series:
