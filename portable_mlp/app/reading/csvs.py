@@ -325,9 +325,9 @@ class Rows:
 
     def _parts(self, rows: int, done: int) -> Iterator[pl.DataFrame]:
         before = done + self._dialect.header
-        for frame in _frames(self._place, self._dialect):
+        for frame, is_whole in _frames(self._place, self._dialect):
             # A row that is too short looks like one whose last values are missing
-            if self._height is None and (frame[:, -1] == "").any():
+            if self._height is None and not is_whole and (frame[:, -1] == "").any():
                 self._height = check_rows(self._path, self._place, self._dialect)
             part, before = frame.slice(before), max(0, before - frame.height)
             if self._height is not None:
@@ -341,23 +341,30 @@ class Rows:
         self._place = Temporary(partial(_rewrite, self._place, self._dialect))
 
 
-def _frames(place: Place, dialect: Dialect) -> Iterator[pl.DataFrame]:
-    """Yield the rows of a file, with its header, a block of text at a time."""
-    schema = dict.fromkeys(dialect.columns, pl.String)
-    spaced = re.compile(re.escape(dialect.separator.encode()) + b' +"')
+def _frames(place: Place, dialect: Dialect) -> Iterator[tuple[pl.DataFrame, bool]]:
+    """Yield the rows of a file, with its header, a block of text at a time.
+
+    Each frame comes with True if no row is too short, and with False if that is not known.  Polars
+    refuses rows that are too long.  So with the right number of separators, and without quotes,
+    no row is too short.
+    """
+    schema, separator = dict.fromkeys(dialect.columns, pl.String), dialect.separator.encode()
+    spaced = re.compile(re.escape(separator) + b' +"')
     with open(place, "rb") as file:
         for _ in range(dialect.skip):
             file.readline()
         for block in _blocks(file):
             if not dialect.spaced and spaced.search(block):
                 raise _OddQuotes
-            yield pl.read_csv(
+            frame = pl.read_csv(
                 block,
                 separator=dialect.separator,
                 has_header=False,
                 schema=schema,
                 empty_string_is_null=False,
             )
+            n_separators = (frame.width - 1) * frame.height
+            yield frame, b'"' not in block and block.count(separator) == n_separators
 
 
 class _OddQuotes(Exception):

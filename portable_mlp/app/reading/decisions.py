@@ -20,7 +20,7 @@ from portable_mlp.app.reading.columns import (
     plain_types,
     without_numbers,
 )
-from portable_mlp.app.reading.options import DATE_ORDERS, DECIMALS, Options
+from portable_mlp.app.reading.options import DATE_ORDERS, Options
 from portable_mlp.app.reading.texts import (
     MISSING,
     MISSING_VALUES,
@@ -31,7 +31,7 @@ from portable_mlp.app.reading.texts import (
     currencies,
     dates,
     dates_of_format,
-    has_decimal_mark,
+    dressed_numbers,
     plain_numbers,
 )
 from portable_mlp.preprocessing import KINDS, kind_of
@@ -43,6 +43,7 @@ _SHOWN, _MOST_SHOWN = 3, 24  # examples, and their characters
 _MOST_STORED = 1000  # strangers in a column of a kind that the user says
 _SAMPLE = 200  # texts
 _GROUPED = r"^[-+]?[1-9][0-9]{0,2}\.[0-9]{3}$"  # the point may group thousands
+_SHORT_DATE = r"^[0-9]{1,2}[-/.][0-9]{1,2}[-/.][0-9]{2}(?:[^0-9]|$)"  # a year of two digits
 _NO_TEXTS = pl.DataFrame(schema={"text": pl.String, "n": pl.Int64})
 
 
@@ -197,27 +198,37 @@ class Evidence:
 
     @cached_property
     def marks(self) -> set[str]:
-        """The decimal marks that the numbers have for sure."""
-        texts, marks = self.texts["text"], {"."} if self.pointed else set()
-        if texts.is_empty() or not self.may_be("number"):
+        """The decimal marks that the numbers have for sure.
+
+        In 1,234 the comma may group thousands, or be a decimal mark.  In 1,23 and 1.234,5 it is
+        one, and beside 1.234.567, whose points group thousands.
+        """
+        marks = {"."} if self.pointed else set()
+        if self.texts.is_empty() or not self.may_be("number"):
             return marks
-        n_numbers = self.n_plain + int(self.texts["n"].filter(are_numbers(texts)).sum())
+        point, comma = (dressed_numbers(self.texts["text"], mark) for mark in (".", ","))
+        either = point.is_not_null() | comma.is_not_null()
+        n_numbers = self.n_plain + int(self.texts["n"].filter(either).sum())
         if n_numbers < (1 - _MOST_SHARE) * (self.n - self.n_holes):
             return marks  # it is no column of numbers
-        return marks | {mark for mark in DECIMALS if has_decimal_mark(texts, mark)}
+        marks |= {"."} if (point.is_not_null() & comma.is_null()).any() else set()
+        marks |= {","} if (comma.is_not_null() & point.is_null()).any() else set()
+        return marks
+
+    @cached_property
+    def dates(self) -> dict[bool, pl.Series]:
+        """The dates of `all_texts`, by whether the day is first."""
+        texts = self.all_texts["text"]
+        return {first: dates(texts, day_first=first) for first in (False, True)}
 
     @cached_property
     def day_first(self) -> bool | None:
         """Whether the dates have the day first; None if nothing tells."""
         if "date" in self.declared or self.texts.is_empty() or not self.may_be("date"):
             return None
+        rows = self.all_texts["n"]
         n_month, n_day = (
-            int(
-                self.texts["n"]
-                .filter(dates(self.texts["text"], day_first=first).is_not_null())
-                .sum()
-            )
-            for first in (False, True)
+            int(rows.filter(self.dates[first].is_not_null()).sum()) for first in (False, True)
         )
         return None if n_month == n_day else n_day > n_month
 
@@ -470,34 +481,32 @@ def _as_number(evidence: Evidence, table: _Table) -> _Fit:
 
 
 def _as_date(evidence: Evidence, table: _Table) -> _Fit:
-    said, forced = table.options.date_format, evidence.name in table.options.columns
-    texts = evidence.texts if forced else evidence.all_texts
+    said = table.options.date_format
     if said is not None and said not in DATE_ORDERS:
         column = Column("date", date_format=said)
         values = convert(evidence.texts["text"], column)
         if values.is_not_null().any() or evidence.n_formatted:
             return _Fit(column, evidence.texts.filter(values.is_null()))
-    order, notes = evidence.day_first, []
+    texts, order, notes = evidence.all_texts, evidence.day_first, []
     if order is None and said in DATE_ORDERS:
         order = DATE_ORDERS[said]
     elif order is None:
         order = table.orders == {True}
-        either = [dates(texts["text"], day_first=first) for first in (False, True)]
-        differ = texts["text"].filter((either[0] != either[1]).fill_null(value=False))
+        month_first, day_first = evidence.dates[False], evidence.dates[True]
+        differ = texts["text"].filter((month_first != day_first).fill_null(value=False))
         if len(differ):
             which = "another column has it so" if len(table.orders) == 1 else "it could be either"
             other = "month-first" if order else "day-first"
             said_so = f"{which} (--date-format {other} says otherwise)"
             notes.append(f"{_as_read(differ, order)}: {said_so}")
-    short = texts["text"].filter(
-        texts["text"].str.contains(r"^[0-9]{1,2}[-/.][0-9]{1,2}[-/.][0-9]{2}(?:[^0-9]|$)")
-        & dates(texts["text"], day_first=order).is_not_null()
-    )
+    are_dates = evidence.dates[order].is_not_null()
+    short = texts["text"].filter(are_dates & texts["text"].str.contains(_SHORT_DATE))
     if len(short) and not notes:
         notes.append(_as_read(short, order))
-    column = Column("date", day_first=order)
-    left = texts.filter(convert(texts["text"], column).is_null())
-    return _Fit(column, left, tuple(notes))
+    left = texts.filter(~are_dates)
+    if evidence.name in table.options.columns:  # numbers are no missing dates if the user says so
+        left = left.join(evidence.texts, on="text", how="semi")
+    return _Fit(Column("date", day_first=order), left, tuple(notes))
 
 
 def _as_read(texts: pl.Series, day_first: bool) -> str:

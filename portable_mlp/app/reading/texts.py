@@ -97,20 +97,6 @@ def are_numbers(texts: pl.Series) -> pl.Series:
     return first | second
 
 
-def has_decimal_mark(texts: pl.Series, decimal: str) -> bool:
-    """Tell whether some number has this decimal mark for sure.
-
-    In 1,234 the comma may group thousands, or be a decimal mark.  In 1,23 and 1.234,5 it is one,
-    and beside 1.234.567, whose points group thousands.
-    """
-    other = "," if decimal == "." else "."
-    maybe = texts.filter(texts.str.contains("[.,]"))
-    if maybe.is_empty():
-        return False
-    sure = dressed_numbers(maybe, decimal).is_not_null() & dressed_numbers(maybe, other).is_null()
-    return bool(sure.any())
-
-
 def currencies(texts: pl.Series) -> list[str]:
     """Return the different signs and codes of currencies, sorted."""
     return sorted(texts.str.extract(f"({_MONEY})").drop_nulls().unique())
@@ -188,6 +174,8 @@ def dates(texts: pl.Series, *, day_first: bool) -> pl.Series:
     if not texts.str.contains("[0-9]").any():
         return found.alias(texts.name)
     for pattern in _PATTERNS[day_first]:
+        if found.null_count() == texts.null_count():
+            break
         parts = texts.str.extract_groups(pattern).struct.unnest()
         if not parts["year"].is_null().all():
             found = found.zip_with(found.is_not_null(), _date(parts))
