@@ -48,6 +48,15 @@ def target(request: pytest.FixtureRequest) -> Target:
     return get_target(request.param, request)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument, not by what they are.
+
+    Archives contain the time at which they were made. The processes of pytest-xdist make
+    them at different times, and have to collect the same names.
+    """
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what waits for a compiler, and the pages of documentation.
 
