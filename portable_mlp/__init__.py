@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from portable_mlp.checks import check_loss as check_loss
     from portable_mlp.estimators import MLPClassifier as MLPClassifier
     from portable_mlp.estimators import MLPRegressor as MLPRegressor
+    from portable_mlp.estimators.plots import LossCurveDisplay as LossCurveDisplay
     from portable_mlp.layers import Layer as Layer
     from portable_mlp.losses import Loss as Loss
     from portable_mlp.network import Network as Network
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from portable_mlp.persistence import save as save
     from portable_mlp.persistence.modelfile import ModelFileError as ModelFileError
     from portable_mlp.persistence.onnx import to_onnx as to_onnx
-    from portable_mlp.plots import LossCurveDisplay as LossCurveDisplay
     from portable_mlp.training import DivergenceError as DivergenceError
 
 __version__ = version("portable_mlp")
@@ -56,7 +56,7 @@ _HOME = {
     "load": "persistence",
     "register": "persistence",
     "save": "persistence",
-    "LossCurveDisplay": "plots",
+    "LossCurveDisplay": "estimators.plots",
     "DivergenceError": "training",
 }
 

@@ -12,8 +12,9 @@ from difflib import get_close_matches
 from math import pi, sqrt
 from typing import Any
 
-from portable_mlp.functions import sigmoid, softplus
-from portable_mlp.layers import Layer
+from portable_mlp.functions import sigmoid, softplus, sum_rows
+from portable_mlp.initializers import Ones
+from portable_mlp.layers import Layer, Param, with_members
 from portable_mlp.typing import Array, Namespace, Params
 
 
@@ -166,15 +167,20 @@ class SiLU(Layer):
 
 @dataclass(frozen=True)
 class Mish(Layer):
-    """Mish, f(x) = x t,  t = tanh(log(1 + eˣ)),  f′ = t + x σ(x) (1 − t²)  (Misra, 2020)."""
+    """Mish, f(x) = x t,  t = tanh(log(1 + eˣ)),  f′ = t + x σ(x) (1 − t²)  (Misra, 2020).
 
-    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, tuple[Array, Array]]:
-        t = xp.tanh(softplus(x, xp))
-        return x * t, (x, t)
+    With e = eˣ,  t = n / (n + 2) for n = e (e + 2), and σ(x) = e / (1 + e).
+    """
 
-    def backward(self, p: Params, residual: tuple[Array, Array], dy: Array, xp: Namespace) -> Array:
-        x, t = residual
-        return dy * (t + x * sigmoid(x, xp) * (1.0 - t * t))
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Any]:
+        e = xp.exp(xp.minimum(x, 20.0))  # beyond, t is 1 to rounding in float64 too
+        n = e * (e + 2.0)
+        t = n / (n + 2.0)
+        return x * t, (x, e, t)
+
+    def backward(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> Array:
+        x, e, t = residual
+        return dy * (t + x * (e / (1.0 + e)) * (1.0 - t * t))
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,55 @@ class Softplus(Layer):
 
     def backward(self, p: Params, x: Array, dy: Array, xp: Namespace) -> Array:
         return dy * sigmoid(x, xp)
+
+
+@dataclass(frozen=True)
+class Parametric(Layer):
+    """An activation between the identity and f, y = x + α ⊙ (f(x) − x), that is learned.
+
+    Each unit has its own α, at first 1 (the parametric activations of RealMLP, Holzmüller et
+    al., 2024).
+
+    Parameters
+    ----------
+    activation : Layer
+        The activation f; an elementwise layer without parameters.
+    n_in : int
+        Number of units; α is (n_in,).
+    members : int, optional
+        Number of members of an ensemble; α is then (members, 1, n_in).
+    """
+
+    activation: Layer
+    n_in: int
+    members: int | None = None
+
+    @property
+    def n_out(self) -> int:
+        return self.n_in
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        (shape,) = with_members(self.members, (self.n_in,))
+        return (Param("slope", shape, Ones(), 1, 1, "activation", self.members),)
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Any]:
+        (a,) = p
+        f, residual = self.activation.forward((), x, xp)
+        bend = f - x
+        return x + a * bend, (residual, bend)
+
+    def backward(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> Array:
+        """Return dx = (1 − α) dy + f′ α dy."""
+        (a,) = p
+        inner, _ = residual
+        bent = a * dy
+        return dy - bent + self.activation.backward((), inner, bent, xp)
+
+    def gradients(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> tuple[Array]:
+        """Return dα = Σₙ dy (f(x) − x)."""
+        _, bend = residual
+        return (xp.reshape(sum_rows(dy * bend, xp), p[0].shape),)
 
 
 ACTIVATIONS: dict[str, Layer] = {

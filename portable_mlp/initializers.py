@@ -61,3 +61,50 @@ class Zeros:
         self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int
     ) -> NDArray[np.float64]:
         return np.zeros(shape)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal initial values, N(0, std²), whatever the numbers of inputs and outputs.
+
+    Parameters
+    ----------
+    std : float >= 0, or a tuple of them, default=1
+        Standard deviation; a tuple has one for each member of an ensemble, whose axis is the
+        first.
+    """
+
+    std: float | tuple[float, ...] = 1.0
+
+    def __call__(
+        self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int
+    ) -> NDArray[np.float64]:
+        std = np.reshape(self.std, (-1, *(1,) * (len(shape) - 1)))
+        return std * rng.standard_normal(shape)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform initial values, U(−bound, bound), whatever the numbers of inputs and outputs.
+
+    Parameters
+    ----------
+    bound : float > 0
+    """
+
+    bound: float
+
+    def __call__(
+        self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int
+    ) -> NDArray[np.float64]:
+        return rng.uniform(-self.bound, self.bound, shape)
+
+
+@dataclass(frozen=True)
+class Ones:
+    """Ones; the random generator is not used."""
+
+    def __call__(
+        self, rng: np.random.RandomState, shape: tuple[int, ...], fan_in: int, fan_out: int
+    ) -> NDArray[np.float64]:
+        return np.ones(shape)

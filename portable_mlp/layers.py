@@ -20,13 +20,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import sqrt
 from numbers import Integral
 from typing import Any, ClassVar
 
+import numpy as np
 from array_api_compat import device, size
+from numpy.typing import NDArray
 
 from portable_mlp.functions import sum_rows, transposed
-from portable_mlp.initializers import GlorotUniform, Initializer
+from portable_mlp.initializers import GlorotUniform, Initializer, Normal, Ones
 from portable_mlp.members import PerMember
 from portable_mlp.schedules import Clock, Scheduled, at
 from portable_mlp.typing import Array, Namespace, Params
@@ -103,6 +106,23 @@ class Layer(ABC):
         """
         return tuple(at(getattr(self, name), clock) for name in self.numbers if name != "key")
 
+    def fitted_init(
+        self, p: list[NDArray[np.float64]], x: NDArray[np.float64], rng: np.random.RandomState
+    ) -> list[NDArray[np.float64]]:
+        """Return initial parameters that suit the rows that the layer will see; ``p`` by default.
+
+        `Network.init` calls this if it is given rows.
+
+        Parameters
+        ----------
+        p : list of ndarray
+            Initial values from the parameters' initializers.
+        x : ndarray (n, n_in)
+            The layer's input for some training rows, with these initial parameters before it.
+        rng : RandomState
+        """
+        return p
+
     @abstractmethod
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Any]:
         """Map x (n, n_in) to y (n, n_out); return y and what the derivative needs."""
@@ -150,9 +170,7 @@ class Linear(Layer):
     @property
     def params(self) -> tuple[Param, ...]:
         fans = (self.n_in, self.n_out)
-        weight, bias = fans, (self.n_out,)
-        if self.members is not None:
-            weight, bias = (self.members, *weight), (self.members, 1, *bias)  # type: ignore[assignment]
+        weight, bias = with_members(self.members, fans, (self.n_out,))
         return (
             Param("weight", weight, self.weight_init, *fans, members=self.members),
             Param("bias", bias, self.bias_init, *fans, group="bias", members=self.members),
@@ -174,6 +192,125 @@ class Linear(Layer):
         """Return dW = xᵀ dz, (n_in, n_out), and db = Σₙ dz, (n_out,)."""
         # The reshape gives db its axis of length 1 where b is (members, 1, n_out)
         return transposed(x) @ dz, xp.reshape(sum_rows(dz, xp), p[1].shape)
+
+
+@dataclass(frozen=True)
+class NTKLinear(Layer):
+    """Linear layer in the neural-tangent parametrisation, z = x W / √n_in + b.
+
+    With W ~ N(0, 1), all weights have the same size, whatever the width, and so does their
+    suitable learning rate (Jacot et al., 2018).
+
+    The initial values suit the data, if there are rows.  Each column of W is divided by the
+    standard deviation of its unit, so that z has variance 1.  Each unit's bias is −Σ eᵢ zᵢ over
+    five random rows i, with random weights e that sum to one, so that the unit's kink is among
+    the rows.  These are the initial values "std" and "he+5" of RealMLP (Holzmüller et al.,
+    2024, appendix A).
+
+    Parameters
+    ----------
+    n_in, n_out : int
+        Widths of input and output, at least 1; W is (n_in, n_out), b is (n_out,).
+    members : int, optional
+        Number of members of an ensemble.  W is then (members, n_in, n_out) and b is
+        (members, 1, n_out).
+
+    Raises
+    ------
+    ValueError
+        If a width or the number of members is below 1.
+    """
+
+    n_in: int
+    n_out: int
+    members: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_in < 1 or self.n_out < 1:
+            raise ValueError(f"a layer's widths must be at least 1, got {self}")
+        _check_members(self.members)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        fans = (self.n_in, self.n_out)
+        shapes = with_members(self.members, fans, (self.n_out,))
+        return tuple(
+            Param(name, shape, Normal(), *fans, group=name, members=self.members)
+            for name, shape in zip(("weight", "bias"), shapes, strict=True)
+        )
+
+    def fitted_init(
+        self, p: list[NDArray[np.float64]], x: NDArray[np.float64], rng: np.random.RandomState
+    ) -> list[NDArray[np.float64]]:
+        w, b = p
+        z = x @ w / sqrt(self.n_in)  # (n, n_out), or (members, n, n_out)
+        std = np.maximum(np.std(z, axis=-2, keepdims=True), 1e-6)  # a constant input has none
+        w, z = w / std, z / std
+        n, lead = 5, z.shape[:-2]
+        rows = rng.randint(z.shape[-2], size=(*lead, n, self.n_out))
+        e = rng.exponential(size=rows.shape)
+        e /= np.sum(e, axis=-2, keepdims=True)
+        kinks = np.sum(e * np.take_along_axis(z, rows, axis=-2), axis=-2)
+        return [w, -kinks.reshape(b.shape)]
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, tuple[Array, Array]]:
+        """Return z = x W / √n_in + b, and what the gradients need: x and W / √n_in."""
+        w, b = p
+        w = w * (1.0 / sqrt(self.n_in))
+        z = xp.matmul(x, w)
+        z += b
+        return z, (x, w)
+
+    def backward(self, p: Params, residual: tuple[Array, Array], dz: Array, xp: Namespace) -> Array:
+        """Return dx = dz Wᵀ / √n_in."""
+        _, w = residual
+        return xp.matmul(dz, transposed(w))
+
+    def gradients(
+        self, p: Params, residual: tuple[Array, Array], dz: Array, xp: Namespace
+    ) -> tuple[Array, Array]:
+        """Return dW = xᵀ dz / √n_in and db = Σₙ dz."""
+        x, _ = residual
+        dw = xp.matmul(transposed(x), dz) * (1.0 / sqrt(self.n_in))
+        return dw, xp.reshape(sum_rows(dz, xp), p[1].shape)
+
+
+@dataclass(frozen=True)
+class Scale(Layer):
+    """Scale, y = s ⊙ x, a factor for each column; it learns which columns matter.
+
+    Parameters
+    ----------
+    n_in : int
+        Number of columns; s is (n_in,).
+    members : int, optional
+        Number of members of an ensemble; s is then (members, 1, n_in).
+    """
+
+    n_in: int
+    members: int | None = None
+
+    @property
+    def n_out(self) -> int:
+        return self.n_in
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        (shape,) = with_members(self.members, (self.n_in,))
+        return (Param("scale", shape, Ones(), 1, 1, "scale", self.members),)
+
+    def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Array]:
+        (s,) = p
+        return s * x, x
+
+    def backward(self, p: Params, x: Array, dy: Array, xp: Namespace) -> Array:
+        """Return dx = s ⊙ dy."""
+        (s,) = p
+        return s * dy
+
+    def gradients(self, p: Params, x: Array, dy: Array, xp: Namespace) -> tuple[Array]:
+        """Return ds = Σₙ x ⊙ dy."""
+        return (xp.reshape(sum_rows(x * dy, xp), p[0].shape),)
 
 
 @dataclass(frozen=True)
@@ -271,6 +408,13 @@ class Dropout(Layer):
 def _threshold(rate: float) -> int:
     # The bits are in [0, 2³¹).  A rate just below 1 rounds to 2³¹, which int32 cannot hold
     return min(round(_check_rate(rate) * 2**31), 2**31 - 1)
+
+
+def with_members(members: int | None, *shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return shapes with the members' axis first; a vector gets an axis of rows behind it."""
+    if members is None:
+        return list(shapes)
+    return [(members, 1, *s) if len(s) == 1 else (members, *s) for s in shapes]
 
 
 def _check_members(members: int | None) -> None:

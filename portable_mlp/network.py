@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
+import array_api_compat.numpy as numpy_namespace
 import numpy as np
 from numpy.typing import NDArray
 
@@ -93,9 +94,26 @@ class Network:
         """The number of linear layers."""
         return sum(isinstance(layer, Linear) for layer in self.layers)
 
-    def init(self, rng: np.random.RandomState) -> list[NDArray[np.float64]]:
-        """Draw initial parameters on the host, in the order of ``params``, in float64."""
-        return [p.init(rng, p.shape, p.fan_in, p.fan_out) for p in self.params]
+    def init(
+        self, rng: np.random.RandomState, x: NDArray[np.float64] | None = None
+    ) -> list[NDArray[np.float64]]:
+        """Draw initial parameters on the host, in the order of ``params``, in float64.
+
+        Parameters
+        ----------
+        rng : RandomState
+        x : ndarray (n, n_in) or (members, n, n_in), optional
+            Some training rows, to which layers may fit their parameters, one layer after the
+            other: see `Layer.fitted_init`.
+        """
+        drawn: list[NDArray[np.float64]] = []
+        for layer in self.layers:
+            own = [p.init(rng, p.shape, p.fan_in, p.fan_out) for p in layer.params]
+            if x is not None:
+                own = layer.fitted_init(own, x, rng)
+                x, _ = layer.forward(own, x, numpy_namespace)
+            drawn += own
+        return drawn
 
     @cached_property
     def n_random(self) -> int:

@@ -13,7 +13,7 @@ parameters of the estimator keep their defaults.  An instance can be given witho
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import cos, inf, pi
+from math import cos, inf, log2, pi
 from typing import Any, NamedTuple
 
 
@@ -245,6 +245,43 @@ class OneCycle(Schedule):
         return _cosine(1.0, self.final, (clock.step - top) / (last - top))
 
 
+@dataclass(frozen=True)
+class LogCosine(Schedule):
+    """Cosine waves that become longer, ½ (1 − cos(2π log₂(1 + (2ᶜ − 1) t))) at progress t.
+
+    It starts and ends at 0.  Each of the c ``cycles`` takes twice the time of the one before it.
+    This is "coslog4" of RealMLP (Holzmüller et al., 2024).
+
+    Parameters
+    ----------
+    cycles : int >= 1, default=4
+        Number of waves, c.
+
+    Raises
+    ------
+    ValueError
+        If ``cycles`` is below 1.
+    """
+
+    cycles: int = 4
+
+    def __post_init__(self) -> None:
+        if self.cycles < 1:
+            raise ValueError(f"cycles must be at least 1, got {self.cycles!r}")
+
+    def factor(self, clock: Clock, state: Any) -> float:
+        turns = log2(1.0 + (2.0**self.cycles - 1.0) * clock.step / clock.total_steps)
+        return 0.5 * (1.0 - cos(2.0 * pi * turns))
+
+
+@dataclass(frozen=True)
+class FlatCosine(Schedule):
+    """1 for the first half of all steps, then half a cosine wave down to 0."""
+
+    def factor(self, clock: Clock, state: Any) -> float:
+        return _cosine(1.0, 0.0, max(0.0, 2.0 * clock.step / clock.total_steps - 1.0))
+
+
 class _Plateau(NamedTuple):
     """Memory of `ReduceOnPlateau`: its factor, the best loss, and epochs without improvement."""
 
@@ -345,5 +382,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "step": Step,
     "cosine": Cosine,
     "one_cycle": OneCycle,
+    "log_cosine": LogCosine,
+    "flat_cosine": FlatCosine,
     "reduce_on_plateau": ReduceOnPlateau,
 }

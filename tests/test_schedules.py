@@ -7,6 +7,7 @@ from math import pi, sin
 
 import numpy as np
 import pytest
+from helpers.paths import DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.neural_network._stochastic_optimizers import SGDOptimizer
@@ -16,7 +17,9 @@ from portable_mlp.schedules import (
     Adaptive,
     Clock,
     Cosine,
+    FlatCosine,
     InverseScaling,
+    LogCosine,
     OneCycle,
     ReduceOnPlateau,
     Schedule,
@@ -57,6 +60,8 @@ COVERED = {
     Cosine: "test_cosine_follows_torch",
     OneCycle: "test_one_cycle_follows_torch",
     ReduceOnPlateau: "test_reduce_on_plateau_follows_torch",
+    LogCosine: "test_log_cosine_follows_pytabkit",
+    FlatCosine: "test_flat_cosine_follows_pytabkit",
     InverseScaling: "test_inverse_scaling_follows_sklearn",
     Adaptive: "test_adaptive_follows_sklearn",
 }
@@ -232,6 +237,31 @@ def test_reduce_on_plateau_of_a_score():
         found.append(schedule.factor(Clock(1, 10, 1, 1), state))
     # −0.63 is not below −0.66, −0.7 is, −0.69 is not below −0.77
     assert found == [1.0, 1.0, 0.5, 0.5, 0.25]
+
+
+# ---------------------------------------------------------------- pytabkit
+
+
+REALMLP = np.load(DATA / "reference" / "realmlp_td_class.npz")
+
+
+def test_log_cosine_follows_pytabkit():
+    """The rates that RealMLP-TD had in its 20 steps, for the weights of a layer: 0.04 at most."""
+    rates = REALMLP["lr"][:, 5]
+    assert str(REALMLP["p5_name"]).endswith("weight")
+    np.testing.assert_allclose(np.multiply(0.04, factors(LogCosine(), 20)), rates, atol=1e-16)
+    # The waves take 1, 2, 4 and 8 fifteenths of the time
+    fifteenths = factors(LogCosine(), 15)
+    np.testing.assert_allclose([fifteenths[i] for i in (0, 1, 3, 7)], 0.0, atol=1e-15)
+    with pytest.raises(ValueError, match="cycles must be at least 1"):
+        LogCosine(0)
+
+
+def test_flat_cosine_follows_pytabkit():
+    """The weight decay that RealMLP-TD had in its 20 steps: 0.02 in the first half."""
+    np.testing.assert_allclose(
+        np.multiply(0.02, factors(FlatCosine(), 20)), REALMLP["wd"][:, 5], atol=1e-16
+    )
 
 
 # ---------------------------------------------------------------- scikit-learn

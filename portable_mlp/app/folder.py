@@ -15,9 +15,9 @@ from portable_mlp.app.report import learning_curves, report
 from portable_mlp.app.run import Run
 from portable_mlp.app.settings import Settings, settings_table, to_toml
 from portable_mlp.callbacks import Epoch
+from portable_mlp.estimators.plots import figure
 from portable_mlp.persistence import read_metadata
 from portable_mlp.persistence.files import replacing
-from portable_mlp.plots import figure
 
 MODEL, HISTORY, SETTINGS = "model.safetensors", "history.csv", "config.toml"
 CURVE, REPORT, CHECKPOINT = "learning_curve.png", "report.html", "checkpoint.safetensors"

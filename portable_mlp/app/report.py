@@ -22,7 +22,7 @@ from portable_mlp.app.evaluation import Evaluation
 from portable_mlp.app.overview import column_rows
 from portable_mlp.app.run import Run
 from portable_mlp.app.settings import settings_table, to_command
-from portable_mlp.plots import LossCurveDisplay, figure
+from portable_mlp.estimators.plots import LossCurveDisplay, figure
 
 _LIBRARIES = ("portable_mlp", "numpy", "scikit-learn", "polars", "matplotlib")
 _MOST_CLASSES = 30  # a larger confusion matrix is not legible
