@@ -11,7 +11,7 @@ to ``fit`` in place of X.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -71,7 +71,8 @@ class Source(ABC):
         rows : array of int, optional
             Row numbers of ``data``, from 0, in the order to train on; on the host.  None
             stands for all rows in their own order.  Rows of ``data`` that are not listed are
-            still checked, and their labels count among the classes.
+            still checked, and their labels count among the classes.  For `Trainer.fit` they
+            may be (members, rows): each member of an ensemble then has rows of its own.
         """
 
     def whole(self, batch_size: int) -> Batch | None:
@@ -146,6 +147,38 @@ class ArraySource(_Shuffled):
     def whole(self, batch_size: int) -> Batch | None:
         # The mean over all rows does not depend on their order, so no gather is needed
         return self._data if self._rows is None and batch_size >= self.n_rows else None
+
+
+class MemberSource(Source):
+    """Rows of arrays in memory, in an order of its own for each member of an ensemble.
+
+    Every epoch has the same number of rows for each member.  A member with fewer rows sees some
+    of them again, in a new order; one with more rows sees the others in later epochs.
+
+    Parameters
+    ----------
+    data : Batch
+        Arrays on the backend.
+    rows : sequence of arrays of int
+        For each member, the numbers of its rows, on the host.
+    n_rows : int
+        Number of rows in an epoch, for each member.
+    """
+
+    def __init__(self, data: Batch, rows: Sequence[NDArray[np.intp]], n_rows: int) -> None:
+        self._data = data
+        self._rows = rows
+        self.n_rows = n_rows
+        self._order = np.empty((len(rows), n_rows), np.intp)
+
+    def begin(self, epoch: int, rng: np.random.RandomState | None) -> None:
+        for own, order in zip(self._rows, self._order, strict=True):
+            for start in range(0, self.n_rows, len(own)):
+                some = own if rng is None else rng.permutation(own)
+                order[start : start + len(own)] = some[: self.n_rows - start]
+
+    def parts(self, batch_size: int) -> Iterator[Part]:
+        yield self._data, self._order
 
 
 class SparseSource(_Shuffled):

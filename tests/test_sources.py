@@ -10,10 +10,13 @@ from helpers.targets import get_target
 from scipy.sparse import csr_array
 from sklearn.datasets import load_diabetes, load_iris
 
-from portable_mlp import Callback, MLPClassifier, MLPRegressor
+from portable_mlp import Callback, MLPClassifier, MLPRegressor, mlp
 from portable_mlp.backends import to_host
-from portable_mlp.sources import ArraySource, Source
+from portable_mlp.losses import SquaredError
+from portable_mlp.optimizers import AdamW
+from portable_mlp.sources import ArraySource, MemberSource, Source, on_backend
 from portable_mlp.steps import Batch
+from portable_mlp.training import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -373,3 +376,64 @@ def test_a_source_where_rows_are_wanted():
     ):  # fmt: skip
         with pytest.raises(ValueError, match="a Source is what fit and continue_fit take"):
             call(Reader())
+
+
+# ---------------------------------------------------------------- rows of each member
+
+
+def trained(target, network, params, source, seed=None):
+    """The parameters on the host after three epochs in batches of 8, by AdamW."""
+    trainer = Trainer(
+        network, SquaredError(), AdamW(weight_decay=0.1), target.backend, target.dtype, 0.02,
+        batch_size=8, shuffle=seed is not None,
+    )  # fmt: skip
+    state = trainer.start(params)
+    trainer.fit(state, source, 3, np.random.RandomState(seed))
+    return [target.backend.to_host(p) for p in trainer.params(state.arrays.leaves)]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_members_train_on_rows_of_their_own(weighted, target):
+    """Each member ends where a single network does that trains on its rows alone."""
+    k, n, d = 3, 21, 4
+    rng = np.random.RandomState(0)
+    x, y = rng.standard_normal((40, d)), rng.standard_normal((40, 2))
+    weights = rng.uniform(0.5, 2.0, 40) if weighted else None
+    rows = [rng.permutation(40)[:n] for _ in range(k)]
+    network = mlp([d, 6, 2], "tanh", members=k)
+    params = network.init(rng)
+    backend, dtype = target.backend, target.dtype
+    with target.scope():
+        data = on_backend(x, y, weights, backend, dtype)
+        got = trained(target, network, params, MemberSource(data, rows, n))
+        for i, own in enumerate(rows):
+            alone = on_backend(x[own], y[own], None if weights is None else weights[own],
+                               backend, dtype)  # fmt: skip
+            single = mlp([d, 6, 2], "tanh")
+            begin = [p[i].reshape(q.shape) for p, q in zip(params, single.params, strict=True)]
+            wanted = trained(target, single, begin, ArraySource(alone))
+            for g, w in zip(got, wanted, strict=True):
+                np.testing.assert_allclose(g[i].reshape(w.shape), w, rtol=1e3 * target.tol,
+                                           atol=10 * target.tol)  # fmt: skip
+
+
+def test_members_see_all_their_rows_in_a_new_order():
+    rows = [np.arange(10), np.arange(10, 14), np.arange(20, 50)]
+    source = MemberSource(Batch(np.zeros((50, 1)), np.zeros(50)), rows, 12)
+    rng = np.random.RandomState(0)
+    seen = []
+    for epoch in range(20):
+        source.begin(epoch, rng)
+        ((_, order),) = source.parts(4)
+        seen.append(order.copy())
+        assert order.shape == (3, 12)
+        for start in (0, 4, 8):  # four rows, three times in an epoch
+            assert set(order[1, start : start + 4]) == set(rows[1])
+        assert set(order[0, :10]) == set(rows[0])
+        assert len(set(order[2])) == 12
+    for own, each in zip(rows, np.stack(seen, 1), strict=True):
+        assert set(each.ravel()) == set(own)
+    assert (seen[0] != seen[1]).any()
+    source.begin(0, None)
+    ((_, order),) = source.parts(4)
+    np.testing.assert_array_equal(order[1], np.tile(rows[1], 3))

@@ -26,7 +26,7 @@ from portable_mlp.steps import (
     second_half,
     step,
 )
-from portable_mlp.typing import Array
+from portable_mlp.typing import Array, Namespace
 from portable_mlp.warn import warn
 
 Values = list[tuple[Any, float]]
@@ -45,9 +45,10 @@ class Task(NamedTuple):
     ----------
     data : Batch
         The rows from which batches are taken, on the backend.
-    order : array of int, optional
-        Row numbers in the order of training, on the host.  If it is not given, all rows are
-        taken in their own order.
+    order : array of int (rows,) or (members, rows), optional
+        Row numbers in the order of training, on the host; with two axes, each member of an
+        ensemble has rows of its own.  If it is not given, all rows are taken in their own
+        order.
     batch_size : int
         Rows of a batch.  The last batch may be shorter.
     hypers : sequence of Hyper
@@ -73,7 +74,7 @@ class Task(NamedTuple):
     @property
     def n_rows(self) -> int:
         """The number of rows of all batches."""
-        n: int = self.data.x.shape[0] if self.order is None else len(self.order)
+        n: int = self.data.x.shape[0] if self.order is None else self.order.shape[-1]
         return n
 
     def batches(self) -> Iterator[slice]:
@@ -84,6 +85,16 @@ class Task(NamedTuple):
             return
         for start in range(self.first * self.batch_size, n, self.batch_size):
             yield slice(start, min(start + self.batch_size, n))
+
+
+def take_rows(data: Batch, rows: Array, xp: Namespace) -> Batch:
+    """Return the batch of some rows, numbered (n,), or (members, n) for those of each member."""
+
+    def of(a: Array) -> Array:
+        found = xp.take(a, xp.reshape(rows, (-1,)), axis=0)  # the standard has one axis only
+        return found if rows.ndim == 1 else xp.reshape(found, (*rows.shape, *a.shape[1:]))
+
+    return Batch(*(None if a is None else of(a) for a in data))
 
 
 def flat(numbers: Any) -> tuple[Any, ...]:
@@ -196,13 +207,11 @@ class Engine:
     def _batches(self, task: Task) -> Iterator[Batch]:
         data = task.data
         indices = None if task.order is None else self.backend.indices(task.order)
-        take = self.backend.xp.take
         for rows in task.batches():
             if indices is None:
                 yield Batch(*(None if a is None else a[rows, ...] for a in data))
             else:
-                chosen = indices[rows]
-                yield Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
+                yield take_rows(data, indices[..., rows], self.backend.xp)
 
     def _pair(self, row: list[float]) -> tuple[Any, float]:
         """Return the loss and the penalty of a step, from a row of its values."""

@@ -97,7 +97,7 @@ def _loop(recipe: Recipe, form: Any, size: int, batch_size: int) -> Any:
                     jax.lax.dynamic_slice_in_dim, start_index=i * batch_size, slice_size=size
                 )
             else:
-                rows = jax.lax.dynamic_slice_in_dim(indices, i * batch_size, size)
+                rows = jax.lax.dynamic_slice_in_dim(indices, i * batch_size, size, axis=-1)
                 # Clipped, since the default compares each index with the number of rows
                 cut = partial(xp.take, indices=rows, axis=0, mode="clip")
             return Batch(*(None if a is None else cut(a) for a in data))

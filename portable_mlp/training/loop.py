@@ -465,7 +465,7 @@ class _Loop:
         end = 0
         for data, rows in source.parts(size):
             start = end
-            end += ceil((data.x.shape[0] if rows is None else len(rows)) / size)
+            end += ceil((data.x.shape[0] if rows is None else rows.shape[-1]) / size)
             while steps < end:
                 task = Task(data, rows, size, hypers[start:end], pauses.due, steps - start)
                 state.arrays, values = self.engine.run(state.arrays, task)

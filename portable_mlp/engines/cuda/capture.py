@@ -31,6 +31,7 @@ from portable_mlp.engines.base import (
     Values,
     recorded,
     table,
+    take_rows,
 )
 from portable_mlp.engines.cuda.kernels import compile_program, gather_kernel
 from portable_mlp.engines.cuda.launches import Kernel, Kernels, View
@@ -105,7 +106,7 @@ class _Memory:
         Whether all rows are one batch.
     tables : list of array
         The numbers of the steps, (steps, numbers); one table for each half of a step.
-    rows : array (rows,)
+    rows : array (rows,) or (rows, members)
         Row numbers in the order of training, int32.
     losses : array (steps, losses + 1)
         Losses and penalty of each step.
@@ -179,14 +180,16 @@ class CaptureEngine(RecordedEngine):
         numbers = self._tables(task)
         # Graphs point into the tables, so these are as long as any later task needs
         length = max(len(numbers[0]), EPOCHS_AT_ONCE)
-        rows = np.arange(n, dtype=np.int32) if order is None else order.astype(np.int32)
+        chosen = np.arange(n) if order is None else order.T
+        rows = np.ascontiguousarray(chosen, np.int32)
         whole = order is None and n <= task.batch_size
         if self._cuda is None:
             self._cuda = Cuda()
         if arrays is not self._arrays:
             self._memories.clear()
             self._arrays = arrays
-        key = task.batch_size, whole, tuple((a.shape, str(a.dtype)) for a in given)
+        shapes = tuple((a.shape, str(a.dtype)) for a in given)
+        key = task.batch_size, whole, rows.shape[1:], shapes
         now = self._memories.get(key)
         if now is not None and (len(rows) > len(now.rows) or length > len(now.losses)):
             now = None
@@ -244,15 +247,14 @@ class CaptureEngine(RecordedEngine):
             return
         with _eager_for_want_of_memory():  # which leaves the arrays as they were
             whole = self._now.whole
-            batch = task.data if whole else self._take(task.data, self._now.rows[rows])
+            batch = task.data
+            if not whole:
+                chosen = self._now.rows[rows]
+                batch = take_rows(batch, chosen if chosen.ndim == 1 else chosen.T, self.backend.xp)
             total = None if task.totals is None else float(task.totals[number])
             program = self._bind(arrays, batch, task.batch_size, size, hyper, total)
             self._check(arrays, batch, hyper, total, number, program)
             self._now.programs[size] = program
-
-    def _take(self, data: Batch, chosen: Array) -> Batch:
-        take = self.backend.xp.take
-        return Batch(*(None if a is None else take(a, chosen, axis=0) for a in data))
 
     def _bind(
         self,
@@ -287,7 +289,8 @@ class CaptureEngine(RecordedEngine):
         """Return the launch that copies the rows of a batch into buffers."""
         now, cuda = self._now, self._cuda
         assert cuda is not None
-        source, kernel = gather_kernel(list(specify(buffers)), size, batch_size)
+        members = None if now.rows.ndim == 1 else now.rows.shape[1]
+        source, kernel = gather_kernel(list(specify(buffers)), size, batch_size, members)
         pairs = [a for pair in zip(now.data, buffers, strict=True) for a in pair]
         return partial(cuda.compile(source), kernel, [now.tables[0], now.at, now.rows, *pairs])
 

@@ -68,7 +68,9 @@ def compile_program(program: Program, n_donated: int) -> Kernels:
     return _KernelWriter(program, n_donated).build()
 
 
-def gather_kernel(batch: Sequence[Spec], n_rows: int, batch_size: int) -> tuple[str, Kernel]:
+def gather_kernel(
+    batch: Sequence[Spec], n_rows: int, batch_size: int, members: int | None = None
+) -> tuple[str, Kernel]:
     """Return the kernel that copies the rows of a batch from the data into buffers.
 
     Its arguments are the row numbers of an epoch (int32), and then for each array its data and
@@ -82,6 +84,9 @@ def gather_kernel(batch: Sequence[Spec], n_rows: int, batch_size: int) -> tuple[
         Rows of this batch.
     batch_size : int
         Rows of the batches before it.
+    members : int, optional
+        Number of members that have rows of their own.  Row numbers are then (rows, members),
+        and the buffers have the members' axis first.
 
     Returns
     -------
@@ -90,16 +95,20 @@ def gather_kernel(batch: Sequence[Spec], n_rows: int, batch_size: int) -> tuple[
     """
     parameters, lines = ["const double* table", "int* step", "int* rows"], []
     for number, (shape, dtype) in enumerate(batch):
-        width = prod(shape[1:])
+        width = prod(shape[1 if members is None else 2 :])
         kind = TYPES[str(dtype)]
         parameters += [f"{kind}* data{number}", f"{kind}* batch{number}"]
-        row = f"(long long)rows[*step * {batch_size} + i / {width}] * {width} + i % {width}"
+        at = f"*step * {batch_size} + i / {width}"
+        if members is not None:
+            place = f"(*step * {batch_size} + i / {width} % {n_rows}) * {members}"
+            at = f"{place} + i / {n_rows * width}"
+        row = f"(long long)rows[{at}] * {width} + i % {width}"
         lines.append(
-            f"    for (int i = first; i < {n_rows * width}; i += all)"
+            f"    for (int i = first; i < {prod(shape)}; i += all)"
             f" batch{number}[i] = data{number}[{row}];"
         )
     source = GATHER.format(parameters=", ".join(parameters), body="\n".join(lines))
-    points = n_rows * max(prod(shape[1:]) for shape, _ in batch)
+    points = max(prod(shape) for shape, _ in batch)
     return source, Kernel("gather", -(-points // _THREADS), _THREADS, ())
 
 

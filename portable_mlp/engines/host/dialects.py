@@ -36,12 +36,12 @@ class NumPyDialect:
         self._memory: Array | None = None
 
     def gather(self, x: Array, rows: Array, out: Array) -> Array:
-        """Write the given rows of x (n, ...) into a buffer."""
+        """Write the given rows of x (n, ...), which may be those of each member, into a buffer."""
         return x.take(rows, 0, out, "clip")
 
-    def buffer(self, x: Array, n: int) -> Array:
-        """Return an uninitialised array for n rows of x."""
-        return np.empty((n, *x.shape[1:]), x.dtype)
+    def buffer(self, x: Array, *n: int) -> Array:
+        """Return an uninitialised array for n rows of x, or for (members, n) rows."""
+        return np.empty((*n, *x.shape[1:]), x.dtype)
 
     def globals(self) -> dict[str, Any]:
         """Return the global variables of a program's source."""
@@ -148,10 +148,14 @@ class TorchDialect(NumPyDialect):
         self.torch, self.device = import_module("torch"), backend.device
 
     def gather(self, x: Array, rows: Array, out: Array) -> Array:
-        return self.torch.index_select(x, 0, rows, out=out)
+        if rows.ndim == 1:
+            return self.torch.index_select(x, 0, rows, out=out)
+        stacked = out.view(-1, *x.shape[1:])
+        self.torch.index_select(x, 0, rows.reshape(-1), out=stacked)
+        return out
 
-    def buffer(self, x: Array, n: int) -> Array:
-        return self.torch.empty((n, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    def buffer(self, x: Array, *n: int) -> Array:
+        return self.torch.empty((*n, *x.shape[1:]), dtype=x.dtype, device=x.device)
 
     def globals(self) -> dict[str, Any]:
         return {**super().globals(), "torch": self.torch, "device": self.device}

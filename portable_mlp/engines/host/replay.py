@@ -83,7 +83,7 @@ class ReplayEngine(RecordedEngine):
             if indices is None:
                 batch = [a[rows] for a in given] if n > batch_size else given
             else:
-                chosen = indices[rows]
+                chosen = indices[..., rows]
                 batch = [gather(a, chosen, b) for a, b in zip(given, buffers, strict=True)]
             total = () if totals is None else (totals[number],)
             found.append(program(*batch, *flat(hypers[number]), *total))
@@ -110,10 +110,12 @@ class ReplayEngine(RecordedEngine):
     def _bind(self, arrays: Arrays, task: Task, size: int) -> None:
         """Make buffers for a batch of ``size`` rows, and the function of a step with them."""
         longest = max(self._programs, default=0)
-        if size <= longest:
+        members = () if task.order is None else task.order.shape[:-1]
+        if size <= longest and not members:
             buffers = [buffer[:size] for buffer in self._programs[longest][0]]
         else:
-            buffers = [self.dialect.buffer(a, size) for a in task.data if a is not None]
+            given = (a for a in task.data if a is not None)
+            buffers = [self.dialect.buffer(a, *members, size) for a in given]
         total = None if task.totals is None else float(task.totals[0])
         bound = self._bound(arrays, Batch(*buffers), task.hypers[0], total)
         self._programs[size] = buffers, bound
