@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from portable_mlp.checks import check_loss as check_loss
     from portable_mlp.estimators import MLPClassifier as MLPClassifier
     from portable_mlp.estimators import MLPRegressor as MLPRegressor
+    from portable_mlp.estimators import TabularClassifier as TabularClassifier
+    from portable_mlp.estimators import TabularRegressor as TabularRegressor
     from portable_mlp.estimators.plots import LossCurveDisplay as LossCurveDisplay
     from portable_mlp.layers import Layer as Layer
     from portable_mlp.losses import Loss as Loss
@@ -47,6 +49,8 @@ _HOME = {
     "check_loss": "checks",
     "MLPClassifier": "estimators",
     "MLPRegressor": "estimators",
+    "TabularClassifier": "estimators",
+    "TabularRegressor": "estimators",
     "Layer": "layers",
     "Loss": "losses",
     "ModelFileError": "persistence",

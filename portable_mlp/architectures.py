@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
+from portable_mlp.activations import Parametric, get_activation
+from portable_mlp.embeddings import PeriodicEmbedding
 from portable_mlp.initializers import GlorotUniform
-from portable_mlp.layers import Layer
+from portable_mlp.layers import Dropout, Layer, NTKLinear, Repeat, Scale
 from portable_mlp.network import Network, mlp
 from portable_mlp.schedules import Scheduled
 
@@ -85,6 +87,50 @@ class MLP(Architecture):
 def _shared(architecture: MLP, n_in: int, n_out: int) -> Network:
     # A network is immutable, so fits with the same settings can share one
     return architecture._build(n_in, n_out)
+
+
+@dataclass(frozen=True)
+class TabularMLP(Architecture):
+    """RealMLP's network for tables, for the members of an ensemble (Holzmüller et al., 2024).
+
+    It is a periodic embedding of the first columns, a scale, and linear layers in the
+    neural-tangent parametrisation with parametric activations between them.
+
+    Parameters
+    ----------
+    n_embedded : int
+        Number of columns, from the first, that are embedded.
+    members : int
+    hidden_layer_sizes : tuple of int, default=(64, 64, 64)
+    activation : str or Layer, default="selu"
+        The function of the parametric activations.
+    dropout : float in [0, 1), a tuple of them, or Scheduled, default=0
+        Dropout rate after each hidden activation; a tuple has one for each member.
+    sigma : float, or a tuple of them, default=0.1
+        Standard deviation of the embedding's initial frequencies, for each member.
+    """
+
+    n_embedded: int
+    members: int
+    hidden_layer_sizes: tuple[int, ...] = (64, 64, 64)
+    activation: str | Layer = "selu"
+    dropout: float | tuple[float, ...] | Scheduled = 0.0
+    sigma: float | tuple[float, ...] = 0.1
+
+    def __call__(self, n_in: int, n_out: int) -> Network:
+        k, width = self.members, n_in
+        layers: list[Layer] = [Repeat(k)]
+        if self.n_embedded:
+            layers.append(PeriodicEmbedding(n_in, self.n_embedded, sigma=self.sigma, members=k))
+            width = layers[-1].n_out  # type: ignore[attr-defined]
+        layers.append(Scale(width, k))
+        activation = get_activation(self.activation)
+        for n in self.hidden_layer_sizes:
+            layers += [NTKLinear(width, n, k), Parametric(activation, n, k)]
+            if self.dropout:
+                layers.append(Dropout(self.dropout))
+            width = n
+        return Network((*layers, NTKLinear(width, n_out, k)))
 
 
 @dataclass(frozen=True)

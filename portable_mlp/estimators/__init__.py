@@ -5,5 +5,6 @@ Additional parameters are keyword-only, follow scikit-learn's, and change none o
 
 from portable_mlp.estimators.classifier import MLPClassifier
 from portable_mlp.estimators.regressor import MLPRegressor
+from portable_mlp.estimators.tabular import TabularClassifier, TabularRegressor
 
-__all__ = ["MLPClassifier", "MLPRegressor"]
+__all__ = ["MLPClassifier", "MLPRegressor", "TabularClassifier", "TabularRegressor"]

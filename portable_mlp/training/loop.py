@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, inf, isfinite, nan
 from typing import Any
@@ -35,24 +35,10 @@ from portable_mlp.training.state import (
     State,
     StopReason,
     Validate,
+    plain,
 )
 from portable_mlp.typing import Array, Params
 from portable_mlp.warn import warn
-
-
-def _plain(x: Any) -> Any:
-    """Replace NumPy scalars, which would promote float32 to float64, by Python numbers."""
-    if isinstance(x, np.generic):
-        return x.item()
-    if isinstance(x, tuple):
-        items = tuple(_plain(item) for item in x)
-        return x if all(a is b for a, b in zip(x, items, strict=True)) else items
-    if is_dataclass(x) and not isinstance(x, type):
-        old = {f.name: getattr(x, f.name) for f in fields(x) if f.init}
-        new = {name: _plain(value) for name, value in old.items()}
-        changed = {name: value for name, value in new.items() if value is not old[name]}
-        return replace(x, **changed) if changed else x
-    return x
 
 
 @dataclass(frozen=True)
@@ -88,6 +74,9 @@ class Trainer:
     loss_scale : float, default=1
         Factor on the *reported* loss, but not on the penalty, for interfaces that divide
         by the number of outputs.
+    slack : float, default=0
+        With early stopping, the last parameters are kept whose score s is not below the best
+        one, b, by more than slack · ``|b|``.  With 0 they are the first with the best score.
     """
 
     network: Network
@@ -106,10 +95,11 @@ class Trainer:
     treatments: Mapping[str, Treatment] | None = None
     reduce: Callable[[Array], None] | None = None
     loss_scale: float = 1.0
+    slack: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            object.__setattr__(self, name, _plain(value))
+            object.__setattr__(self, name, plain(value))
 
     @cached_property
     def groups(self) -> Treatments:
@@ -180,17 +170,24 @@ class Trainer:
         found = self.optimizer.coefficients(clock.step + 1, rate)
         return tuple(map(float, found)), 1.0 - rate * (decay * treatment.decay)
 
+    @cached_property
+    def _apart(self) -> dict[Treatment, list[Treatment]]:
+        """The treatment of each member, for treatments with values that differ."""
+        found = {}
+        for treatment in (t for t in self.groups.updates if t.apart):
+            rates, decays = (
+                each(factor, self.network.members, "")
+                for factor in (treatment.rate, treatment.decay)
+            )
+            pairs = zip(rates, decays, strict=True)
+            found[treatment] = [replace(treatment, rate=r, decay=d) for r, d in pairs]
+        return found
+
     def _of_members(
         self, treatment: Treatment, clock: Clock, rate: float, decay: float
     ) -> tuple[Coefficients, Any]:
         """Return the results of `_of_all` with one value for each member."""
-        rates, decays = (
-            each(factor, self.network.members, "") for factor in (treatment.rate, treatment.decay)
-        )
-        columns = [
-            self._of_all(replace(treatment, rate=r, decay=d), clock, rate, decay)
-            for r, d in zip(rates, decays, strict=True)
-        ]
+        columns = [self._of_all(own, clock, rate, decay) for own in self._apart[treatment]]
         found = zip(*(own for own, _ in columns), strict=True)
         return (
             tuple(PerMember(values, ndim=2) for values in found),
@@ -539,9 +536,11 @@ class _Loop:
         trainer, state = self.trainer, self.state
         state.schedule = trainer.schedule.observe(state.schedule, value)
         state.stalled_for = state.stalled_for + 1 if value > state.best - trainer.tol else 0
-        if value < state.best:
+        better = value < state.best
+        if better:
             state.best = value
-            if state.best_leaves is not None:
-                state.best_leaves = []  # frees the old copy before the new one is made
-                state.best_leaves = trainer.copy(state.arrays.leaves)
+        near = bool(trainer.slack) and value <= state.best + trainer.slack * abs(state.best)
+        if state.best_leaves is not None and (better or near):
+            state.best_leaves = []  # frees the old copy before the new one is made
+            state.best_leaves = trainer.copy(state.arrays.leaves)
         return state.stalled_for > trainer.patience

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import inf
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from portable_mlp.backends import backend_of
 from portable_mlp.callbacks import Epoch
@@ -107,3 +109,18 @@ class State:
 StopReason = Literal["converged", "max_epochs", "stopped", "interrupted", "diverged", "failed"]
 
 Validate = Callable[[list[Array]], tuple[float, float]]
+
+
+def plain(x: Any) -> Any:
+    """Replace NumPy scalars, which would promote float32 to float64, by Python numbers."""
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, tuple):
+        items = tuple(plain(item) for item in x)
+        return x if all(a is b for a, b in zip(x, items, strict=True)) else items
+    if is_dataclass(x) and not isinstance(x, type):
+        old = {f.name: getattr(x, f.name) for f in fields(x) if f.init}
+        new = {name: plain(value) for name, value in old.items()}
+        changed = {name: value for name, value in new.items() if value is not old[name]}
+        return replace(x, **changed) if changed else x
+    return x

@@ -1,0 +1,321 @@
+"""The packed fit: members of one network, each of which holds out a fold of the rows.
+
+All members train at once, each on its own rows in its own order, with its own learning rate,
+weight decay, dropout and frequencies.  Every row is held out by some member, so that one fit
+gives an honest prediction of each training row, and with it the epoch to stop at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, log
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portable_mlp.architectures import TabularMLP
+from portable_mlp.backends import Backend
+from portable_mlp.callbacks import Callback
+from portable_mlp.groups import Treatment
+from portable_mlp.losses import Loss
+from portable_mlp.network import Network
+from portable_mlp.optimizers import AdamW
+from portable_mlp.schedules import FlatCosine, LogCosine, Scheduled
+from portable_mlp.sources import MemberSource, on_backend
+from portable_mlp.steps import Batch
+from portable_mlp.training import StopReason, Trainer
+from portable_mlp.typing import Array
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.intp]
+
+_ROWS_OF_START = 1024  # rows to which initial values are fitted
+_ELEMENTS = 2**22  # of an activation in one chunk of held-out rows
+_MOST_LOOKS = 128  # at the held-out rows, in a fit
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The settings of a packed fit.
+
+    Parameters
+    ----------
+    members : int, default=8
+    hidden_layer_sizes : tuple of int, default=(64, 64, 64)
+    activation : str, default="selu"
+    batch_size : int, default=128
+    epochs, steps : int
+        Smallest numbers of epochs and of steps of a fit.
+    learning_rate : float
+        Largest learning rate of a member with a factor of 1.
+    rates, decays, dropouts : (float, float)
+        Ranges of the members' factors on the learning rate, of their weight decays, and of
+        their dropout rates.
+    sigmas : tuple of float
+        Standard deviations of the embedding's initial frequencies; members take them in turn.
+    beta_2 : float, default=0.95
+        Decay rate of Adam's second moment.
+    groups : tuple of (str, float)
+        Factors on the learning rate, by label of the parameters.
+    label_smoothing : float, default=0.1
+        Smoothing of the targets of a classification.
+    slack : float, default=0.01
+        The kept epoch is the last one whose error on held-out rows is not above the smallest by
+        more than this fraction.
+    """
+
+    learning_rate: float
+    activation: str = "selu"
+    members: int = 8
+    hidden_layer_sizes: tuple[int, ...] = (64, 64, 64)
+    batch_size: int = 128
+    epochs: int = 64
+    steps: int = 2000
+    rates: tuple[float, float] = (0.4, 1.6)
+    decays: tuple[float, float] = (0.005, 0.08)
+    dropouts: tuple[float, float] = (0.0, 0.0)
+    sigmas: tuple[float, ...] = (0.03, 0.05, 0.1, 0.1, 0.2, 0.3, 0.5, 1.0)
+    beta_2: float = 0.95
+    groups: tuple[tuple[str, float], ...] = (
+        ("scale", 6.0), ("bias", 0.1), ("activation", 0.1), ("embedding", 1.0), ("weight", 1.0),
+    )  # fmt: skip
+    label_smoothing: float = 0.1
+    slack: float = 0.01
+
+
+def spread(
+    low: float, high: float, members: int, rng: np.random.RandomState, *, logs: bool
+) -> tuple[float, ...]:
+    """Return one value for each member, evenly spread over a range, in random order."""
+    at = (rng.permutation(members) + 0.5) / members
+    if logs:
+        return tuple(np.exp(log(low) + at * (log(high) - log(low))).tolist())
+    return tuple((low + at * (high - low)).tolist())
+
+
+@dataclass
+class HeldOut:
+    """The rows that each member holds out.
+
+    Attributes
+    ----------
+    rows : ndarray (members, n)
+        Their numbers; a member with fewer than n repeats its first one.
+    counted : ndarray (members, n) of bool
+        Which of them are not such a repetition.
+    """
+
+    rows: Rows
+    counted: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, folds: Sequence[Rows]) -> HeldOut:
+        n = max(map(len, folds))
+        rows = np.stack([np.concatenate([f, np.full(n - len(f), f[0])]) for f in folds])
+        counted = np.stack([np.arange(n) < len(f) for f in folds])
+        return cls(rows.astype(np.intp), counted)
+
+    def mean(self, values: Floats, n_rows: int) -> Floats:
+        """Return the mean over the members that hold out a row; NaN where none does.
+
+        Parameters
+        ----------
+        values : ndarray (members, n, k)
+            Values of the held-out rows.
+        n_rows : int
+            Number of all rows.
+
+        Returns
+        -------
+        ndarray (n_rows, k)
+        """
+        total, count = np.zeros((n_rows, values.shape[2])), np.zeros(n_rows)
+        for own, counted, some in zip(self.rows, self.counted, values, strict=True):
+            np.add.at(total, own[counted], some[counted])
+            np.add.at(count, own[counted], 1.0)
+        with np.errstate(invalid="ignore"):
+            return total / count[:, None]
+
+
+@dataclass
+class Packed:
+    """A fitted pack.
+
+    Attributes
+    ----------
+    network : Network
+    params : list of arrays
+        On the backend.
+    held_out : HeldOut
+    logits : ndarray (members, n, k)
+        Logits of the held-out rows, at the kept epoch.
+    history : list of Epoch
+    reason : str
+        Why training stopped.
+    """
+
+    network: Network
+    params: list[Array]
+    held_out: HeldOut
+    logits: Floats
+    history: list[Any]
+    reason: StopReason
+
+
+def fit_pack(
+    x: NDArray[np.float32],
+    n_embedded: int,
+    target: NDArray[Any],
+    n_out: int,
+    weights: Floats | None,
+    splits: Sequence[tuple[Rows, Rows]],
+    loss: Loss,
+    error: Callable[[Floats, Rows], Floats],
+    preset: Preset,
+    backend: Backend,
+    dtype: str,
+    rng: np.random.RandomState,
+    callbacks: Sequence[Callback] = (),
+) -> Packed:
+    """Train a pack.
+
+    Parameters
+    ----------
+    x : ndarray (rows, columns)
+        Input of the network, on the host.
+    n_embedded : int
+        Number of columns, from the first, to embed.
+    target : ndarray (rows,) or (rows, k)
+        Targets as the loss takes them.
+    n_out : int
+        Number of logits.
+    weights : ndarray (rows,), optional
+    splits : sequence of (train, test)
+        Row numbers of each fold; members take them in turn.
+    loss : Loss
+    error : callable
+        Function from logits (n, k) and row numbers (n,) to the rows' errors (n,), by which
+        the epoch is chosen.
+    preset : Preset
+    backend : Backend
+    dtype : {"float32", "float64"}
+    rng : RandomState
+    callbacks : sequence of Callback
+
+    Returns
+    -------
+    Packed
+    """
+    k = preset.members
+    own = [splits[j % len(splits)] for j in range(k)]
+    held_out = HeldOut.of([test for _, test in own])
+    n_train = int(np.mean([len(train) for train, _ in own]))
+    batch_size = min(preset.batch_size, n_train)
+    n_steps = max(1, n_train // batch_size)
+    epochs = max(preset.epochs, ceil(preset.steps / n_steps))
+    drawn = {
+        "rates": spread(*preset.rates, k, rng, logs=True),
+        "decays": spread(*preset.decays, k, rng, logs=True),
+        "dropouts": spread(*preset.dropouts, k, rng, logs=False),
+    }
+    dropping = any(drawn["dropouts"])
+    network = TabularMLP(
+        n_embedded,
+        k,
+        preset.hidden_layer_sizes,
+        preset.activation,
+        Scheduled(drawn["dropouts"], FlatCosine()) if dropping else 0.0,
+        tuple(preset.sigmas[j % len(preset.sigmas)] for j in range(k)),
+    )(x.shape[1], n_out)
+    some = [rng.choice(train, min(_ROWS_OF_START, n_train)) for train, _ in own]
+    params = network.init(rng, x[np.stack(some)].astype(np.float64))
+    known = {param.group for param in network.params}
+    treatments = {
+        label: Treatment(
+            rate=tuple(factor * r for r in drawn["rates"]),
+            decay=drawn["decays"] if label != "bias" else 0.0,
+        )
+        for label, factor in preset.groups
+        if label in known
+    }
+    trainer = Trainer(
+        network,
+        loss,
+        AdamW(beta_2=preset.beta_2, weight_decay=Scheduled(1.0, FlatCosine())),
+        backend,
+        dtype,
+        preset.learning_rate,
+        LogCosine(),
+        batch_size=batch_size,
+        tol=0.0,
+        patience=np.inf,
+        treatments=treatments,
+        slack=preset.slack,
+    )
+    with backend.scope(dtype):
+        data = on_backend(x, target, weights, backend, dtype)
+        source = MemberSource(data, [train for train, _ in own], n_steps * batch_size)
+        look = _Look(trainer, data, held_out, error, weights, epochs)
+        state = trainer.start(params)
+        reason = trainer.fit(
+            state, source, epochs, rng, validate=look, early_stopping=True, callbacks=callbacks
+        )
+        params = trainer.params(state.final_leaves)
+        return Packed(network, params, held_out, look.logits(params), state.history, reason)
+
+
+class _Look:
+    """The look at the held-out rows after an epoch, as `Trainer.fit` takes it."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: Batch,
+        held_out: HeldOut,
+        error: Callable[[Floats, Rows], Floats],
+        weights: Floats | None,
+        epochs: int,
+    ) -> None:
+        self._trainer = trainer
+        self._data = data
+        self._held_out = held_out
+        self._error = error
+        share = held_out.counted.astype(np.float64)
+        if weights is not None:
+            share *= weights[held_out.rows]
+        self._share = share.ravel() / max(float(share.sum()), np.finfo(np.float64).tiny)
+        self._every = max(1, epochs // _MOST_LOOKS)
+        self._to_come = epochs
+
+    def __call__(self, params: list[Array]) -> tuple[float, float]:
+        self._to_come -= 1
+        if self._to_come % self._every:
+            return np.nan, np.nan
+        z = self.logits(params)
+        errors = self._error(z.reshape(-1, z.shape[2]), self._held_out.rows.ravel())
+        value = float(errors @ self._share)
+        return -value, value
+
+    def logits(self, params: list[Array]) -> Floats:
+        """Return the logits of the held-out rows, (members, n, k), on the host."""
+        trainer, rows = self._trainer, self._held_out.rows
+        backend, xp = trainer.backend, trainer.backend.xp
+        chunk = max(1, _ELEMENTS // _width(trainer.network))
+        found = []
+        for start in range(0, rows.shape[1], chunk):
+            some = rows[:, start : start + chunk]
+            at = backend.indices(some.ravel())
+            x = xp.reshape(xp.take(self._data.x, at, axis=0), (*some.shape, -1))
+            found.append(backend.to_host(trainer.network(params, x, xp)).astype(np.float64))
+        return np.concatenate(found, axis=1)
+
+
+def _width(network: Network) -> int:
+    """Return the most elements of a row of all members in an activation of the network."""
+    members, width = network.members or 1, network.n_in or 1
+    for layer in network.layers:
+        frequencies = getattr(layer, "n_frequencies", 1) * getattr(layer, "n_embedded", 1)
+        width = max(width, frequencies, getattr(layer, "n_out", 1))
+    return members * width
