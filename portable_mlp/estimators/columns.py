@@ -107,7 +107,7 @@ def _of_series(name: str, series: Any) -> Column:
         seconds = np.where(np.isnat(span), np.nan, span / np.timedelta64(1, "s"))
         return Column(name, numbers=seconds)
     if dtype in (nw.String, nw.Categorical, nw.Enum):
-        return Column(name, texts=_texts(series.cast(nw.String).to_list()))
+        return Column(name, texts=_texts(series.to_list()))
     if dtype == nw.Object:
         return _of_objects(name, series.to_list())
     raise ValueError(
@@ -144,7 +144,7 @@ def _of_objects(name: Any, values: list[Any]) -> Column:
             raise TypeError(
                 f"column {name!r}: argument must be a string or a number, not {type(v).__name__}"
             )
-    return Column(name, texts=_texts([None if _is_missing(v) else str(v) for v in values]))
+    return Column(name, texts=_texts(values))
 
 
 def _is_missing(v: Any) -> bool:
@@ -153,8 +153,9 @@ def _is_missing(v: Any) -> bool:
 
 
 def _texts(values: list[Any]) -> NDArray[Any]:
+    """Return the values as texts; None for missing ones, whatever their library's sign is."""
     found = np.empty(len(values), object)
-    found[:] = values
+    found[:] = [None if _is_missing(v) else str(v) for v in values]
     return found
 
 
@@ -228,7 +229,7 @@ class _Text:
     def encode(self, column: Column) -> list[Floats]:
         texts = column.texts
         if texts is None:  # numbers in place of the text of training
-            texts = _texts([None if np.isnan(v) else str(v) for v in _numbers_of(column)])
+            texts = _texts(_numbers_of(column).tolist())
         place = {level: i for i, level in enumerate(self.levels)}
         at = np.fromiter((place.get(t, -1) for t in texts), np.intp, len(texts))
         if len(self.levels) == 2:

@@ -167,7 +167,6 @@ class TabularModel(BaseEstimator):
         tags.input_tags.allow_nan = True
         tags.input_tags.string = True
         tags.input_tags.categorical = True
-        tags.non_deterministic = True
         return tags
 
 
