@@ -244,7 +244,8 @@ class NTKLinear(Layer):
     ) -> list[NDArray[np.float64]]:
         w, b = p
         z = x @ w / sqrt(self.n_in)  # (n, n_out), or (members, n, n_out)
-        std = np.maximum(np.std(z, axis=-2, keepdims=True), 1e-6)  # a constant input has none
+        std = np.std(z, axis=-2, keepdims=True)
+        std = np.where(std > 1e-6, std, 1.0)  # a constant input has none
         w, z = w / std, z / std
         n, lead = 5, z.shape[:-2]
         rows = rng.randint(z.shape[-2], size=(*lead, n, self.n_out))

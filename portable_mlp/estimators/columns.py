@@ -71,13 +71,14 @@ def read_columns(estimator: Any, X: Any, reset: bool) -> list[Column]:
         If a column is missing, holds infinity or values of a kind that is not supported, or
         names are not unique.
     """
+    given = map(str, getattr(X, "columns", ()))
+    if twice := [name for name, n in Counter(given).items() if n > 1]:
+        raise ValueError(f"X: column names have to be unique, got {twice} more than once")
     frame = nw.from_native(X, eager_only=True, pass_through=True)
     if not isinstance(frame, nw.DataFrame):
         return _of_array(estimator, X, reset)
     names = list(map(str, frame.columns))
     if reset:
-        if twice := [name for name, n in Counter(names).items() if n > 1]:
-            raise ValueError(f"X: column names have to be unique, got {twice} more than once")
         validate_data(estimator, X, skip_check_array=True)
         if not len(frame) or not names:
             raise ValueError(f"X: found a table of shape {frame.shape}, nothing to learn from")
@@ -100,6 +101,8 @@ def _of_series(name: str, series: Any) -> Column:
         numbers = series.cast(nw.Float64).to_numpy().astype(np.float64)
         return Column(name, numbers=_finite(name, numbers))
     if dtype in (nw.Date, nw.Datetime):
+        if getattr(dtype, "time_zone", None) is not None:
+            series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
         days = series.cast(nw.Datetime("us")).to_numpy().astype("datetime64[us]")
         return Column(name, numbers=_days(days), is_date=True)
     if dtype == nw.Duration:
@@ -119,8 +122,6 @@ def _of_series(name: str, series: Any) -> Column:
 def _of_array(estimator: Any, X: Any, reset: bool) -> list[Column]:
     if reset:
         estimator._names = None
-    elif estimator._names is not None and not hasattr(X, "columns"):
-        pass  # an array in place of a frame: by position, which scikit-learn warns of
     X = to_host(X) if hasattr(X, "__array_namespace__") or hasattr(X, "device") else X
     X = validate_data(
         estimator, X, dtype=None, ensure_all_finite=False, reset=reset, ensure_min_samples=1
@@ -309,7 +310,7 @@ class TableEncoder:
             return out
         k = self.n_ranked
         z = (raw - self.median[self.used]) * self.scale[self.used]
-        z = np.where(np.isnan(z), 0.0, z / np.sqrt(1.0 + (z / _CLIP) ** 2))
+        z = np.where(np.isnan(z), 0.0, z / np.hypot(1.0, z / _CLIP))
         out[:, :k], out[:, 2 * k :] = z[:, :k], z[:, k:]
         for j, grid in enumerate(self.quantiles):
             out[:, k + j] = _rank(raw[:, j], grid)

@@ -291,7 +291,10 @@ class TabularClassifier(ClassifierMixin, TabularModel):
             raise ValueError(f"y: expected labels (n,), got shape {y.shape}")
         self.classes_, target = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y has one class only, {self.classes_[0]!r}: nothing to tell apart")
+            only = (
+                self.classes_[0].item() if hasattr(self.classes_[0], "item") else self.classes_[0]
+            )
+            raise ValueError(f"y has one class only, {only!r}: nothing to tell apart")
         return target.astype(np.int64), len(self.classes_)
 
     def _class_weighted(self, y: NDArray[Any], weights: Floats | None) -> Floats | None:

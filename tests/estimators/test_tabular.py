@@ -1,0 +1,428 @@
+"""The estimators for tables: any columns, honest out-of-fold predictions, every backend."""
+
+from __future__ import annotations
+
+import datetime as dt
+import pickle
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers.targets import get_target
+from scipy.sparse import csr_array
+from scipy.stats import norm
+from sklearn.base import BaseEstimator, clone
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.exceptions import NotFittedError
+from sklearn.inspection import partial_dependence
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV, GroupKFold, TimeSeriesSplit, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import RobustScaler, StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from portable_mlp import TabularClassifier, TabularRegressor
+from portable_mlp.estimators.columns import MOST_LEVELS, TableEncoder, read_columns
+from portable_mlp.estimators.packed import HeldOut, spread
+from portable_mlp.estimators.tabular import CLASSIFICATION, REGRESSION
+
+pd = pytest.importorskip("pandas")
+
+SMALL = {"members": 4, "epochs": 20, "steps": 120, "batch_size": 32}
+CLASSIFY = replace(CLASSIFICATION["default"], **SMALL)
+REGRESS = replace(REGRESSION["default"], **SMALL)
+RNG = np.random.RandomState(0)
+X, Y = RNG.standard_normal((90, 4)), RNG.standard_normal(90)
+LABELS = (X[:, 0] + 0.3 * Y > 0).astype(int)
+
+
+def classifier(**given):
+    return TabularClassifier(CLASSIFY, **{"random_state": 0, **given})
+
+
+def regressor(**given):
+    return TabularRegressor(REGRESS, **{"random_state": 0, **given})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:there are .* folds only")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@parametrize_with_checks([
+    TabularClassifier(replace(CLASSIFICATION["default"], members=4, epochs=40, steps=200)),
+    TabularRegressor(replace(REGRESSION["default"], members=4, epochs=40, steps=200)),
+])  # fmt: skip
+def test_estimator_checks(estimator, check):
+    if "sample_weight_equivalence" in str(check):
+        pytest.skip("a weight of two is not a row twice where folds are drawn")
+    if "cupy" in str(getattr(check, "keywords", {})):
+        pytest.skip("scikit-learn's CuPy checks fail, rather than skip, without a CUDA device")
+    check(estimator)
+
+
+# ---------------------------------------------------------------- columns
+
+
+class Anything(BaseEstimator):
+    """Stands for an estimator, which keeps the names of columns."""
+
+
+def encoded(train, test=None):
+    estimator, test = Anything(), train if test is None else test
+    encoder = TableEncoder().fit(read_columns(estimator, train, True))
+    return encoder, encoder.transform(read_columns(estimator, test, False))
+
+
+def smooth_clip(z):
+    return z / np.sqrt(1 + (z / 3) ** 2)
+
+
+def test_numbers_are_scaled_robustly_and_ranked():
+    x = np.random.RandomState(1).standard_cauchy((3000, 2)) * [1.0, 1e6]
+    encoder, z = encoded(x)
+    assert encoder.n_embedded == 4
+    np.testing.assert_allclose(z[:, :2], smooth_clip(RobustScaler().fit_transform(x)), rtol=1e-5)
+    # The rank is through the inverse of the normal distribution's function, with its quartiles
+    # at those of the scaled values
+    ranks = 0.67 * norm.ppf((np.argsort(np.argsort(x, axis=0), axis=0) + 0.5) / 3000)
+    inside = np.abs(ranks) < 1.0
+    np.testing.assert_allclose(z[:, 2:][inside], ranks[inside], atol=0.05)
+    assert np.abs(z[:, 2:]).max() < 0.67 * 3.1
+    far, given = np.array([[1e300, -1e300]]), Anything()
+    read_columns(given, x, True)
+    far = encoder.transform(read_columns(given, far, False))
+    assert np.isfinite(far).all()
+
+
+def test_a_column_without_a_spread_between_its_quartiles_is_scaled_by_its_range():
+    x = np.r_[np.zeros(80), np.linspace(1, 4, 20)][:, None]
+    _, z = encoded(x)
+    np.testing.assert_allclose(z[:, 0], smooth_clip(2 * x[:, 0] / 4), rtol=1e-6)
+
+
+def test_missing_numbers_are_the_median_and_marked():
+    x = np.array([[1.0], [2.0], [np.nan], [9.0], [np.nan]])
+    _, z = encoded(x)
+    assert z.shape == (5, 3)  # scaled, rank, mark
+    np.testing.assert_array_equal(z[[2, 4], 0], 0.0)
+    np.testing.assert_array_equal(z[[2, 4], 1], 0.0)
+    assert len({*z[:, 2]}) == 2
+    assert (z[[2, 4], 2] != z[0, 2]).all()
+    # New holes in a column that had none: the median
+    _, z = encoded(np.arange(5.0)[:, None], np.array([[np.nan], [2.0]]))
+    np.testing.assert_array_equal(z[0], z[1])
+
+
+def test_texts_have_a_column_for_each_frequent_value():
+    frame = pd.DataFrame({"t": list("aabbbc") * 5, "two": ["p", "q"] * 15})
+    encoder, z = encoded(frame)
+    assert encoder.n_embedded == 0
+    assert z.shape == (30, 4)
+    other = pd.DataFrame({"t": ["a", "new", None], "two": ["p", "q", "r"]})
+    encoder, z = encoded(frame, other)
+    same = [frozenset(np.flatnonzero(row == row.max())) for row in z[:, :3]]
+    assert len(same[0]) == 1
+    np.testing.assert_array_equal(z[1, :3], z[2, :3])  # unknown and missing alike
+    assert z[0, 3] == -z[1, 3]
+    assert z[2, 3] == 0.0
+    many = pd.DataFrame({"t": [f"v{min(i, 200)}" for i in range(1000)]})
+    encoder, z = encoded(many)
+    assert z.shape[1] == MOST_LEVELS
+
+
+def test_dates_become_days_and_places_in_periods():
+    days = pd.date_range("2020-01-01", periods=800)
+    encoder, z = encoded(pd.DataFrame({"d": days}))
+    # days, year and week, as numbers and as ranks
+    assert encoder.n_ranked == 5
+    assert z.shape == (800, 10)
+    np.testing.assert_allclose(z[0, 3:5], z[7, 3:5], atol=1e-5)  # a week later
+    assert (np.abs(z[0, 3:5] - z[3, 3:5]) > 0.1).any()
+    hours = pd.date_range("2020-01-01", periods=100, freq="h")
+    encoder, _ = encoded(pd.DataFrame({"d": hours}))
+    assert encoder.n_ranked == 3  # four days: the time, and the place in the day
+
+
+def test_useless_columns_are_left_out():
+    frame = pd.DataFrame({"x": np.arange(9.0), "c": 1.0, "m": np.nan, "t": "same"})
+    _, z = encoded(frame)
+    assert z.shape == (9, 2)
+    _, z = encoded(frame[["c", "m"]])
+    np.testing.assert_array_equal(z, np.zeros((9, 1)))
+
+
+MIXED = pd.DataFrame({
+    "number": np.where(RNG.rand(90) < 0.1, np.nan, X[:, 0]),
+    "whole": RNG.randint(0, 9, 90),
+    "text": RNG.choice(["a", "b", "c", None], 90),
+    "flag": RNG.rand(90) < 0.5,
+    "day": pd.to_datetime("2021-03-01") + pd.to_timedelta(RNG.randint(0, 900, 90), unit="D"),
+    "span": pd.to_timedelta(RNG.randint(0, 900, 90), unit="s"),
+    "kind": pd.Categorical(RNG.choice(["u", "v", "w"], 90)),
+})  # fmt: skip
+
+
+def test_every_library_of_frames_gives_the_same_model():
+    polars = pytest.importorskip("polars")
+    data = {name: [None if v != v else v for v in MIXED[name].tolist()] for name in MIXED}
+    data["day"] = [v.to_pydatetime() for v in MIXED["day"]]
+    data["span"] = [v.to_pytimedelta() for v in MIXED["span"]]
+    other = polars.DataFrame(data)
+    a, b = classifier().fit(MIXED, LABELS), classifier().fit(other, polars.Series(LABELS))
+    np.testing.assert_array_equal(a.predict_proba(MIXED), b.predict_proba(other))
+    np.testing.assert_array_equal(a.predict_proba(other), b.predict_proba(MIXED))
+    objects = MIXED.astype(object)[["number", "whole", "text", "flag", "kind"]]
+    numbers = MIXED[["number", "whole", "text", "flag", "kind"]]
+    a, b = regressor().fit(objects, Y), regressor().fit(numbers, Y)
+    np.testing.assert_array_equal(a.predict(objects), b.predict(numbers))
+
+
+def test_columns_are_found_by_name():
+    model = classifier().fit(MIXED, LABELS)
+    wanted = model.predict_proba(MIXED)
+    np.testing.assert_array_equal(model.predict_proba(MIXED[MIXED.columns[::-1]]), wanted)
+    np.testing.assert_array_equal(model.predict_proba(MIXED.assign(more=1)), wanted)
+    with pytest.raises(ValueError, match="lacks columns that the model was fitted on: whole, flag"):
+        model.predict(MIXED.drop(columns=["whole", "flag"]))
+
+
+def test_values_that_training_did_not_have():
+    model = regressor().fit(MIXED, Y)
+    new = MIXED.copy()
+    new["text"], new["kind"] = "unknown", None
+    new["day"] = pd.NaT
+    new["whole"] = np.nan
+    new["number"] = 1e30
+    assert np.isfinite(model.predict(new)).all()
+    low, high = Y.min(), Y.max()
+    assert ((model.predict(new) >= low) & (model.predict(new) <= high)).all()
+    with pytest.raises(ValueError, match="column 'whole' holds text"):
+        model.predict(MIXED.assign(whole="x"))
+
+
+# ---------------------------------------------------------------- folds
+
+
+def test_out_of_fold_predictions_are_those_of_the_members_that_hold_the_row_out():
+    """By hand: each fold alone, predicted by the members that hold it out."""
+    folds = [np.arange(90) % 4 == i for i in range(4)]
+    cv = [(np.flatnonzero(~f), np.flatnonzero(f)) for f in folds]
+    model = classifier(cv=cv).fit(X, LABELS)
+    encoder, network = model._encoder, model.network_
+    z = encoder.transform(read_columns(model, X, False))
+    logits = network(model.params_, z, np)
+    p = np.exp(logits / model.temperature_)
+    p /= p.sum(axis=-1, keepdims=True)
+    for i, (_, test) in enumerate(cv):
+        np.testing.assert_allclose(model.oof_predictions_[test], p[i, test], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(model.predict_proba(X), p.mean(axis=0), rtol=1e-4, atol=1e-6)
+    assert model.oof_score_ == np.mean(model.oof_predictions_.argmax(axis=1) == LABELS)
+    model = regressor(cv=cv).fit(X, Y)
+    z = network_output(model, X)
+    for i, (_, test) in enumerate(cv):
+        np.testing.assert_allclose(model.oof_predictions_[test], z[i, test], rtol=1e-4, atol=1e-5)
+
+
+def network_output(model, X):
+    z = model._encoder.transform(read_columns(model, X, False))
+    z = np.asarray(model.network_(model.params_, z, np), np.float64)[..., 0]
+    target = (Y - Y.mean()) / Y.std()
+    return np.clip(z, target.min(), target.max()) * Y.std() + Y.mean()
+
+
+def test_the_score_of_noise_is_that_of_chance():
+    """Members that have learned random labels by heart know nothing of the rows held out."""
+    rng = np.random.RandomState(3)
+    x, y = rng.standard_normal((300, 20)), rng.randint(2, size=300)
+    preset = replace(CLASSIFY, epochs=100, label_smoothing=0.0)
+    model = TabularClassifier(preset, random_state=0).fit(x, y)
+    assert model.score(x, y) > 0.65
+    assert 0.4 < model.oof_score_ < 0.6
+
+
+def test_rows_that_no_fold_holds_out_have_no_prediction():
+    model = regressor(cv=TimeSeriesSplit(4)).fit(X, Y)
+    held = np.concatenate([test for _, test in TimeSeriesSplit(4).split(X)])
+    known = np.isin(np.arange(90), held)
+    np.testing.assert_array_equal(np.isnan(model.oof_predictions_), ~known)
+
+
+def test_groups_stay_together():
+    """The target is known by the group alone: held-out groups tell of the score."""
+    groups = np.repeat(np.arange(30), 10)
+    rng = np.random.RandomState(0)
+    y = rng.standard_normal(30)[groups]
+    x = np.column_stack([groups, rng.standard_normal(300)])
+    frame = pd.DataFrame({"g": groups.astype(str), "x": x[:, 1]})
+    mixed, apart = regressor().fit(frame, y), regressor().fit(frame, y, groups=groups)
+    split = regressor(cv=GroupKFold(4)).fit(frame, y, groups=groups)
+    assert mixed.oof_score_ > 0.5
+    assert apart.oof_score_ < 0.1
+    assert split.oof_score_ < 0.1
+
+
+def test_mean_of_held_out_rows():
+    held = HeldOut.of([np.array([0, 2]), np.array([2]), np.array([1, 4])])
+    values = np.array([[[1.0], [2.0]], [[4.0], [99.0]], [[7.0], [8.0]]])
+    got = held.mean(values, 5)[:, 0]
+    np.testing.assert_array_equal(got, [1.0, 7.0, 3.0, np.nan, 8.0])
+
+
+def test_weights_and_classes():
+    """Rows of weight zero are as good as absent: labels that are wrong there do no harm."""
+    rng = np.random.RandomState(1)
+    x = rng.standard_normal((300, 2))
+    right = (x[:, 0] > 0).astype(int)
+    wrong = rng.rand(300) < 0.45
+    y, weights = np.where(wrong, 1 - right, right), (~wrong).astype(float)
+    plain, weighted = classifier().fit(x, y), classifier().fit(x, y, weights)
+    assert (weighted.predict(x) == right).mean() > 0.95 > (plain.predict(x) == right).mean()
+    rare = (x[:, 0] + rng.standard_normal(300) > 2.2).astype(int)
+    balanced = classifier(class_weight="balanced").fit(x, rare)
+    assert balanced.predict(x).sum() > 1.5 * max(1, classifier().fit(x, rare).predict(x).sum())
+
+
+def test_the_temperature_calibrates():
+    rng = np.random.RandomState(2)
+    x = rng.standard_normal((400, 3))
+    y = (x[:, 0] + 1.5 * rng.standard_normal(400) > 0).astype(int)
+    model = classifier().fit(x, y)
+    loss = log_loss(y, model.oof_predictions_)
+    for factor in (0.8, 1.25):
+        p = model.oof_predictions_**factor
+        assert log_loss(y, p / p.sum(axis=1, keepdims=True)) > loss - 1e-4
+
+
+# ---------------------------------------------------------------- what people give
+
+
+ROWS = np.arange(90)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        LABELS,
+        LABELS.astype(bool),
+        np.where(LABELS, "yes", "no"),
+        np.array(["p", "q"], object)[LABELS],
+        pd.Series(np.where(LABELS, "yes", "no")),
+        pd.Series(pd.Categorical(np.where(LABELS, "yes", "no"))),
+        LABELS.astype(float) * 2.0,
+        (ROWS % 3) * 10,
+    ],
+)
+def test_labels_of_any_kind(labels):
+    model = classifier().fit(X, labels)
+    got = model.predict(X)
+    assert set(got) <= set(np.asarray(labels))
+    assert model.predict_proba(X).shape == (90, len(set(np.asarray(labels))))
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "y", "said"),
+    [
+        (classifier, X, np.zeros(90), "y has one class only, 0.0"),
+        (classifier, X, Y, "Unknown label type"),
+        (classifier, X, np.where(Y > 1, np.nan, LABELS), "contains NaN"),
+        (regressor, X, np.where(Y > 1, np.nan, Y), "contains NaN"),
+        (regressor, np.where(X > 2, np.inf, X), Y, "infinity: column"),
+        (regressor, X[:1], Y[:1], "at least 2 rows"),
+        (classifier, csr_array(X), LABELS, "dense data is required"),
+        (classifier, X, LABELS[:-1], "inconsistent numbers of samples"),
+        (classifier, X[:, 0], LABELS, "Expected 2D array"),
+        (classifier, pd.DataFrame(X, columns=[*"aabc"]), LABELS, r"unique, got \['a'\]"),
+        (classifier, pd.DataFrame({"a": [[1]] * 90}), LABELS, "column 'a': argument must be"),
+        (classifier, pd.DataFrame(), LABELS[:0], "nothing to learn from"),
+        (regressor, X, [dt.date(2020, 1, 1)] * 90, "number"),
+    ],
+)
+def test_bad_input_is_one_clear_error(make, x, y, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        make().fit(x, y)
+
+
+def test_a_failed_fit_leaves_the_model():
+    model = classifier().fit(X, LABELS)
+    before = model.predict_proba(X)
+    with pytest.raises(ValueError, match="one class"):
+        model.fit(MIXED, np.zeros(90))
+    np.testing.assert_array_equal(model.predict_proba(X), before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_rows_and_few_of_a_class():
+    with pytest.warns(UserWarning, match="there are 3 folds only"):
+        model = classifier().fit(X[:3], [0, 1, 0])
+    assert model.predict(X[:3]).shape == (3,)
+    model = classifier().fit(X, np.r_[[5], LABELS[1:]])
+    assert model.classes_.tolist() == [0, 1, 5]
+
+
+@pytest.mark.filterwarnings("error")
+def test_constant_columns_give_the_frequencies():
+    x = np.ones((90, 2))
+    y = (ROWS < 30).astype(int)
+    p = classifier().fit(x, y).predict_proba(x[:1])
+    assert p[0, 1] == pytest.approx(1 / 3, abs=0.05)
+    assert regressor().fit(x, Y).predict(x[:1]) == pytest.approx(Y.mean(), abs=0.3 * Y.std())
+    np.testing.assert_allclose(regressor().fit(X, np.full(90, 7.0)).predict(X), 7.0)
+
+
+def test_predictions_need_a_fit():
+    with pytest.raises(NotFittedError):
+        classifier().predict(X)
+
+
+def test_as_a_scikit_learn_estimator():
+    iris, species = load_iris(return_X_y=True)
+    model = classifier().fit(iris, species)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.predict_proba(iris), model.predict_proba(iris))
+    same = clone(model).fit(iris, species)
+    np.testing.assert_array_equal(same.predict_proba(iris), model.predict_proba(iris))
+    other = clone(model).set_params(random_state=1).fit(iris, species)
+    assert (other.predict_proba(iris) != model.predict_proba(iris)).any()
+    search = GridSearchCV(make_pipeline(StandardScaler(), classifier()),
+                          {"tabularclassifier__cv": [2, 4]}, cv=2).fit(iris, species)  # fmt: skip
+    assert search.best_score_ > 0.9
+    x, y = load_diabetes(return_X_y=True)
+    assert cross_val_score(regressor(), x, y, cv=2).mean() > 0.3
+    curve = partial_dependence(regressor().fit(x, y), x, [2], grid_resolution=5)["average"]
+    assert curve[0, -1] > curve[0, 0]  # the body mass index
+    several = regressor().fit(x, np.column_stack([y, -y]))
+    assert several.predict(x).shape == several.oof_predictions_.shape == (442, 2)
+    assert np.corrcoef(several.predict(x)[:, 0], -several.predict(x)[:, 1])[0, 1] > 0.9
+
+
+# ---------------------------------------------------------------- backends
+
+
+@pytest.mark.parametrize("where", ["torch", "jax", "strict", "cupy-emulated"])
+def test_every_backend_gives_the_same_model(where, request):
+    """In float64, the same epochs and predictions to rounding; arrays in, arrays out."""
+    target = get_target(where, request)
+    preset = replace(CLASSIFY, epochs=4, steps=12)
+    wanted = TabularClassifier(preset, random_state=0, dtype="float64").fit(X, LABELS)
+    with target.scope():
+        x, y = target.array(X), target.array(LABELS)
+        got = TabularClassifier(preset, random_state=0, dtype="float64").fit(x, y)
+        p = got.predict_proba(x)
+        assert type(p) is type(x)
+        np.testing.assert_allclose(target.backend.to_host(p), wanted.predict_proba(X), rtol=1e-8)
+    np.testing.assert_allclose(got.oof_predictions_, wanted.oof_predictions_, rtol=1e-8)
+
+
+def test_spread_values():
+    values = spread(0.4, 1.6, 8, np.random.RandomState(0), logs=True)
+    steps = np.diff(np.log(np.sort(values)))
+    np.testing.assert_allclose(steps, np.log(4) / 8)
+    assert 0.4 < min(values) < max(values) < 1.6
+
+
+@pytest.mark.parametrize("make", [TabularClassifier, TabularRegressor])
+def test_fits_do_not_warn(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preset = CLASSIFY if make is TabularClassifier else REGRESS
+        make(preset, random_state=0).fit(MIXED, LABELS).predict(MIXED)
