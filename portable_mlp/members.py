@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ class PerMember:
 
     Parameters
     ----------
-    values : sequence of int or float
+    values : array-like of int or float (members,)
         One value for each member.
     ndim : int
         Number of axes of the arrays it is combined with; the first is that of the members.
@@ -29,11 +28,12 @@ class PerMember:
         int or float.
     """
 
-    def __init__(self, values: Sequence[float], ndim: int) -> None:
-        whole = all(isinstance(value, int) for value in values)
+    def __init__(self, values: Any, ndim: int) -> None:
+        given = np.asarray(values)
+        whole = given.dtype.kind in "iu"
         self.dtype: Any = int if whole else float
         kind = np.int64 if whole else np.float64
-        self.values = np.array(values, kind).reshape(-1, *(1,) * (ndim - 1))
+        self.values = given.astype(kind, copy=False).reshape(-1, *(1,) * (ndim - 1))
 
     @property
     def shape(self) -> tuple[int, ...]:

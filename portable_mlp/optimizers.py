@@ -70,15 +70,16 @@ class Optimizer(ABC):
         """Return the moments before the first step: zeros, a tuple for each parameter."""
         return [tuple(xp.zeros_like(p) for _ in range(self.n_moments)) for p in params]
 
-    def coefficients(self, step: int, rate: float) -> Coefficients:
+    def coefficients(self, step: int, rate: Any) -> Coefficients:
         """Return the numbers that ``update`` needs in a step, the learning rate first.
 
         Parameters
         ----------
         step : int
             Number of the step, counted from 1.
-        rate : float
-            Learning rate of the step.
+        rate : float, or ndarray (members,)
+            Learning rate of the step.  An array has one for each member of an ensemble; what
+            is computed from it is one, too.
         """
         return (rate,)
 
@@ -183,7 +184,7 @@ class SGD(Optimizer):
     def n_moments(self) -> int:  # type: ignore[override]
         return 1 if self.momentum else 0
 
-    def coefficients(self, step: int, rate: float) -> Coefficients:
+    def coefficients(self, step: int, rate: Any) -> Coefficients:
         return rate, self.momentum
 
     def rule(self) -> Optimizer:
@@ -225,7 +226,7 @@ class SklearnSGD(Optimizer):
     nesterov: bool = True
     n_moments = 1
 
-    def coefficients(self, step: int, rate: float) -> Coefficients:
+    def coefficients(self, step: int, rate: Any) -> Coefficients:
         return rate, self.momentum
 
     def rule(self) -> Optimizer:
@@ -272,7 +273,7 @@ class Adam(Optimizer):
     epsilon: float = 1e-8
     n_moments = 2
 
-    def coefficients(self, step: int, rate: float) -> Coefficients:
+    def coefficients(self, step: int, rate: Any) -> Coefficients:
         c = sqrt((1.0 - self.beta_2**step) / (1.0 - self.beta_2))
         corrected = rate * c * (1.0 - self.beta_1) / (1.0 - self.beta_1**step)
         return rate, corrected, self.epsilon * c
@@ -309,7 +310,7 @@ class SklearnAdam(Adam):
     stored as in `Adam`, εₜ = ε / √(1 − β₂).
     """
 
-    def coefficients(self, step: int, rate: float) -> Coefficients:
+    def coefficients(self, step: int, rate: Any) -> Coefficients:
         rate, corrected, _ = super().coefficients(step, rate)
         return rate, corrected, self.epsilon / sqrt(1.0 - self.beta_2)
 

@@ -33,7 +33,7 @@ Rows = NDArray[np.intp]
 
 _ROWS_OF_START = 1024  # rows to which initial values are fitted
 _ELEMENTS = 2**22  # of an activation in one chunk of held-out rows
-_MOST_LOOKS = 128  # at the held-out rows, in a fit
+_MOST_LOOKS = 32  # at the held-out rows, in a fit
 
 
 @dataclass(frozen=True)

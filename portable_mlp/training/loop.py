@@ -14,6 +14,7 @@ from math import ceil, inf, isfinite, nan
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, Epoch
@@ -171,27 +172,24 @@ class Trainer:
         return tuple(map(float, found)), 1.0 - rate * (decay * treatment.decay)
 
     @cached_property
-    def _apart(self) -> dict[Treatment, list[Treatment]]:
-        """The treatment of each member, for treatments with values that differ."""
-        found = {}
-        for treatment in (t for t in self.groups.updates if t.apart):
-            rates, decays = (
-                each(factor, self.network.members, "")
-                for factor in (treatment.rate, treatment.decay)
-            )
-            pairs = zip(rates, decays, strict=True)
-            found[treatment] = [replace(treatment, rate=r, decay=d) for r, d in pairs]
-        return found
+    def _apart(self) -> dict[Treatment, list[NDArray[np.float64]]]:
+        """The members' rates and decays, for treatments with values that differ."""
+        return {
+            t: [np.array(each(factor, self.network.members, "")) for factor in (t.rate, t.decay)]
+            for t in self.groups.updates
+            if t.apart
+        }
 
     def _of_members(
         self, treatment: Treatment, clock: Clock, rate: float, decay: float
     ) -> tuple[Coefficients, Any]:
-        """Return the results of `_of_all` with one value for each member."""
-        columns = [self._of_all(own, clock, rate, decay) for own in self._apart[treatment]]
-        found = zip(*(own for own, _ in columns), strict=True)
+        """Return the results of `_of_all`, those that depend on the rate for each member."""
+        rates, decays = self._apart[treatment]
+        own = rate * rates
+        found = self.optimizer.coefficients(clock.step + 1, own)
         return (
-            tuple(PerMember(values, ndim=2) for values in found),
-            PerMember([keep for _, keep in columns], ndim=2),
+            tuple(PerMember(c, ndim=2) if isinstance(c, np.ndarray) else float(c) for c in found),
+            PerMember(1.0 - own * (decay * decays), ndim=2),
         )
 
     def start(self, params: Params) -> State:

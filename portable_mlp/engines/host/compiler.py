@@ -17,6 +17,8 @@ FLAGS = (
     "-O3", "-march=native", "-shared", "-fPIC",
     # Strict IEEE 754: each operation rounds, and NaN and signed zeros are kept
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
+    # Signed integers wrap, as NumPy's do
+    "-fwrapv",
 )  # fmt: skip
 
 WHEN = ("later", "now", "never")

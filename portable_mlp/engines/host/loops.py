@@ -25,6 +25,12 @@ EXACT = {
 }  # fmt: skip
 """Functions with one correct result; for zeros of either sign, `maximum` is NumPy's on x86."""
 
+OF_INTEGERS = {
+    "add", "subtract", "multiply", "bitwise_and", "bitwise_or", "bitwise_xor", "left_shift",
+    "right_shift", "where", "copy", *COMPARISONS,
+}  # fmt: skip
+"""Functions of signed integers of 32 or 64 bits; a shift is by a constant."""
+
 BLOCK = 512
 """Elements that stay in the first-level cache from one loop to the next."""
 
@@ -64,7 +70,7 @@ def is_loop(x: Node, passed: set[Node]) -> bool:
         plain = operand.contiguous and _plain(seen(operand, Access("j * 2 + i"))[1])
         return few and plain and operand.dtype == x.dtype and str(x.dtype) in ("float32", "float64")
     kinds = [*(d for d in x.wanted if isinstance(d, np.dtype)), x.dtype]
-    if x.op not in EXACT or any(str(kind) not in TYPES for kind in kinds):
+    if x.op not in EXACT | OF_INTEGERS or any(str(kind) not in TYPES for kind in kinds):
         return False
     if x.op == "astype" and (
         x.operands[0].is_number or (x.operands[0].dtype.kind == "f" and x.dtype.kind in "iu")
@@ -72,8 +78,15 @@ def is_loop(x: Node, passed: set[Node]) -> bool:
         return False  # out-of-range casts from float to int are undefined in C
     if x.op in ("absolute", "reciprocal") and x.dtype.kind != "f":
         return False
-    if any(d.kind == "i" and x.op not in COMPARISONS for d in kinds):
-        return False  # overflow of signed integers is undefined in C, and wraps in NumPy
+    if x.op not in COMPARISONS and any(d.kind == "i" for d in kinds):
+        small = any(d.kind == "i" and d.itemsize < 4 for d in kinds)  # C would widen them
+        if x.op not in {"astype"} | OF_INTEGERS or small:
+            return False
+    if x.op.endswith("shift"):
+        # C does not define shifts by negative numbers, or by as many bits as there are
+        by, bits = x.operands[1], 8 * x.dtype.itemsize
+        if not (x.dtype.kind == "i" and isinstance(by, int) and 0 <= by < bits):
+            return False
     if x.op in COMPARISONS and len(set(x.wanted)) > 1:
         return False  # comparing signed with unsigned numbers, C converts the signed one
     return all(_plain(access) for _, access in _reads(x, linear(x.shape, _indices(x))))

@@ -28,8 +28,9 @@ from portable_mlp.engines.graph.recording import Recorder, record
 from portable_mlp.engines.host import compiler
 from portable_mlp.engines.host import replay as replay_module
 from portable_mlp.engines.host.dialects import NumPyDialect
-from portable_mlp.engines.host.loops import EXACT
+from portable_mlp.engines.host.loops import EXACT, OF_INTEGERS
 from portable_mlp.engines.host.python_source import lower
+from portable_mlp.layers import _hash_int32
 from portable_mlp.losses import LOSSES, SoftmaxCrossEntropy
 from portable_mlp.optimizers import Adam, SklearnAdam
 
@@ -122,6 +123,51 @@ def test_integers_are_compared_and_masked():
         np.testing.assert_array_equal(got, function(np, x, bits))
     got, replay = computed(lambda xp, b, x: ((b * 2654435769) ^ (b + 7)) | 1, bits, x)
     np.testing.assert_array_equal(got, ((bits * np.uint32(2654435769)) ^ (bits + np.uint32(7))) | 1)
+
+
+INTEGER_FUNCTIONS = {
+    **{name: lambda xp, x, y, f=name: getattr(xp, f)(x, y)
+       for name in ("add", "subtract", "multiply", "bitwise_and", "bitwise_or", "bitwise_xor")},
+    **{name: lambda xp, x, y, f=name: xp.astype(getattr(xp, f)(x, y), x.dtype)
+       for name in ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")},
+    "left_shift": lambda xp, x, y: x << 7,
+    "right_shift": lambda xp, x, y: x >> 9,
+    "where": lambda xp, x, y: xp.where(x > y, x, -3),
+    "copy": lambda xp, x, y: xp.reshape(xp.reshape(x.T, (-1,)) * 3, x.shape) + y,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_integers_wrap_as_numpys_do(dtype):
+    """Each function on large numbers of either sign, and the hash of which dropout is made."""
+    assert set(INTEGER_FUNCTIONS) == OF_INTEGERS
+    info, rng = np.iinfo(dtype), np.random.RandomState(0)
+    x, y = (rng.randint(info.min, info.max, (5, 40), dtype=dtype) for _ in range(2))
+    x[0, :3] = info.min, info.max, -1
+    with np.errstate(all="ignore"):
+        for name, function in INTEGER_FUNCTIONS.items():
+            got, replay = computed(function, x, y)
+            assert re.fullmatch(r"loops\d+\(\)", calls(replay)), name
+            np.testing.assert_array_equal(got, function(np, x, y), err_msg=name)
+        if dtype == np.int32:
+            got, replay = computed(lambda xp, x, y: _hash_int32(x ^ y), x, y)
+            assert re.fullmatch(r"loops\d+\(\)", calls(replay))
+            np.testing.assert_array_equal(got, _hash_int32(x ^ y))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda xp, x, y: x >> 32,
+        lambda xp, x, y: x << -1,
+        lambda xp, x, y: x >> y,
+        lambda xp, x, y: x // 3,
+        lambda xp, x, y: xp.abs(x),
+    ],
+)
+def test_integers_that_c_treats_otherwise_are_no_loops(function):
+    x = np.arange(1, 13, dtype=np.int32).reshape(3, 4)
+    assert not written(function, x, x % 5).loops
 
 
 @pytest.mark.parametrize(
