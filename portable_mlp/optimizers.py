@@ -39,6 +39,10 @@ class Optimizer(ABC):
         p ← (1 − rate · weight_decay) p.
     decay_biases : bool, default=True
         Whether the group "bias" decays too.
+    average : float in [0, 1), default=0
+        Decay rate δ of a running average of the parameters, a ← δ a + (1 − δ) p, which takes
+        their place wherever they are used but in training (Polyak and Juditsky, 1992).  It is
+        corrected for its start at zero.  With 0 there is no average.
 
     Raises
     ------
@@ -48,8 +52,14 @@ class Optimizer(ABC):
 
     weight_decay: float | Scheduled = 0.0
     decay_biases: bool = True
+    average: float = 0.0
     n_moments: ClassVar[int] = 0
-    """Number of state arrays per parameter, each of the parameter's shape and initially zero."""
+    """Number of the rule's state arrays per parameter, each of the parameter's shape."""
+
+    @property
+    def n_states(self) -> int:
+        """Number of state arrays per parameter: the moments and, last, the average if any."""
+        return self.n_moments + bool(self.average)
 
     def __post_init__(self) -> None:
         for name, given in vars(self).items():
@@ -62,13 +72,13 @@ class Optimizer(ABC):
         for name in ("momentum", "rho"):
             if not getattr(self, name, 0.0) <= 1.0:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
-        for name in ("beta_1", "beta_2"):
+        for name in ("beta_1", "beta_2", "average"):
             if not getattr(self, name, 0.0) < 1.0:
                 raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
 
     def init(self, params: Params, xp: Namespace) -> list[Moments]:
-        """Return the moments before the first step: zeros, a tuple for each parameter."""
-        return [tuple(xp.zeros_like(p) for _ in range(self.n_moments)) for p in params]
+        """Return the states before the first step: zeros, a tuple for each parameter."""
+        return [tuple(xp.zeros_like(p) for _ in range(self.n_states)) for p in params]
 
     def coefficients(self, step: int, rate: Any) -> Coefficients:
         """Return the numbers that ``update`` needs in a step, the learning rate first.
@@ -146,7 +156,12 @@ class Optimizer(ABC):
         for p, g, m in zip(params, grads, moments, strict=True):
             if keep is not None:
                 p *= keep
-            new_p, new_m = self.update(p, g, m, c, xp)
+            new_p, new_m = self.update(p, g, m[: self.n_moments], c, xp)
+            if self.average:
+                a = m[-1]
+                a *= self.average
+                a += (1.0 - self.average) * new_p
+                new_m = (*new_m, a)
             new_params.append(new_p)
             new_moments.append(new_m)
         return new_params, new_moments

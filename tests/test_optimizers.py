@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import chain
@@ -13,9 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn.datasets import load_iris
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network._stochastic_optimizers import AdamOptimizer, SGDOptimizer
 
-from portable_mlp import mlp, optimizers
+from portable_mlp import MLPClassifier, load, mlp, optimizers
 from portable_mlp.backends import BACKENDS, Backend, NumPyBackend, get_backend
 from portable_mlp.groups import Treatments
 from portable_mlp.initializers import Zeros
@@ -33,6 +36,7 @@ from portable_mlp.optimizers import (
     clip_by_global_norm,
 )
 from portable_mlp.packing import Layout
+from portable_mlp.persistence import save_checkpoint
 from portable_mlp.sources import ArraySource
 from portable_mlp.steps import Batch
 from portable_mlp.training import Trainer
@@ -433,3 +437,49 @@ def test_unpacked_parameters_are_views_of_the_vector():
     assert all((w == 7.0).all() for w in weights)
     for b, first in zip(biases, start()[2:], strict=True):
         np.testing.assert_array_equal(b, first)
+
+
+@pytest.mark.parametrize("members", [None, 2])
+def test_the_running_average_of_the_parameters(members, target):
+    """By hand, from the parameters after each step: weights δᵗ that sum to one."""
+    decay, n = 0.8, 5
+    rng = np.random.RandomState(0)
+    x, y = rng.standard_normal((20, 3)), rng.standard_normal((20, 1))
+    network = mlp([3, 4, 1], "tanh", members=members)
+    params = network.init(rng)
+
+    def after(n_steps, average):
+        trainer = Trainer(
+            network, SquaredError(), AdamW(average=average), target.backend, target.dtype, 0.05,
+            batch_size=20, tol=0.0, patience=100,
+        )  # fmt: skip
+        with target.scope():
+            data = Batch(target.array(x), target.array(y))
+        state = trainer.start(params)
+        trainer.fit(state, ArraySource(data), n_steps, np.random.RandomState(0))
+        return [target.backend.to_host(p) for p in trainer.params(state.final_leaves)]
+
+    each = [after(t + 1, 0.0) for t in range(n)]
+    share = decay ** np.arange(n - 1, -1, -1)
+    share /= share.sum()
+    for i, got in enumerate(after(n, decay)):
+        wanted = sum(w * p[i] for w, p in zip(share, each, strict=True))
+        np.testing.assert_allclose(got, wanted, rtol=100 * target.tol, atol=10 * target.tol)
+
+
+def test_a_fit_with_an_average_goes_on_exactly(tmp_path):
+    x, y = load_iris(return_X_y=True)
+    for early in (False, True):
+        settings = {
+            "solver": AdamW(average=0.9), "random_state": 0, "early_stopping": early,
+            "n_iter_no_change": 100, "hidden_layer_sizes": (8,), "batch_size": 30,
+        }  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            whole = MLPClassifier(**settings, max_iter=9).fit(x, y)
+            part = MLPClassifier(**settings, max_iter=9).continue_fit(x, y, n_iter=4)
+            save_checkpoint(part, tmp_path / "c.safetensors")
+            for model in (part, load(tmp_path / "c.safetensors")):
+                model.continue_fit(x, y)
+                for a, b in zip(model.params_, whole.params_, strict=True):
+                    np.testing.assert_array_equal(a, b)

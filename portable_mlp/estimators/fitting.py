@@ -407,9 +407,11 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
             return replace(trainer.resume(old, state).cut_short(), done=0)
         if mode == "continue":
             new = trainer.resume(old, state)
-            if old.watched == "score" and self.early_stopping and old.arrays.leaves:
-                # The fitted parameters are the best ones; training continues from the last ones
-                new.best_leaves = new.arrays.leaves
+            early = old.watched == "score" and self.early_stopping
+            if old.arrays.leaves and (early or old.averages):
+                # The fitted parameters are the best ones, or their average; training continues
+                # from the last ones
+                new.best_leaves = new.arrays.leaves if early else None
                 backend = trainer.backend
                 with backend.scope(trainer.dtype):
                     last = trainer.load([move(p, backend) for p in old.last_params])

@@ -64,6 +64,8 @@ class Preset:
     slack : float, default=0.01
         The kept epoch is the last one whose error on held-out rows is not above the smallest by
         more than this fraction.
+    average : float, default=0
+        Decay rate of the running average of the parameters; 0 for none.
     """
 
     learning_rate: float
@@ -83,6 +85,7 @@ class Preset:
     )  # fmt: skip
     label_smoothing: float = 0.1
     slack: float = 0.01
+    average: float = 0.0
 
 
 def spread(
@@ -243,7 +246,11 @@ def fit_pack(
     trainer = Trainer(
         network,
         loss,
-        AdamW(beta_2=preset.beta_2, weight_decay=Scheduled(1.0, FlatCosine())),
+        AdamW(
+            beta_2=preset.beta_2,
+            weight_decay=Scheduled(1.0, FlatCosine()),
+            average=preset.average,
+        ),
         backend,
         dtype,
         preset.learning_rate,

@@ -41,11 +41,11 @@ from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
 CLASSIFICATION = {
-    "default": Preset(learning_rate=0.04),
-    "fast": Preset(learning_rate=0.04, members=4, epochs=32, steps=1000),
+    "default": Preset(learning_rate=0.04, average=0.995),
+    "fast": Preset(learning_rate=0.04, members=4, epochs=32, steps=1000, average=0.99),
 }
 REGRESSION = {
-    name: replace(preset, learning_rate=0.2, activation="mish", dropouts=(0.0, 0.3))
+    name: replace(preset, learning_rate=0.2, activation="mish", dropouts=(0.0, 0.3), average=0.0)
     for name, preset in CLASSIFICATION.items()
 }
 _CHUNK = 4096  # rows of a prediction at once

@@ -323,7 +323,7 @@ def _build_state(model: Any, contents: Contents) -> State:
     layout = Layout.plan(params, kinds.get if meta["packed"] else None)
     leaves = contents.arrays("state.leaves")
     moments = contents.arrays("state.moments")
-    n = optimizer.n_moments
+    n = optimizer.n_states
     shapes = list(layout.leaf_shapes)
     if [m.shape for m in moments] != [shape for shape in shapes for _ in range(n)]:
         raise ValueError("its moments are not those of its weights")

@@ -498,7 +498,7 @@ class _Loop:
         state.done += 1
         score, validation_loss = nan, nan
         if self.validate is not None and isfinite(loss):
-            score, validation_loss = self.validate(trainer.params(state.arrays.leaves))
+            score, validation_loss = self.validate(trainer.params(state.current_leaves))
         seconds = time.perf_counter() - self.began
         record = Epoch(state.epochs, loss, validation_loss, score, rate, seconds)
         state.history.append(record)
@@ -523,7 +523,7 @@ class _Loop:
 
     def snapshot(self) -> list[Array]:
         trainer = self.trainer
-        return trainer.params(trainer.copy(self.state.arrays.leaves))
+        return trainer.params(trainer.copy(self.state.current_leaves))
 
     def note_progress(self, value: float) -> bool:
         """Note whether ``value``, lower is better, improved; return whether progress stalled.
@@ -540,5 +540,5 @@ class _Loop:
         near = bool(trainer.slack) and value <= state.best + trainer.slack * abs(state.best)
         if state.best_leaves is not None and (better or near):
             state.best_leaves = []  # frees the old copy before the new one is made
-            state.best_leaves = trainer.copy(state.arrays.leaves)
+            state.best_leaves = trainer.copy(state.current_leaves)
         return state.stalled_for > trainer.patience

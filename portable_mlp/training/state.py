@@ -82,9 +82,23 @@ class State:
     history: list[Epoch] = field(default_factory=list)
 
     @property
+    def averages(self) -> bool:
+        """Whether the optimizer keeps a running average of the parameters."""
+        return bool(self.origin[0].average)
+
+    @property
+    def current_leaves(self) -> list[Array]:
+        """The leaves to use after the last step: these themselves, or their running average."""
+        steps = self.steps + self.begun.steps
+        if not self.averages or not steps:
+            return self.arrays.leaves
+        scale = 1.0 / (1.0 - self.origin[0].average ** steps)
+        return [states[-1] * scale for states in self.arrays.moments]
+
+    @property
     def final_leaves(self) -> list[Array]:
         """The leaves to use: those with the best score if a score is watched, else the last."""
-        return self.arrays.leaves if self.best_leaves is None else self.best_leaves
+        return self.current_leaves if self.best_leaves is None else self.best_leaves
 
     @property
     def last_params(self) -> list[Array]:
@@ -102,7 +116,8 @@ class State:
 
     def without_final_leaves(self) -> State:
         """Return the state to store next to `final_leaves`, without the arrays in those."""
-        last = [] if self.best_leaves is None else self.arrays.leaves
+        same = self.best_leaves is None and not self.averages
+        last = [] if same else self.arrays.leaves
         return replace(self, arrays=self.arrays._replace(leaves=last), best_leaves=None)
 
 
