@@ -25,6 +25,9 @@ Floats = NDArray[np.float64]
 MOST_LEVELS = 64
 """Values of a column of text that get a column each; rarer ones are like unknown ones."""
 
+_MOST_RANKED = 32
+_MOST_EMBEDDED = 64  # embeddings of more columns would take most of the time
+
 _PERIODS = {"year": 365.2425, "week": 7.0, "day": 1.0}  # in days
 _FEWEST_QUANTILES, _MOST_QUANTILES, _ROWS_PER_QUANTILE = 10, 1000, 30
 _EDGE = 1e-3  # ranks are clipped this far from 0 and 1
@@ -256,11 +259,15 @@ class TableEncoder:
     median, scale : ndarray (numbers,)
         Centre and factor of each number.
     used : ndarray of int
-        The numbers that are not constant: those with more than two values first.
+        The numbers that are not constant: first those with more than two values, and among
+        these those with the most.
     n_ranked : int
-        Number of these with more than two values, which appear as ranks too.
+        Number of the first ones that appear as ranks too.  In a wide table there are none.
+    n_embedded : int
+        Number of first columns of the result to embed: numbers with more than two values, and
+        ranks; not all of them in a wide table.
     quantiles : list of ndarray
-        For each of them, its quantiles over the training rows.
+        For each ranked number, its quantiles over the training rows.
     """
 
     def fit(self, columns: list[Column]) -> TableEncoder:
@@ -273,29 +280,27 @@ class TableEncoder:
         raw = self._raw(columns)
         n, d = raw.shape
         self.median, self.scale = np.zeros(d), np.zeros(d)
-        several = np.zeros(d, bool)
+        n_values = np.zeros(d, int)
         for j in range(d):
             known = raw[~np.isnan(raw[:, j]), j]
             if known.size:
                 self.median[j] = np.median(known)
                 self.scale[j] = _robust_scale(known)
-                several[j] = len(np.unique(known)) > 2
-        varies = self.scale > 0.0
-        self.used = np.concatenate(
-            [np.flatnonzero(varies & several), np.flatnonzero(varies & ~several)]
-        )
-        self.n_ranked = int((varies & several).sum())
+                n_values[j] = len(np.unique(known))
+        # In order of the columns, but for wide tables, where the first ones are embedded
+        several = np.flatnonzero((self.scale > 0.0) & (n_values > 2))
+        if len(several) > _MOST_EMBEDDED:
+            several = several[np.argsort(-n_values[several], kind="stable")]
+        two = np.flatnonzero((self.scale > 0.0) & (n_values <= 2))
+        self.used = np.concatenate([several, two])
+        self.n_ranked = len(several) if len(several) <= _MOST_RANKED else 0
+        self.n_embedded = min(len(several) + self.n_ranked, _MOST_EMBEDDED)
         n_quantiles = np.clip(n // _ROWS_PER_QUANTILE, _FEWEST_QUANTILES, _MOST_QUANTILES) + 1
         levels = np.linspace(0.0, 1.0, int(n_quantiles))
         self.quantiles = [
             np.unique(np.nanquantile(raw[:, j], levels)) for j in self.used[: self.n_ranked]
         ]
         return self
-
-    @property
-    def n_embedded(self) -> int:
-        """The number of first columns that are numbers with more than two values, or ranks."""
-        return 2 * self.n_ranked
 
     @property
     def n_columns(self) -> int:
