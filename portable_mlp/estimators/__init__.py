@@ -5,6 +5,7 @@ Additional parameters are keyword-only, follow scikit-learn's, and change none o
 
 from portable_mlp.estimators.classifier import MLPClassifier
 from portable_mlp.estimators.regressor import MLPRegressor
-from portable_mlp.estimators.tabular import TabularClassifier, TabularRegressor
+from portable_mlp.estimators.tabular_classifier import TabularClassifier
+from portable_mlp.estimators.tabular_regressor import TabularRegressor
 
 __all__ = ["MLPClassifier", "MLPRegressor", "TabularClassifier", "TabularRegressor"]

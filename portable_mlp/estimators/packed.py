@@ -108,20 +108,41 @@ class HeldOut:
         Their numbers; a member with fewer than n repeats its first one.
     counted : ndarray (members, n) of bool
         Which of them are not such a repetition.
+    fold : ndarray (members,) of int
+        Number of each member's fold.
     """
 
     rows: Rows
     counted: NDArray[np.bool_]
+    fold: NDArray[np.intp]
 
     @classmethod
-    def of(cls, folds: Sequence[Rows]) -> HeldOut:
+    def of(cls, tests: Sequence[Rows], members: int) -> HeldOut:
+        """Return the rows of folds that members take in turn."""
+        fold = np.arange(members) % len(tests)
+        folds = [tests[i] for i in fold.tolist()]
         n = max(map(len, folds))
         rows = np.stack([np.concatenate([f, np.full(n - len(f), f[0])]) for f in folds])
         counted = np.stack([np.arange(n) < len(f) for f in folds])
-        return cls(rows.astype(np.intp), counted)
+        return cls(rows.astype(np.intp), counted, fold)
+
+    def by_fold(self, values: Floats) -> list[tuple[Rows, Floats]]:
+        """Return the rows of each fold, and the mean (rows, k) over the members that hold it out.
+
+        Parameters
+        ----------
+        values : ndarray (members, n, k)
+            Values of the held-out rows.
+        """
+        found = []
+        for i in range(int(self.fold.max()) + 1):
+            own = np.flatnonzero(self.fold == i)
+            counted = self.counted[own[0]]
+            found.append((self.rows[own[0]][counted], values[own].mean(axis=0)[counted]))
+        return found
 
     def mean(self, values: Floats, n_rows: int) -> Floats:
-        """Return the mean over the members that hold out a row; NaN where none does.
+        """Return the mean over the folds that hold out a row; NaN where none does.
 
         Parameters
         ----------
@@ -135,9 +156,9 @@ class HeldOut:
         ndarray (n_rows, k)
         """
         total, count = np.zeros((n_rows, values.shape[2])), np.zeros(n_rows)
-        for own, counted, some in zip(self.rows, self.counted, values, strict=True):
-            np.add.at(total, own[counted], some[counted])
-            np.add.at(count, own[counted], 1.0)
+        for rows, mean in self.by_fold(values):
+            total[rows] += mean
+            count[rows] += 1.0
         with np.errstate(invalid="ignore"):
             return total / count[:, None]
 
@@ -213,7 +234,7 @@ def fit_pack(
     """
     k = preset.members
     own = [splits[j % len(splits)] for j in range(k)]
-    held_out = HeldOut.of([test for _, test in own])
+    held_out = HeldOut.of([test for _, test in splits[:k]], k)
     n_train = int(np.mean([len(train) for train, _ in own]))
     batch_size = min(preset.batch_size, n_train)
     n_steps = max(1, n_train // batch_size)

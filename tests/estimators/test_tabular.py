@@ -24,14 +24,14 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from portable_mlp import TabularClassifier, TabularRegressor
 from portable_mlp.estimators.columns import MOST_LEVELS, TableEncoder, read_columns
+from portable_mlp.estimators.conformal import adaptive_scores, interval, label_sets
 from portable_mlp.estimators.packed import HeldOut, spread
-from portable_mlp.estimators.tabular import CLASSIFICATION, REGRESSION
 
 pd = pytest.importorskip("pandas")
 
 SMALL = {"members": 4, "epochs": 20, "steps": 120, "batch_size": 32}
-CLASSIFY = replace(CLASSIFICATION["default"], **SMALL)
-REGRESS = replace(REGRESSION["default"], **SMALL)
+CLASSIFY = replace(TabularClassifier._presets["default"], **SMALL)
+REGRESS = replace(TabularRegressor._presets["default"], **SMALL)
 RNG = np.random.RandomState(0)
 X, Y = RNG.standard_normal((90, 4)), RNG.standard_normal(90)
 LABELS = (X[:, 0] + 0.3 * Y > 0).astype(int)
@@ -49,8 +49,8 @@ def regressor(**given):
 @pytest.mark.filterwarnings("ignore:there are .* folds only")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @parametrize_with_checks([
-    TabularClassifier(replace(CLASSIFICATION["default"], members=4, epochs=40, steps=200)),
-    TabularRegressor(replace(REGRESSION["default"], members=4, epochs=40, steps=200)),
+    kind(replace(kind._presets["default"], members=4, epochs=40, steps=200))
+    for kind in (TabularClassifier, TabularRegressor)
 ])  # fmt: skip
 def test_estimator_checks(estimator, check):
     if "sample_weight_equivalence" in str(check):
@@ -262,10 +262,11 @@ def test_groups_stay_together():
 
 
 def test_mean_of_held_out_rows():
-    held = HeldOut.of([np.array([0, 2]), np.array([2]), np.array([1, 4])])
-    values = np.array([[[1.0], [2.0]], [[4.0], [99.0]], [[7.0], [8.0]]])
+    held = HeldOut.of([np.array([0, 2]), np.array([2]), np.array([1, 4])], 4)
+    # The first and the last member hold out the same rows
+    values = np.array([[[1.0], [2.0]], [[4.0], [99.0]], [[7.0], [8.0]], [[3.0], [4.0]]])
     got = held.mean(values, 5)[:, 0]
-    np.testing.assert_array_equal(got, [1.0, 7.0, 3.0, np.nan, 8.0])
+    np.testing.assert_array_equal(got, [2.0, 7.0, 3.5, np.nan, 8.0])
 
 
 def test_weights_and_classes():
@@ -291,6 +292,75 @@ def test_the_temperature_calibrates():
     for factor in (0.8, 1.25):
         p = model.oof_predictions_**factor
         assert log_loss(y, p / p.sum(axis=1, keepdims=True)) > loss - 1e-4
+
+
+# ---------------------------------------------------------------- intervals and sets
+
+
+@pytest.mark.parametrize("coverage", [0.05, 0.5, 0.9, 0.99])
+def test_intervals_are_those_of_the_definition(coverage):
+    """CV+ by sorting all sums: Barber et al. (2021), equation 11."""
+    rng = np.random.RandomState(0)
+    centres = rng.standard_normal((3, 50))
+    residuals = [np.sort(rng.exponential(size=n)) for n in (7, 11, 2)]
+    got = interval(centres, residuals, coverage)
+    k = int(np.ceil(coverage * 21))
+    for x in range(50):
+        pairs = list(zip(centres[:, x], residuals, strict=True))
+        above = np.sort(np.concatenate([c + r for c, r in pairs]))
+        below = np.sort(np.concatenate([c - r for c, r in pairs]))
+        wanted = (-np.inf, np.inf) if k > 20 else (below[20 - k], above[k - 1])
+        np.testing.assert_allclose(got[x], wanted, rtol=1e-12)
+
+
+def test_label_sets_are_those_of_the_definition():
+    rng = np.random.RandomState(0)
+    p = rng.dirichlet(np.ones(4), (2, 30))
+    u = rng.uniform(size=30)
+    calibration = [np.sort(rng.uniform(size=n)) for n in (9, 15)]
+    got = label_sets(adaptive_scores(p, u), calibration, 0.8)
+    for x in range(30):
+        for c in range(4):
+            below = 0
+            for fold in range(2):
+                own = p[fold, x]
+                score = own[own > own[c]].sum() + u[x] * own[c]
+                below += (calibration[fold] < score).sum()
+            assert got[x, c] == (below < 0.8 * 25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coverage", [0.8, 0.95])
+def test_intervals_and_sets_cover_new_rows(coverage):
+    """Over 2000 new rows the share is the nominal one at least, but for three standard errors.
+
+    It is above where single members, whose errors count, are worse than all together.
+    """
+    rng = np.random.RandomState(0)
+    x = rng.uniform(-2, 2, (2600, 2))
+    y = np.sin(2 * x[:, 0]) + (0.2 + 0.3 * np.abs(x[:, 1])) * rng.standard_t(3, 2600)
+    error = 3 * np.sqrt(coverage * (1 - coverage) * (1 / 2000 + 1 / 600))
+    low, high = regressor().fit(x[:600], y[:600]).predict_interval(x[600:], coverage).T
+    covered = np.mean((low <= y[600:]) & (y[600:] <= high))
+    assert coverage - error < covered < coverage + 0.5 * (1 - coverage)
+    labels = np.digitize(y, [-0.7, 0.0, 0.7])
+    model = classifier().fit(x[:600], labels[:600])
+    sets = model.predict_set(x[600:], coverage)
+    covered = sets[np.arange(2000), labels[600:]].mean()
+    assert coverage - error < covered < coverage + 0.5 * (1 - coverage)
+    assert sets.sum(axis=1).mean() < 4 * coverage  # than all labels with this probability
+
+
+def test_intervals_and_sets_of_bad_input():
+    model = regressor().fit(X, Y)
+    for coverage in (0.0, 1.0, np.nan):
+        with pytest.raises(ValueError, match="coverage must be in"):
+            model.predict_interval(X, coverage)
+    assert np.isinf(model.predict_interval(X, 0.999)).all()
+    with pytest.raises(ValueError, match="single target"):
+        regressor().fit(X, np.column_stack([Y, Y])).predict_interval(X)
+    with pytest.raises(NotFittedError):
+        regressor().predict_interval(X)
 
 
 # ---------------------------------------------------------------- what people give

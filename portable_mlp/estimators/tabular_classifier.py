@@ -1,0 +1,268 @@
+"""The classifier for tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from sklearn.base import ClassifierMixin
+from sklearn.metrics import accuracy_score
+from sklearn.utils import compute_sample_weight
+from sklearn.utils._param_validation import StrOptions
+from sklearn.utils.multiclass import check_classification_targets
+
+from portable_mlp.backends import Backend, move, to_host
+from portable_mlp.callbacks import Callback
+from portable_mlp.estimators.conformal import adaptive_scores, label_sets
+from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows
+from portable_mlp.estimators.tabular import PRESETS, TabularModel, check_coverage
+from portable_mlp.functions import softmax
+from portable_mlp.losses import Loss, SoftmaxCrossEntropy
+from portable_mlp.typing import Array
+
+
+class TabularClassifier(ClassifierMixin, TabularModel):
+    """Classifier for tables: an ensemble of networks that hold out a fold each.
+
+    It takes a table as it is: numbers, text, booleans, dates, missing values.  Its probabilities
+    are calibrated on the held-out rows.
+
+    Parameters
+    ----------
+    preset : {"default", "fast"} or Preset, default="default"
+        Settings of the fit; "fast" takes about a quarter of the time.
+    cv : int, splitter or iterable, optional
+        Folds, as scikit-learn's; as many stratified folds as members by default.
+    class_weight : dict or "balanced", optional
+        Weights of the classes, as scikit-learn's.
+    random_state : int, RandomState or None, default=None
+        Seed of folds, initial values and orders of rows.
+    device : {"cpu", "gpu"}, optional
+        Where to compute; where X is by default.
+    backend : str, optional
+        Array library to compute with; that of X by default.
+    dtype : {"float32", "float64"}, optional
+        Data type to compute in; float32 by default.
+    verbose : bool, default=False
+        Whether to show progress.
+    callbacks : sequence of Callback, optional
+        Called after each epoch.
+
+    Attributes
+    ----------
+    classes_ : ndarray (n_classes,)
+    oof_predictions_ : ndarray (n_samples, n_classes)
+        Probabilities of each training row by the members that did not train on it; NaN for rows
+        that no fold holds out.
+    oof_score_ : float
+        Accuracy of these predictions.
+    temperature_ : float
+        Divisor of the logits, fitted on the held-out rows.
+    network_, params_ : Network, list of arrays
+        The members' layers and parameters.
+    loss_curve_, validation_loss_curve_ : list of float
+        Training loss, and error on held-out rows, of each epoch.
+    n_iter_ : int
+        Number of epochs.
+    n_features_in_, feature_names_in_, stop_reason_
+        As in `MLPClassifier`.
+
+    Examples
+    --------
+    >>> from portable_mlp import TabularClassifier
+    >>> from sklearn.datasets import load_wine
+    >>> X, y = load_wine(return_X_y=True, as_frame=True)
+    >>> model = TabularClassifier(preset="fast", random_state=0).fit(X, y)
+    >>> model.oof_score_ > 0.95
+    True
+    """
+
+    _presets = PRESETS
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **TabularModel._parameter_constraints,
+        "class_weight": [dict, StrOptions({"balanced"}), None],
+    }
+
+    def __init__(
+        self,
+        preset: str | Preset = "default",
+        *,
+        cv: Any = None,
+        class_weight: dict[Any, float] | str | None = None,
+        random_state: Any = None,
+        device: str | None = None,
+        backend: str | None = None,
+        dtype: str | None = None,
+        verbose: bool = False,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> None:
+        self.preset = preset
+        self.cv = cv
+        self.class_weight = class_weight
+        self.random_state = random_state
+        self.device = device
+        self.backend = backend
+        self.dtype = dtype
+        self.verbose = verbose
+        self.callbacks = callbacks
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, groups: Any = None) -> Self:
+        """Fit the model to a table X and labels y.
+
+        Parameters
+        ----------
+        X : data frame or array-like (n_samples, n_features)
+            Missing values are allowed.
+        y : array-like (n_samples,)
+            Labels: numbers, text or booleans.
+        sample_weight : array-like (n_samples,), optional
+        groups : array-like (n_samples,), optional
+            Groups that folds keep together.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the data is invalid; the model is unchanged.
+        """
+        with self._unchanged_on_error():
+            return self._fit(X, y, sample_weight, groups)
+
+    def _learn_target(self, y: NDArray[Any], weights: Floats | None) -> tuple[NDArray[Any], int]:
+        check_classification_targets(y)
+        if y.ndim > 1:
+            raise ValueError(f"y: expected labels (n,), got shape {y.shape}")
+        self.classes_, target = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            only = (
+                self.classes_[0].item() if hasattr(self.classes_[0], "item") else self.classes_[0]
+            )
+            raise ValueError(f"y has one class only, {only!r}: nothing to tell apart")
+        return target.astype(np.int64), len(self.classes_)
+
+    def _class_weighted(self, y: NDArray[Any], weights: Floats | None) -> Floats | None:
+        if self.class_weight is None:
+            return weights
+        known: Floats = compute_sample_weight(self.class_weight, y)
+        return known if weights is None else known * weights
+
+    def _own_folds(
+        self, n_folds: int, y: NDArray[Any], rng: np.random.RandomState
+    ) -> list[tuple[Rows, Rows]]:
+        # Rows are dealt to the folds class by class, so that classes may be smaller than folds
+        order = np.lexsort((rng.permutation(len(y)), np.unique(y, return_inverse=True)[1]))
+        fold = np.empty(len(y), np.intp)
+        fold[order] = np.arange(len(y)) % n_folds
+        return [(np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i in range(n_folds)]
+
+    def _loss(self, preset: Preset) -> Loss:
+        return SoftmaxCrossEntropy(preset.label_smoothing)
+
+    def _error(self, target: NDArray[Any]) -> Any:
+        def error(z: Floats, rows: Rows) -> Floats:
+            """Whether the class is wrong; of equally many errors the log-loss decides."""
+            true = target[rows]
+            z = z - z.max(axis=1, keepdims=True)
+            log_p = z[np.arange(len(z)), true] - np.log(np.exp(z).sum(axis=1))
+            wrong: Floats = (z.argmax(axis=1) != true) - 1e-3 * log_p
+            return wrong
+
+        return error
+
+    def _learn_outputs(
+        self, packed: Packed, y: NDArray[Any], target: NDArray[Any], weights: Floats | None
+    ) -> None:
+        rows, counted, z = packed.held_out.rows, packed.held_out.counted, packed.logits
+        share = counted * (1.0 if weights is None else weights[rows])
+        true = target[rows]
+
+        def log_loss(log_temperature: float) -> float:
+            scaled = z / np.exp(log_temperature)
+            scaled = scaled - scaled.max(axis=2, keepdims=True)
+            right = np.take_along_axis(scaled, true[..., None], axis=2)[..., 0]
+            return float(np.sum(share * (np.log(np.exp(scaled).sum(axis=2)) - right)))
+
+        found = minimize_scalar(log_loss, bounds=(np.log(0.1), np.log(10.0)), method="bounded")
+        self.temperature_ = float(np.exp(found.x))
+        p = softmax(z / self.temperature_, np)
+        self.oof_predictions_ = packed.held_out.mean(p, len(y))
+        u = np.random.RandomState(self._seed).uniform(size=len(y))
+        self._calibration = [
+            np.sort(np.take_along_axis(adaptive_scores(q, u[own]), target[own, None], axis=1)[:, 0])
+            for own, q in packed.held_out.by_fold(p)
+        ]
+        known = ~np.isnan(self.oof_predictions_[:, 0])
+        self.oof_score_ = float(accuracy_score(
+            target[known], self.oof_predictions_[known].argmax(axis=1),
+            sample_weight=None if weights is None else weights[known],
+        ))  # fmt: skip
+
+    def _probabilities(self, X: Any) -> tuple[Array, Backend]:
+        parts, xp, home, _ = self._members(X)
+        found = [xp.mean(softmax(z / self.temperature_, xp), axis=0) for _, z in parts]
+        p = found[0] if len(found) == 1 else xp.concat(found, axis=0)
+        return move(p, home), home
+
+    def predict_proba(self, X: Any) -> Array:
+        """Return the probabilities of the classes.
+
+        Parameters
+        ----------
+        X : data frame or array-like (n_samples, n_features)
+
+        Returns
+        -------
+        p : array (n_samples, n_classes)
+            In the namespace and on the device of X, if it is an array.
+        """
+        return self._probabilities(X)[0]
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Return the most probable labels, (n_samples,), on the host.
+
+        Parameters
+        ----------
+        X : data frame or array-like (n_samples, n_features)
+        """
+        p = to_host(self._probabilities(X)[0])
+        labels: NDArray[Any] = self.classes_[p.argmax(axis=1)]
+        return labels
+
+    def predict_set(self, X: Any, coverage: float = 0.9) -> NDArray[np.bool_]:
+        """Return for each row a set of labels that contains the right one with a probability.
+
+        The sets are adaptive: small where the model is sure (Romano et al., 2020).  They are
+        drawn with random numbers that depend on the row's place in X.  A set can be empty.
+        See `portable_mlp.estimators.conformal` for the guarantee.
+
+        Parameters
+        ----------
+        X : data frame or array-like (n_samples, n_features)
+        coverage : float in (0, 1), default=0.9
+            The probability.
+
+        Returns
+        -------
+        ndarray (n_samples, n_classes) of bool
+            Which of ``classes_`` belong to the set; on the host.
+
+        Raises
+        ------
+        ValueError
+            If ``coverage`` is not in (0, 1).
+        """
+        check_coverage(coverage)
+        parts, *_, n = self._members(X)
+        u = np.random.RandomState(self._seed + 1).uniform(size=n)
+        sets = np.empty((n, len(self.classes_)), bool)
+        for rows, z in parts:
+            p = softmax(to_host(z).astype(np.float64) / self.temperature_, np)
+            scores = adaptive_scores(self._by_fold(p), u[rows])
+            sets[rows] = label_sets(scores, self._calibration, coverage)
+        return sets

@@ -1,0 +1,201 @@
+"""The regressor for tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import RegressorMixin
+from sklearn.metrics import r2_score
+from sklearn.utils.validation import check_is_fitted
+
+from portable_mlp.backends import NumPyBackend, to_host
+from portable_mlp.callbacks import Callback
+from portable_mlp.estimators.conformal import interval
+from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows
+from portable_mlp.estimators.tabular import PRESETS, TabularModel, check_coverage
+from portable_mlp.losses import Loss, SquaredError
+from portable_mlp.typing import Array
+
+
+class TabularRegressor(RegressorMixin, TabularModel):
+    """Regressor for tables: an ensemble of networks that hold out a fold each.
+
+    It takes a table as it is: numbers, text, booleans, dates, missing values.
+
+    Parameters
+    ----------
+    preset, cv, random_state, device, backend, dtype, verbose, callbacks
+        As in `TabularClassifier`; the folds are not stratified.
+
+    Attributes
+    ----------
+    oof_predictions_ : ndarray (n_samples,) or (n_samples, n_outputs)
+        Predictions of each training row by the members that did not train on it; NaN for rows
+        that no fold holds out.
+    oof_score_ : float
+        Coefficient of determination R² of these predictions.
+    network_, params_, loss_curve_, validation_loss_curve_, n_iter_, n_features_in_, \
+feature_names_in_, stop_reason_
+        As in `TabularClassifier`.
+
+    Examples
+    --------
+    >>> from portable_mlp import TabularRegressor
+    >>> from sklearn.datasets import load_diabetes
+    >>> X, y = load_diabetes(return_X_y=True, as_frame=True)
+    >>> model = TabularRegressor(preset="fast", random_state=0).fit(X, y)
+    >>> model.oof_score_ > 0.4
+    True
+    """
+
+    _presets: ClassVar[dict[str, Preset]] = {
+        name: replace(
+            preset, learning_rate=0.2, activation="mish", dropouts=(0.0, 0.3), average=0.0
+        )
+        for name, preset in PRESETS.items()
+    }
+    _target_dtype = np.float64
+
+    def __init__(
+        self,
+        preset: str | Preset = "default",
+        *,
+        cv: Any = None,
+        random_state: Any = None,
+        device: str | None = None,
+        backend: str | None = None,
+        dtype: str | None = None,
+        verbose: bool = False,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> None:
+        self.preset = preset
+        self.cv = cv
+        self.random_state = random_state
+        self.device = device
+        self.backend = backend
+        self.dtype = dtype
+        self.verbose = verbose
+        self.callbacks = callbacks
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, groups: Any = None) -> Self:
+        """Fit the model to a table X and targets y.
+
+        Parameters
+        ----------
+        X : data frame or array-like (n_samples, n_features)
+            Missing values are allowed.
+        y : array-like (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array-like (n_samples,), optional
+        groups : array-like (n_samples,), optional
+            Groups that folds keep together.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the data is invalid; the model is unchanged.
+        """
+        with self._unchanged_on_error():
+            return self._fit(X, y, sample_weight, groups)
+
+    def _learn_target(self, y: NDArray[Any], weights: Floats | None) -> tuple[NDArray[Any], int]:
+        y = y if y.ndim == 2 else y[:, None]
+        self._mean = np.average(y, axis=0, weights=weights)
+        std = np.sqrt(np.average((y - self._mean) ** 2, axis=0, weights=weights))
+        self._std = np.where(std > 0.0, std, 1.0)
+        target = (y - self._mean) / self._std
+        self._limits = target.min(axis=0), target.max(axis=0)
+        return target, target.shape[1]
+
+    def _loss(self, preset: Preset) -> Loss:
+        return SquaredError()
+
+    def _error(self, target: NDArray[Any]) -> Any:
+        def error(z: Floats, rows: Rows) -> Floats:
+            squares: Floats = ((np.clip(z, *self._limits) - target[rows]) ** 2).mean(axis=1)
+            return squares
+
+        return error
+
+    def _learn_outputs(
+        self, packed: Packed, y: NDArray[Any], target: NDArray[Any], weights: Floats | None
+    ) -> None:
+        z = np.clip(packed.logits, *self._limits)
+        found = packed.held_out.mean(z, len(y)) * self._std + self._mean
+        self.oof_predictions_ = found[:, 0] if y.ndim == 1 else found
+        known = ~np.isnan(found[:, 0])
+        self.oof_score_ = float(r2_score(
+            y[known], self.oof_predictions_[known],
+            sample_weight=None if weights is None else weights[known],
+        ))  # fmt: skip
+        self._flat = y.ndim == 1
+        self._residuals = [
+            np.sort(np.abs(target[own, 0] - q[:, 0])) * self._std[0]
+            for own, q in packed.held_out.by_fold(z)
+        ]
+
+    def predict(self, X: Any) -> Array:
+        """Return the predicted targets.
+
+        Parameters
+        ----------
+        X : data frame or array-like (n_samples, n_features)
+
+        Returns
+        -------
+        y : array (n_samples,) or (n_samples, n_outputs)
+            In the namespace and on the device of X, if it is an array.
+        """
+        parts, _, home, n = self._members(X)
+        found = np.empty((n, len(self._mean)))
+        for rows, z in parts:
+            found[rows] = np.clip(to_host(z).astype(np.float64), *self._limits).mean(axis=0)
+        found = found * self._std + self._mean
+        y = found[:, 0] if self._flat else found
+        return y if isinstance(home, NumPyBackend) else home.asarray(y)
+
+    def predict_interval(self, X: Any, coverage: float = 0.9) -> Floats:
+        """Return for each row an interval that contains the target with a probability.
+
+        The intervals are those of CV+ (Barber et al., 2021), from the errors on held-out rows.
+        See `portable_mlp.estimators.conformal` for the guarantee.
+
+        Parameters
+        ----------
+        X : data frame or array-like (n_samples, n_features)
+        coverage : float in (0, 1), default=0.9
+            The probability.
+
+        Returns
+        -------
+        ndarray (n_samples, 2)
+            Lower and upper limits, on the host; infinite if there are too few training rows.
+
+        Raises
+        ------
+        ValueError
+            If ``coverage`` is not in (0, 1), or the model has several targets.
+        """
+        check_coverage(coverage)
+        check_is_fitted(self)
+        if len(self._mean) > 1:
+            raise ValueError("predict_interval is for a single target")
+        parts, *_, n = self._members(X)
+        limits = np.empty((n, 2))
+        for rows, z in parts:
+            z = np.clip(to_host(z).astype(np.float64), *self._limits)[..., 0]
+            centres = self._by_fold(z) * self._std[0] + self._mean[0]
+            limits[rows] = interval(centres, self._residuals, coverage)
+        return limits
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
