@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
 
 _ROWS_OF_START = 1024  # rows to which initial values are fitted
-_ELEMENTS = 2**22  # of an activation in one chunk of held-out rows
+_ELEMENTS = 2**22  # of an activation of all members in one chunk of rows
 _MOST_LOOKS = 32  # at the held-out rows, in a fit
 
 
@@ -330,7 +330,7 @@ class _Look:
         """Return the logits of the held-out rows, (members, n, k), on the host."""
         trainer, rows = self._trainer, self._held_out.rows
         backend, xp = trainer.backend, trainer.backend.xp
-        chunk = max(1, _ELEMENTS // _width(trainer.network))
+        chunk = rows_at_once(trainer.network)
         found = []
         for start in range(0, rows.shape[1], chunk):
             some = rows[:, start : start + chunk]
@@ -340,10 +340,10 @@ class _Look:
         return np.concatenate(found, axis=1)
 
 
-def _width(network: Network) -> int:
-    """Return the most elements of a row of all members in an activation of the network."""
+def rows_at_once(network: Network) -> int:
+    """Return for how many rows the activations of all members fit in a bounded memory."""
     members, width = network.members or 1, network.n_in or 1
     for layer in network.layers:
         frequencies = getattr(layer, "n_frequencies", 1) * getattr(layer, "n_embedded", 1)
         width = max(width, frequencies, getattr(layer, "n_out", 1))
-    return members * width
+    return max(1, _ELEMENTS // (members * width))

@@ -29,7 +29,7 @@ from portable_mlp.backends import (
 from portable_mlp.callbacks import Callback, Progress
 from portable_mlp.estimators.columns import TableEncoder, read_columns
 from portable_mlp.estimators.input_checks import check_weights, check_y
-from portable_mlp.estimators.packed import Floats, Preset, Rows, fit_pack
+from portable_mlp.estimators.packed import Floats, Preset, Rows, fit_pack, rows_at_once
 from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
@@ -38,8 +38,6 @@ PRESETS = {
     "fast": Preset(learning_rate=0.04, members=4, epochs=32, steps=1000, average=0.99),
 }
 """The settings of a classification by name; those of a regression differ a little."""
-
-_CHUNK = 4096  # rows of a prediction at once
 
 
 class TabularModel(BaseEstimator):
@@ -142,13 +140,17 @@ class TabularModel(BaseEstimator):
         home = backend_of(X) if _is_array(X) else NumPyBackend()
         backend = get_backend(self.device, self.backend, like=X if _is_array(X) else None)
         dtype = str(self.params_[0].dtype).split(".")[-1]
+        if isinstance(backend, NumPyBackend):
+            # In float32 a row's result would depend on its place among the rows, by rounding
+            dtype = "float64"
         x = self._encoder.transform(columns)
 
         def parts() -> Iterator[tuple[slice, Array]]:
             with backend.scope(dtype):
                 params = [move(p, backend, dtype) for p in self.params_]
-                for start in range(0, len(x), _CHUNK):
-                    rows = slice(start, min(start + _CHUNK, len(x)))
+                chunk = rows_at_once(self.network_)
+                for start in range(0, len(x), chunk):
+                    rows = slice(start, min(start + chunk, len(x)))
                     some = backend.asarray(x[rows], dtype)
                     yield rows, self.network_(params, some, backend.xp)
 
