@@ -108,6 +108,8 @@ class TabularMLP(Architecture):
         Dropout rate after each hidden activation; a tuple has one for each member.
     sigma : float, or a tuple of them, default=0.1
         Standard deviation of the embedding's initial frequencies, for each member.
+    n_frequencies : int, default=16
+        Number of cosines of an embedded column.
     """
 
     n_embedded: int
@@ -116,13 +118,17 @@ class TabularMLP(Architecture):
     activation: str | Layer = "selu"
     dropout: float | tuple[float, ...] | Scheduled = 0.0
     sigma: float | tuple[float, ...] = 0.1
+    n_frequencies: int = 16
 
     def __call__(self, n_in: int, n_out: int) -> Network:
         k, width = self.members, n_in
         layers: list[Layer] = [Repeat(k)]
         if self.n_embedded:
-            layers.append(PeriodicEmbedding(n_in, self.n_embedded, sigma=self.sigma, members=k))
-            width = layers[-1].n_out  # type: ignore[attr-defined]
+            embedding = PeriodicEmbedding(
+                n_in, self.n_embedded, self.n_frequencies, sigma=self.sigma, members=k
+            )
+            layers.append(embedding)
+            width = embedding.n_out
         layers.append(Scale(width, k))
         activation = get_activation(self.activation)
         for n in self.hidden_layer_sizes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil, inf, isnan, log
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from portable_mlp.architectures import TabularMLP
 from portable_mlp.backends import Backend
-from portable_mlp.callbacks import Callback
+from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.groups import Treatment
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
@@ -33,6 +33,7 @@ Rows = NDArray[np.intp]
 
 _ROWS_OF_START = 1024  # rows to which initial values are fitted
 _ELEMENTS = 2**22  # of an activation of all members in one chunk of rows
+_PROGRESS = 0.98  # factor on the error, above which a wave brought nothing
 _MOST_LOOKS = 32  # at the held-out rows, in a fit
 
 
@@ -55,6 +56,8 @@ class Preset:
         their dropout rates.
     sigmas : tuple of float
         Standard deviations of the embedding's initial frequencies; members take them in turn.
+    n_frequencies : int, default=16
+        Number of cosines of an embedded column.
     beta_2 : float, default=0.95
         Decay rate of Adam's second moment.
     groups : tuple of (str, float)
@@ -79,6 +82,7 @@ class Preset:
     decays: tuple[float, float] = (0.005, 0.08)
     dropouts: tuple[float, float] = (0.0, 0.0)
     sigmas: tuple[float, ...] = (0.03, 0.05, 0.1, 0.1, 0.2, 0.3, 0.5, 1.0)
+    n_frequencies: int = 16
     beta_2: float = 0.95
     groups: tuple[tuple[str, float], ...] = (
         ("scale", 6.0), ("bias", 0.1), ("activation", 0.1), ("embedding", 1.0), ("weight", 1.0),
@@ -252,6 +256,7 @@ def fit_pack(
         preset.activation,
         Scheduled(drawn["dropouts"], FlatCosine()) if dropping else 0.0,
         tuple(preset.sigmas[j % len(preset.sigmas)] for j in range(k)),
+        preset.n_frequencies,
     )(x.shape[1], n_out)
     some = [rng.choice(train, min(_ROWS_OF_START, n_train)) for train, _ in own]
     params = network.init(rng, x[np.stack(some)].astype(np.float64))
@@ -288,10 +293,42 @@ def fit_pack(
         look = _Look(trainer, data, held_out, error, weights, epochs)
         state = trainer.start(params)
         reason = trainer.fit(
-            state, source, epochs, rng, validate=look, early_stopping=True, callbacks=callbacks
+            state,
+            source,
+            epochs,
+            rng,
+            validate=look,
+            early_stopping=True,
+            callbacks=[*callbacks, Waves(epochs)],
         )
         params = trainer.params(state.final_leaves)
         return Packed(network, params, held_out, look.logits(params), state.history, reason)
+
+
+class Waves(Callback):
+    """A stop at the end of the third of four waves of the learning rate, if it brought nothing.
+
+    The waves end after 1, 3, 7 and 15 fifteenths of the epochs.  If the error of held-out rows
+    is not smaller in the third than before, by more than two percent, the members would only
+    learn noise by heart in the longest one.
+
+    Parameters
+    ----------
+    epochs : int
+        Number of epochs of the fit.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self._second, self._third = (round(epochs * i / 15) for i in (3, 7))
+        self._before = self._since = inf
+
+    def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool | None:
+        error = inf if isnan(epoch.validation_loss) else epoch.validation_loss
+        if epoch.epoch <= self._second:
+            self._before = min(self._before, error)
+        else:
+            self._since = min(self._since, error)
+        return epoch.epoch == self._third and self._since > _PROGRESS * self._before
 
 
 class _Look:

@@ -23,9 +23,10 @@ from sklearn.preprocessing import RobustScaler, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from portable_mlp import TabularClassifier, TabularRegressor
+from portable_mlp.callbacks import Epoch
 from portable_mlp.estimators.columns import MOST_LEVELS, TableEncoder, read_columns
 from portable_mlp.estimators.conformal import adaptive_scores, interval, label_sets
-from portable_mlp.estimators.packed import HeldOut, spread
+from portable_mlp.estimators.packed import HeldOut, Waves, spread
 
 pd = pytest.importorskip("pandas")
 
@@ -162,6 +163,7 @@ MIXED = pd.DataFrame({
 })  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_library_of_frames_gives_the_same_model():
     polars = pytest.importorskip("polars")
     data = {name: [None if v != v else v for v in MIXED[name].tolist()] for name in MIXED}
@@ -230,6 +232,7 @@ def network_output(model, X):
     return np.clip(z, target.min(), target.max()) * Y.std() + Y.mean()
 
 
+@pytest.mark.slow
 def test_the_score_of_noise_is_that_of_chance():
     """Members that have learned random labels by heart know nothing of the rows held out."""
     rng = np.random.RandomState(3)
@@ -238,6 +241,35 @@ def test_the_score_of_noise_is_that_of_chance():
     model = TabularClassifier(preset, random_state=0).fit(x, y)
     assert model.score(x, y) > 0.65
     assert 0.4 < model.oof_score_ < 0.6
+
+
+@pytest.mark.parametrize(
+    ("errors", "stops"),
+    [
+        ({3: 0.5, 9: 0.4, 12: 0.45, 20: 0.41, 28: 0.4}, True),  # nothing new since epoch 12
+        ({3: 0.5, 9: 0.4, 12: 0.45, 20: 0.399, 28: 0.5}, True),  # too little
+        ({3: 0.5, 9: 0.4, 12: 0.45, 20: 0.39, 28: 0.5}, False),
+    ],
+)
+def test_a_wave_that_brings_nothing_is_the_last(errors, stops):
+    """Of 60 epochs the waves end after 4, 12, 28 and 60; in the others nobody looks."""
+    waves = Waves(60)
+    asked = [
+        waves.on_epoch_end(Epoch(epoch, 1.0, errors.get(epoch, np.nan)), list)
+        for epoch in range(1, 29)
+    ]
+    assert asked == [False] * 27 + [stops]
+
+
+@pytest.mark.slow
+def test_a_fit_ends_early_where_there_is_nothing_more_to_learn():
+    rng = np.random.RandomState(3)
+    x = rng.standard_normal((1500, 6))
+    preset = replace(CLASSIFY, epochs=60)
+    noisy = (x[:, 0] > 0) ^ (rng.rand(1500) < 0.3)
+    assert TabularClassifier(preset, random_state=1).fit(x, noisy).n_iter_ == 28
+    wavy = np.sin(3 * x[:, 0]) > x[:, 1]
+    assert TabularClassifier(preset, random_state=1).fit(x, wavy).n_iter_ == 60
 
 
 def test_rows_that_no_fold_holds_out_have_no_prediction():
@@ -269,6 +301,7 @@ def test_mean_of_held_out_rows():
     np.testing.assert_array_equal(got, [2.0, 7.0, 3.5, np.nan, 8.0])
 
 
+@pytest.mark.slow
 def test_weights_and_classes():
     """Rows of weight zero are as good as absent: labels that are wrong there do no harm."""
     rng = np.random.RandomState(1)
@@ -444,6 +477,7 @@ def test_predictions_need_a_fit():
         classifier().predict(X)
 
 
+@pytest.mark.slow
 def test_as_a_scikit_learn_estimator():
     iris, species = load_iris(return_X_y=True)
     model = classifier().fit(iris, species)
