@@ -266,7 +266,7 @@ def test_a_fit_ends_early_where_there_is_nothing_more_to_learn():
     rng = np.random.RandomState(3)
     x = rng.standard_normal((1500, 6))
     preset = replace(CLASSIFY, epochs=60)
-    noisy = (x[:, 0] > 0) ^ (rng.rand(1500) < 0.3)
+    noisy = (x[:, 0] > 0) ^ (rng.rand(1500) < 0.4)
     assert TabularClassifier(preset, random_state=1).fit(x, noisy).n_iter_ == 28
     wavy = np.sin(3 * x[:, 0]) > x[:, 1]
     assert TabularClassifier(preset, random_state=1).fit(x, wavy).n_iter_ == 60
