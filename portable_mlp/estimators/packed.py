@@ -353,6 +353,8 @@ class _Look:
         self._share = share.ravel() / max(float(share.sum()), np.finfo(np.float64).tiny)
         self._every = max(1, epochs // _MOST_LOOKS)
         self._to_come = epochs
+        backend, network = trainer.backend, trainer.network
+        self._forward = backend.compile(lambda params, x: network(params, x, backend.xp))
 
     def __call__(self, params: list[Array]) -> tuple[float, float]:
         self._to_come -= 1
@@ -373,7 +375,7 @@ class _Look:
             some = rows[:, start : start + chunk]
             at = backend.indices(some.ravel())
             x = xp.reshape(xp.take(self._data.x, at, axis=0), (*some.shape, -1))
-            found.append(backend.to_host(trainer.network(params, x, xp)).astype(np.float64))
+            found.append(backend.to_host(self._forward(params, x)).astype(np.float64))
         return np.concatenate(found, axis=1)
 
 

@@ -93,7 +93,8 @@ class State:
         if not self.averages or not steps:
             return self.arrays.leaves
         scale = 1.0 / (1.0 - self.origin[0].average ** steps)
-        return [states[-1] * scale for states in self.arrays.moments]
+        with backend_of(self.arrays.moments[0][-1]).current():
+            return [states[-1] * scale for states in self.arrays.moments]
 
     @property
     def final_leaves(self) -> list[Array]:
