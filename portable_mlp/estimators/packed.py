@@ -354,7 +354,11 @@ class _Look:
         self._every = max(1, epochs // _MOST_LOOKS)
         self._to_come = epochs
         backend, network = trainer.backend, trainer.network
-        self._forward = backend.compile(lambda params, x: network(params, x, backend.xp))
+
+        def forward(params: list[Array], x: Array) -> Array:
+            return network(params, x, backend.xp)
+
+        self._forward = backend.compile(forward)
 
     def __call__(self, params: list[Array]) -> tuple[float, float]:
         self._to_come -= 1

@@ -92,8 +92,9 @@ class State:
         steps = self.steps + self.begun.steps
         if not self.averages or not steps:
             return self.arrays.leaves
-        scale = 1.0 / (1.0 - self.origin[0].average ** steps)
-        with backend_of(self.arrays.moments[0][-1]).current():
+        optimizer, *_, dtype = self.origin
+        scale = 1.0 / (1.0 - optimizer.average**steps)
+        with backend_of(self.arrays.moments[0][-1]).scope(dtype):
             return [states[-1] * scale for states in self.arrays.moments]
 
     @property
