@@ -56,7 +56,7 @@ class Preset:
         their dropout rates.
     sigmas : tuple of float
         Standard deviations of the embedding's initial frequencies; members take them in turn.
-    n_frequencies : int, default=16
+    n_frequencies : int, default=8
         Number of cosines of an embedded column.
     beta_2 : float, default=0.95
         Decay rate of Adam's second moment.
@@ -82,7 +82,7 @@ class Preset:
     decays: tuple[float, float] = (0.005, 0.08)
     dropouts: tuple[float, float] = (0.0, 0.0)
     sigmas: tuple[float, ...] = (0.03, 0.05, 0.1, 0.1, 0.2, 0.3, 0.5, 1.0)
-    n_frequencies: int = 16
+    n_frequencies: int = 8
     beta_2: float = 0.95
     groups: tuple[tuple[str, float], ...] = (
         ("scale", 6.0), ("bias", 0.1), ("activation", 0.1), ("embedding", 1.0), ("weight", 1.0),
