@@ -7,9 +7,12 @@ numbers first.  Missing numbers take the median, and a mark.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Number
 from typing import Any
 
 import narwhals as nw
@@ -37,23 +40,53 @@ _CLIP = 3.0
 
 @dataclass
 class Column:
-    """One column of a table as numbers, or as texts.
+    """One column of a table.
 
     Attributes
     ----------
     name : str or int
         Name in a data frame, position in an array.
-    numbers : ndarray (n,), optional
-        NaN where missing.
+    kind : {"number", "boolean", "date", "span", "text", "missing"}
+        What its values are; "missing" if all are missing.
+    numbers : ndarray (n,)
+        Numbers, 0 and 1, days since 1970, or seconds; NaN where missing.  Of text all are NaN.
     texts : ndarray (n,) of str or None, optional
-    is_date : bool
-        Whether the numbers are days since 1970.
+        Values of text.
     """
 
     name: Any
-    numbers: Floats | None = None
+    kind: str
+    numbers: Floats
     texts: NDArray[Any] | None = None
-    is_date: bool = False
+
+    def as_texts(self) -> NDArray[Any]:
+        """Return the values as texts, whatever they are; None where missing.
+
+        Raises
+        ------
+        ValueError
+            If they are dates or time spans, which have no text of their own.
+        """
+        if self.texts is not None:
+            return self.texts
+        if self.kind in ("date", "span"):
+            raise _wrong_kind(self, "text")
+        if self.kind == "boolean":
+            return _texts([v if v != v else bool(v) for v in self.numbers.tolist()])
+        return _texts(self.numbers.tolist())
+
+
+_WORDS = {
+    "number": "numbers", "boolean": "booleans", "date": "dates", "span": "time spans",
+    "text": "text", "missing": "nothing",
+}  # fmt: skip
+
+
+def _wrong_kind(column: Column, wanted: str) -> ValueError:
+    return ValueError(
+        f"column {column.name!r} holds {_WORDS[column.kind]}, but the model was fitted on"
+        f" {_WORDS[wanted]} there"
+    )
 
 
 def read_columns(estimator: Any, X: Any, reset: bool) -> list[Column]:
@@ -74,17 +107,19 @@ def read_columns(estimator: Any, X: Any, reset: bool) -> list[Column]:
         If a column is missing, holds infinity or values of a kind that is not supported, or
         names are not unique.
     """
-    given = map(str, getattr(X, "columns", ()))
-    if twice := [name for name, n in Counter(given).items() if n > 1]:
-        raise ValueError(f"X: column names have to be unique, got {twice} more than once")
-    frame = nw.from_native(X, eager_only=True, pass_through=True)
-    if not isinstance(frame, nw.DataFrame):
+    if hasattr(X, "collect"):
+        raise TypeError("X: a lazy frame has no rows yet; call its method collect()")
+    try:
+        frame = nw.from_native(X, eager_only=True, pass_through=True)
+        names = list(map(str, frame.columns)) if isinstance(frame, nw.DataFrame) else None
+    except nw.exceptions.DuplicateError as error:
+        raise ValueError(f"X: column names have to be unique: {error}") from error
+    if names is None:
         return _of_array(estimator, X, reset)
-    names = list(map(str, frame.columns))
+    if not len(frame) or not names:
+        raise ValueError(f"X: found a table of shape {frame.shape}, nothing to learn from")
     if reset:
         validate_data(estimator, X, skip_check_array=True)
-        if not len(frame) or not names:
-            raise ValueError(f"X: found a table of shape {frame.shape}, nothing to learn from")
         estimator._names = names
     elif estimator._names is None:  # fitted on an array
         validate_data(estimator, X, reset=False, skip_check_array=True)
@@ -99,21 +134,23 @@ def read_columns(estimator: Any, X: Any, reset: bool) -> list[Column]:
 
 def _of_series(name: str, series: Any) -> Column:
     dtype = series.dtype
+    if series.null_count() == len(series):
+        return _missing(name, len(series))
     if dtype.is_numeric() or dtype == nw.Boolean:
         # Through float64 of the frame's own library, which turns its missing values into NaN
         numbers = series.cast(nw.Float64).to_numpy().astype(np.float64)
-        return Column(name, numbers=_finite(name, numbers))
+        kind = "boolean" if dtype == nw.Boolean else "number"
+        return Column(name, kind, _finite(name, numbers))
     if dtype in (nw.Date, nw.Datetime):
         if getattr(dtype, "time_zone", None) is not None:
             series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-        days = series.cast(nw.Datetime("us")).to_numpy().astype("datetime64[us]")
-        return Column(name, numbers=_days(days), is_date=True)
+        return _of_dates(name, series.cast(nw.Datetime("us")).to_numpy())
     if dtype == nw.Duration:
         span = series.to_numpy().astype("timedelta64[us]")
         seconds = np.where(np.isnat(span), np.nan, span / np.timedelta64(1, "s"))
-        return Column(name, numbers=seconds)
+        return Column(name, "span", seconds)
     if dtype in (nw.String, nw.Categorical, nw.Enum):
-        return Column(name, texts=_texts(series.to_list()))
+        return _of_texts(name, series.to_list())
     if dtype == nw.Object:
         return _of_objects(name, series.to_list())
     raise ValueError(
@@ -126,6 +163,8 @@ def _of_array(estimator: Any, X: Any, reset: bool) -> list[Column]:
     if reset:
         estimator._names = None
     X = to_host(X) if hasattr(X, "__array_namespace__") or hasattr(X, "device") else X
+    if isinstance(X, list | tuple) and np.asarray(X).dtype.kind in "US":
+        X = np.array(X, object)  # NumPy would make texts of the numbers beside texts
     X = validate_data(
         estimator, X, dtype=None, ensure_all_finite=False, reset=reset, ensure_min_samples=1
     )
@@ -133,22 +172,54 @@ def _of_array(estimator: Any, X: Any, reset: bool) -> list[Column]:
         return [_of_objects(i, X[:, i].tolist()) for i in range(X.shape[1])]
     if X.dtype.kind not in "biuf":
         raise ValueError(f"X: numbers or text are expected, got dtype {X.dtype}")
+    kind = "boolean" if X.dtype.kind == "b" else "number"
     X = X.astype(np.float64, copy=False)
-    return [Column(i, numbers=_finite(i, X[:, i])) for i in range(X.shape[1])]
+    return [Column(i, kind, _finite(i, X[:, i])) for i in range(X.shape[1])]
 
 
 def _of_objects(name: Any, values: list[Any]) -> Column:
-    """Return the column of Python objects: of numbers if all are, else of text."""
-    known = [v for v in values if not _is_missing(v)]
-    if all(isinstance(v, int | float | np.number | np.bool_) for v in known):
-        numbers = [np.nan if _is_missing(v) else float(v) for v in values]
-        return Column(name, numbers=_finite(name, np.array(numbers, np.float64)))
-    for v in known:
+    """Return the column of Python objects: of numbers, booleans or dates if all are, else text."""
+    for v in values:
         if isinstance(v, list | tuple | dict | set | np.ndarray | complex):
             raise TypeError(
                 f"column {name!r}: argument must be a string or a number, not {type(v).__name__}"
             )
-    return Column(name, texts=_texts(values))
+    known = [v for v in values if not _is_missing(v)]
+    if not known:
+        return _missing(name, len(values))
+    if all(isinstance(v, dt.date) for v in known):
+        return _of_dates(name, np.array([_utc(v) for v in values], "datetime64[us]"))
+    if all(isinstance(v, Number | Decimal | np.bool_) for v in known):
+        kind = "boolean" if all(isinstance(v, bool | np.bool_) for v in known) else "number"
+        try:
+            numbers = [np.nan if _is_missing(v) else float(v) for v in values]
+        except OverflowError as error:
+            raise ValueError(f"column {name!r}: {error}") from error
+        return Column(name, kind, _finite(name, np.array(numbers, np.float64)))
+    return _of_texts(name, values)
+
+
+def _missing(name: Any, n: int) -> Column:
+    return Column(name, "missing", np.full(n, np.nan), _texts([None] * n))
+
+
+def _of_texts(name: Any, values: list[Any]) -> Column:
+    return Column(name, "text", np.full(len(values), np.nan), _texts(values))
+
+
+def _of_dates(name: Any, dates: NDArray[Any]) -> Column:
+    dates = dates.astype("datetime64[us]")
+    days = (dates - np.datetime64(0, "us")) / np.timedelta64(1, "D")
+    return Column(name, "date", np.where(np.isnat(dates), np.nan, days))
+
+
+def _utc(date: Any) -> Any:
+    """Return a date without a zone, None if it is missing."""
+    if _is_missing(date):
+        return None
+    if getattr(date, "tzinfo", None) is not None:
+        date = date.astimezone(dt.UTC).replace(tzinfo=None)
+    return np.datetime64(date, "us")
 
 
 def _is_missing(v: Any) -> bool:
@@ -157,21 +228,22 @@ def _is_missing(v: Any) -> bool:
 
 
 def _texts(values: list[Any]) -> NDArray[Any]:
-    """Return the values as texts; None for missing ones, whatever their library's sign is."""
+    """Return values as texts; None for missing ones, whatever their library's sign is."""
     found = np.empty(len(values), object)
-    found[:] = [None if _is_missing(v) else str(v) for v in values]
+    found[:] = [None if _is_missing(v) else _text(v) for v in values]
     return found
+
+
+def _text(v: Any) -> str:
+    """Return a value as text; 1 and 1.0 have the same one."""
+    whole = isinstance(v, float | np.floating) and float(v).is_integer()
+    return str(int(v)) if whole else str(v)
 
 
 def _finite(name: Any, numbers: Floats) -> Floats:
     if np.isinf(numbers).any():
         raise ValueError(f"Input X contains infinity: column {name!r}")
     return numbers
-
-
-def _days(dates: NDArray[Any]) -> Floats:
-    since = dates - np.datetime64(0, "us")
-    return np.where(np.isnat(dates), np.nan, since / np.timedelta64(1, "D"))
 
 
 # ------------------------------------------------------------------ encoding
@@ -181,15 +253,18 @@ def _days(dates: NDArray[Any]) -> Floats:
 class _Number:
     """A column of numbers: the number itself, and a mark if some are missing in training."""
 
+    kind: str
     marked: bool
 
     @classmethod
     def of(cls, column: Column) -> _Number:
-        assert column.numbers is not None
-        return cls(bool(np.isnan(column.numbers).any()))
+        return cls(column.kind, bool(np.isnan(column.numbers).any()))
 
     def encode(self, column: Column) -> list[Floats]:
-        x = _numbers_of(column)
+        numeric = {"number", "boolean", "missing"}
+        if column.kind not in (self.kind, "missing") and not {self.kind, column.kind} <= numeric:
+            raise _wrong_kind(column, self.kind)
+        x = column.numbers
         return [x, np.isnan(x).astype(np.float64)] if self.marked else [x]
 
 
@@ -201,13 +276,13 @@ class _Date(_Number):
 
     @classmethod
     def of(cls, column: Column) -> _Date:
-        days = _numbers_of(column)
+        days = column.numbers
         known = days[~np.isnan(days)]
         # Nothing is periodic within less than a period, nor in dates without a time of day
         span = float(np.ptp(known)) if known.size else 0.0
         with_time = bool(known.size and np.any(known % 1.0))
         periods = [p for p in _PERIODS.values() if span > p and (p > 1.0 or with_time)]
-        return cls(bool(np.isnan(days).any()), tuple(periods))
+        return cls("date", bool(np.isnan(days).any()), tuple(periods))
 
     def encode(self, column: Column) -> list[Floats]:
         parts = super().encode(column)
@@ -226,27 +301,22 @@ class _Text:
 
     @classmethod
     def of(cls, column: Column) -> _Text:
-        counts = Counter(t for t in column.texts.tolist() if t is not None)  # type: ignore[union-attr]
+        counts = Counter(t for t in column.as_texts().tolist() if t is not None)
         frequent = sorted(counts, key=lambda t: (-counts[t], t))[:MOST_LEVELS]
         return cls(sorted(frequent))
 
     def encode(self, column: Column) -> list[Floats]:
-        texts = column.texts
-        if texts is None:  # numbers in place of the text of training
-            texts = _texts(_numbers_of(column).tolist())
         place = {level: i for i, level in enumerate(self.levels)}
+        for level, i in [*place.items()]:  # numbers in place of the texts of training
+            try:
+                place.setdefault(_text(float(level)), i)
+            except ValueError:
+                continue
+        texts = column.as_texts()
         at = np.fromiter((place.get(t, -1) for t in texts), np.intp, len(texts))
         if len(self.levels) == 2:
             return [np.array([-1.0, 1.0, 0.0])[at]]  # the last for unknown and missing values
         return [(at == i).astype(np.float64) for i in range(len(self.levels))]
-
-
-def _numbers_of(column: Column) -> Floats:
-    if column.numbers is None:
-        raise ValueError(
-            f"column {column.name!r} holds text, but the model was fitted on numbers there"
-        )
-    return column.numbers
 
 
 class TableEncoder:
@@ -272,11 +342,8 @@ class TableEncoder:
 
     def fit(self, columns: list[Column]) -> TableEncoder:
         """Learn from the columns of the training rows."""
-        kinds: list[Callable[[Column], Any]] = [
-            _Text.of if c.numbers is None else _Date.of if c.is_date else _Number.of
-            for c in columns
-        ]
-        self.parts = [kind(c) for kind, c in zip(kinds, columns, strict=True)]
+        kinds: dict[str, Callable[[Column], Any]] = {"text": _Text.of, "date": _Date.of}
+        self.parts = [kinds.get(c.kind, _Number.of)(c) for c in columns]
         raw = self._raw(columns)
         n, d = raw.shape
         self.median, self.scale = np.zeros(d), np.zeros(d)
@@ -323,8 +390,7 @@ class TableEncoder:
 
     def _raw(self, columns: list[Column]) -> Floats:
         found = [a for part, c in zip(self.parts, columns, strict=True) for a in part.encode(c)]
-        n = len(columns[0].numbers if columns[0].texts is None else columns[0].texts)  # type: ignore[arg-type]
-        return np.column_stack(found) if found else np.zeros((n, 0))
+        return np.column_stack(found) if found else np.zeros((len(columns[0].numbers), 0))
 
 
 def _robust_scale(x: Floats) -> float:
@@ -334,10 +400,12 @@ def _robust_scale(x: Floats) -> float:
     al., 2024, section 3).
     """
     low, high = np.quantile(x, [0.25, 0.75])
-    if high > low:
-        return float(1.0 / (high - low))
-    span = float(np.ptp(x))
-    return 2.0 / span if span > 0.0 else 0.0
+    half = 0.5 * float(x.max()) - 0.5 * float(x.min())  # the range itself may overflow
+    with np.errstate(over="ignore"):
+        for width in (high - low, half):
+            if width > 0.0 and np.isfinite(1.0 / width) and 1.0 / width > 0.0:
+                return float(1.0 / width)
+    return 0.0
 
 
 def _rank(x: Floats, quantiles: Floats) -> Floats:

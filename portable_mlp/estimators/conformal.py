@@ -42,8 +42,9 @@ def upper_limits(centres: Floats, residuals: Sequence[Floats], coverage: float) 
     k = ceil(coverage * (sum(map(len, residuals)) + 1))
     if k > sum(map(len, residuals)):
         return np.full(centres.shape[1], inf)
-    low = centres.min(axis=0) + min(r[0] for r in residuals)
-    high: Floats = centres.max(axis=0) + max(r[-1] for r in residuals)
+    all_of_them = np.concatenate([*residuals])
+    low = centres.min(axis=0) + all_of_them.min()
+    high: Floats = centres.max(axis=0) + all_of_them.max()
     for _ in range(_HALVINGS):
         middle = low + 0.5 * (high - low)
         enough = _count(middle - centres, residuals, "right") >= k

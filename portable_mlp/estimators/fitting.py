@@ -403,9 +403,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
                     " the random generator and the schedule start anew"
                 )
             return state
-        if mode == "partial":
-            return replace(trainer.resume(old, state).cut_short(), done=0)
-        if mode == "continue":
+        if mode in ("partial", "continue"):
             new = trainer.resume(old, state)
             early = old.watched == "score" and self.early_stopping
             if old.arrays.leaves and (early or old.averages):
@@ -416,7 +414,7 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
                 with backend.scope(trainer.dtype):
                     last = trainer.load([move(p, backend) for p in old.last_params])
                 new.arrays = new.arrays._replace(leaves=last)
-            return new
+            return replace(new.cut_short(), done=0) if mode == "partial" else new
         # A warm start resets the optimizer state and the schedule
         return replace(
             state,

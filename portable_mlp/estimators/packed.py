@@ -27,6 +27,7 @@ from portable_mlp.sources import MemberSource, on_backend
 from portable_mlp.steps import Batch
 from portable_mlp.training import StopReason, Trainer
 from portable_mlp.typing import Array
+from portable_mlp.warn import warn
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -44,11 +45,12 @@ class Preset:
     Parameters
     ----------
     members : int, default=8
+        Number of networks; as many as there are folds if these are more.
     hidden_layer_sizes : tuple of int, default=(64, 64, 64)
     activation : str, default="selu"
     batch_size : int, default=128
     epochs, steps : int
-        Smallest numbers of epochs and of steps of a fit.
+        Smallest numbers of epochs and of steps of a fit, unless it ends early; see `Waves`.
     learning_rate : float
         Largest learning rate of a member with a factor of 1.
     rates, decays, dropouts : (float, float)
@@ -66,9 +68,14 @@ class Preset:
         Smoothing of the targets of a classification.
     slack : float, default=0.01
         The kept epoch is the last one whose error on held-out rows is not above the smallest by
-        more than this fraction.
+        more than this fraction; of those epochs after which the held-out rows are looked at.
     average : float, default=0
         Decay rate of the running average of the parameters; 0 for none.
+
+    Raises
+    ------
+    ValueError
+        If a number is too small.
     """
 
     learning_rate: float
@@ -90,6 +97,15 @@ class Preset:
     label_smoothing: float = 0.1
     slack: float = 0.01
     average: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "n_frequencies"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if self.members < 2:
+            raise ValueError(f"members must be at least 2, got {self.members!r}")
+        if not self.sigmas:
+            raise ValueError("sigmas: at least one is needed")
 
 
 def spread(
@@ -130,18 +146,22 @@ class HeldOut:
         counted = np.stack([np.arange(n) < len(f) for f in folds])
         return cls(rows.astype(np.intp), counted, fold)
 
-    def by_fold(self, values: Floats) -> list[tuple[Rows, Floats]]:
+    def by_fold(self, values: Floats, weights: Floats | None = None) -> list[tuple[Rows, Floats]]:
         """Return the rows of each fold, and the mean (rows, k) over the members that hold it out.
 
         Parameters
         ----------
         values : ndarray (members, n, k)
             Values of the held-out rows.
+        weights : ndarray (rows,), optional
+            Weights of all rows; those of weight zero are left out.
         """
         found = []
         for i in range(int(self.fold.max()) + 1):
             own = np.flatnonzero(self.fold == i)
             counted = self.counted[own[0]]
+            if weights is not None:
+                counted = counted & (weights[self.rows[own[0]]] > 0.0)
             found.append((self.rows[own[0]][counted], values[own].mean(axis=0)[counted]))
         return found
 
@@ -236,9 +256,9 @@ def fit_pack(
     -------
     Packed
     """
-    k = preset.members
+    k = max(preset.members, len(splits))
     own = [splits[j % len(splits)] for j in range(k)]
-    held_out = HeldOut.of([test for _, test in splits[:k]], k)
+    held_out = HeldOut.of([test for _, test in splits], k)
     n_train = int(np.mean([len(train) for train, _ in own]))
     batch_size = min(preset.batch_size, n_train)
     n_steps = max(1, n_train // batch_size)
@@ -291,7 +311,7 @@ def fit_pack(
         data = on_backend(x, target, weights, backend, dtype)
         source = MemberSource(data, [train for train, _ in own], n_steps * batch_size)
         look = _Look(trainer, data, held_out, error, weights, epochs)
-        state = trainer.start(params)
+        state, waves = trainer.start(params), Waves(epochs)
         reason = trainer.fit(
             state,
             source,
@@ -299,9 +319,14 @@ def fit_pack(
             rng,
             validate=look,
             early_stopping=True,
-            callbacks=[*callbacks, Waves(epochs)],
+            callbacks=[*callbacks, waves],
         )
-        params = trainer.params(state.final_leaves)
+        if reason == "interrupted":
+            warn("Training interrupted by user.")
+        # Before the first look the best parameters are the initial ones
+        looked = not all(isnan(e.validation_loss) for e in state.history)
+        params = trainer.params(state.final_leaves if looked else state.current_leaves)
+        reason = "converged" if waves.ended else reason
         return Packed(network, params, held_out, look.logits(params), state.history, reason)
 
 
@@ -316,11 +341,17 @@ class Waves(Callback):
     ----------
     epochs : int
         Number of epochs of the fit.
+
+    Attributes
+    ----------
+    ended : bool
+        Whether it has asked to stop.
     """
 
     def __init__(self, epochs: int) -> None:
         self._second, self._third = (round(epochs * i / 15) for i in (3, 7))
         self._before = self._since = inf
+        self.ended = False
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool | None:
         error = inf if isnan(epoch.validation_loss) else epoch.validation_loss
@@ -328,7 +359,8 @@ class Waves(Callback):
             self._before = min(self._before, error)
         else:
             self._since = min(self._since, error)
-        return epoch.epoch == self._third and self._since > _PROGRESS * self._before
+        self.ended = epoch.epoch == self._third and self._since > _PROGRESS * self._before
+        return self.ended
 
 
 class _Look:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.model_selection import KFold, check_cv
+from sklearn.model_selection import GroupKFold, KFold, check_cv
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
@@ -25,8 +25,9 @@ from portable_mlp.backends import (
     backend_of,
     get_backend,
     move,
+    to_host,
 )
-from portable_mlp.callbacks import Callback, Progress
+from portable_mlp.callbacks import Callback, Progress, pausing
 from portable_mlp.estimators.columns import TableEncoder, read_columns
 from portable_mlp.estimators.input_checks import check_weights, check_y
 from portable_mlp.estimators.packed import Floats, Preset, Rows, fit_pack, rows_at_once
@@ -38,6 +39,8 @@ PRESETS = {
     "fast": Preset(learning_rate=0.04, members=4, epochs=32, steps=1000, average=0.99),
 }
 """The settings of a classification by name; those of a regression differ a little."""
+
+_MOST_FOLDS = 64
 
 
 class TabularModel(BaseEstimator):
@@ -51,24 +54,28 @@ class TabularModel(BaseEstimator):
         "dtype": [StrOptions(set(DTYPES)), None],
         "callbacks": ["array-like", None],
     }
-    _presets: ClassVar[dict[str, Preset]]
+    presets: ClassVar[dict[str, Preset]]
     _target_dtype: ClassVar[type | None] = None
     _names: list[str] | None
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any) -> Self:
         self._validate_params()
-        preset = self.preset if isinstance(self.preset, Preset) else self._presets[self.preset]
+        preset = self.preset if isinstance(self.preset, Preset) else self.presets[self.preset]
         rng = check_random_state(self.random_state)
         backend = get_backend(self.device, self.backend, like=X if _is_array(X) else None)
         dtype = self.dtype or "float32"
         columns = read_columns(self, X, reset=True)
-        first = columns[0].numbers if columns[0].texts is None else columns[0].texts
-        rows = np.empty((len(first), 0))  # type: ignore[arg-type]
+        if pausing(self.callbacks or ()):
+            raise ValueError(
+                "callbacks: a model for tables cannot be saved in the middle of a fit, so that"
+                " those that pause training, such as Checkpoint, are of no use"
+            )
+        rows = np.empty((len(columns[0].numbers), 0))
         y = check_y(self, y, rows, self._target_dtype)
-        weights = check_weights(sample_weight, rows, dtype)
-        target, n_out = self._learn_target(y, weights)
-        weights = self._class_weighted(y, weights)
-        splits = self._splits(y, groups, preset, rng)
+        given = check_weights(sample_weight, rows, dtype)
+        target, n_out = self._learn_target(y, given)
+        weights = self._class_weighted(y, given, dtype)
+        splits = self._splits(X, y, groups, preset, rng)
         self._encoder = TableEncoder().fit(columns)
         x = self._encoder.transform(columns)
         callbacks: list[Callback] = [Progress()] if self.verbose else []
@@ -78,7 +85,7 @@ class TabularModel(BaseEstimator):
             self._error(target), preset, backend, dtype, rng, callbacks,
         )  # fmt: skip
         self._fold, self._seed = packed.held_out.fold, rng.randint(2**31 - 1)
-        self._learn_outputs(packed, y, target, weights)
+        self._learn_outputs(packed, y, target, given, weights)
         self.network_ = packed.network
         home = backend_of(X) if _is_array(X) else NumPyBackend()
         self.params_ = [move(p, home, dtype) for p in packed.params]
@@ -98,7 +105,7 @@ class TabularModel(BaseEstimator):
             raise
 
     def _splits(
-        self, y: NDArray[Any], groups: Any, preset: Preset, rng: np.random.RandomState
+        self, X: Any, y: NDArray[Any], groups: Any, preset: Preset, rng: np.random.RandomState
     ) -> list[tuple[Rows, Rows]]:
         """Return the rows to train on and to hold out, for each fold."""
         n = len(y)
@@ -114,15 +121,23 @@ class TabularModel(BaseEstimator):
             cv = n_folds
         classify = isinstance(self, ClassifierMixin)
         if groups is not None and isinstance(cv, int):
-            from sklearn.model_selection import GroupKFold
-
-            cv = GroupKFold(min(cv, len(np.unique(np.asarray(groups)))))
+            n_groups = len({*to_host(groups).tolist()})
+            if n_groups < 2:
+                raise ValueError("groups: at least two are needed, to hold one out")
+            cv = GroupKFold(min(cv, n_groups))
         splitter = check_cv(cv, y, classifier=classify)
-        found = list(splitter.split(np.zeros((n, 1)), y, groups))
-        for train, test in found:
-            if not len(train) or not len(test):
-                raise ValueError("cv: every fold needs rows to train on and rows to hold out")
-        return found
+        found = [
+            tuple(np.flatnonzero(a) if a.dtype == bool else a for a in map(np.asarray, pair))
+            for pair in splitter.split(X, y, groups)
+        ]
+        if not found or not all(len(train) and len(test) for train, test in found):
+            raise ValueError("cv: folds are needed, with rows to train on and rows to hold out")
+        if len(found) > _MOST_FOLDS:
+            raise ValueError(
+                f"cv: there are {len(found)} folds, each of which needs a network; at most"
+                f" {_MOST_FOLDS} are possible"
+            )
+        return found  # type: ignore[return-value]
 
     def _own_folds(
         self, n_folds: int, y: NDArray[Any], rng: np.random.RandomState
@@ -130,7 +145,7 @@ class TabularModel(BaseEstimator):
         folds = KFold(n_folds, shuffle=True, random_state=rng.randint(2**31 - 1))
         return list(folds.split(y))
 
-    def _class_weighted(self, y: NDArray[Any], weights: Floats | None) -> Floats | None:
+    def _class_weighted(self, y: NDArray[Any], weights: Floats | None, dtype: str) -> Floats | None:
         return weights
 
     def _members(self, X: Any) -> tuple[Iterator[tuple[slice, Array]], Any, Backend, int]:

@@ -17,6 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from portable_mlp.backends import Backend, move, to_host
 from portable_mlp.callbacks import Callback
 from portable_mlp.estimators.conformal import adaptive_scores, label_sets
+from portable_mlp.estimators.input_checks import check_weights
 from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows
 from portable_mlp.estimators.tabular import PRESETS, TabularModel, check_coverage
 from portable_mlp.functions import softmax
@@ -58,16 +59,22 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         Probabilities of each training row by the members that did not train on it; NaN for rows
         that no fold holds out.
     oof_score_ : float
-        Accuracy of these predictions.
+        Accuracy of these predictions, weighted by ``sample_weight``.
+    presets : dict
+        Settings by name, of the class; ``dataclasses.replace`` changes some of them.
     temperature_ : float
         Divisor of the logits, fitted on the held-out rows.
     network_, params_ : Network, list of arrays
         The members' layers and parameters.
     loss_curve_, validation_loss_curve_ : list of float
-        Training loss, and error on held-out rows, of each epoch.
+        Training loss of each epoch; and error of held-out rows, the share of wrong labels plus a
+        thousandth of the log-loss, NaN for epochs after which nobody looked.
     n_iter_ : int
         Number of epochs.
-    n_features_in_, feature_names_in_, stop_reason_
+    stop_reason_ : {"max_epochs", "converged", "stopped", "interrupted", "diverged"}
+        Why training ended; "converged" if the last wave of the learning rate but one brought
+        nothing.
+    n_features_in_, feature_names_in_
         As in `MLPClassifier`.
 
     Examples
@@ -80,7 +87,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
     True
     """
 
-    _presets = PRESETS
+    presets = PRESETS
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **TabularModel._parameter_constraints,
         "class_weight": [dict, StrOptions({"balanced"}), None],
@@ -146,11 +153,12 @@ class TabularClassifier(ClassifierMixin, TabularModel):
             raise ValueError(f"y has one class only, {only!r}: nothing to tell apart")
         return target.astype(np.int64), len(self.classes_)
 
-    def _class_weighted(self, y: NDArray[Any], weights: Floats | None) -> Floats | None:
+    def _class_weighted(self, y: NDArray[Any], weights: Floats | None, dtype: str) -> Floats | None:
         if self.class_weight is None:
             return weights
         known: Floats = compute_sample_weight(self.class_weight, y)
-        return known if weights is None else known * weights
+        known = known if weights is None else known * weights
+        return check_weights(known, np.empty((len(y), 0)), dtype, "class_weight")
 
     def _own_folds(
         self, n_folds: int, y: NDArray[Any], rng: np.random.RandomState
@@ -176,7 +184,12 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         return error
 
     def _learn_outputs(
-        self, packed: Packed, y: NDArray[Any], target: NDArray[Any], weights: Floats | None
+        self,
+        packed: Packed,
+        y: NDArray[Any],
+        target: NDArray[Any],
+        given: Floats | None,
+        weights: Floats | None,
     ) -> None:
         rows, counted, z = packed.held_out.rows, packed.held_out.counted, packed.logits
         share = counted * (1.0 if weights is None else weights[rows])
@@ -195,12 +208,12 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         u = np.random.RandomState(self._seed).uniform(size=len(y))
         self._calibration = [
             np.sort(np.take_along_axis(adaptive_scores(q, u[own]), target[own, None], axis=1)[:, 0])
-            for own, q in packed.held_out.by_fold(p)
+            for own, q in packed.held_out.by_fold(p, weights)
         ]
         known = ~np.isnan(self.oof_predictions_[:, 0])
         self.oof_score_ = float(accuracy_score(
             target[known], self.oof_predictions_[known].argmax(axis=1),
-            sample_weight=None if weights is None else weights[known],
+            sample_weight=None if given is None else given[known],
         ))  # fmt: skip
 
     def _probabilities(self, X: Any) -> tuple[Array, Backend]:
@@ -239,7 +252,8 @@ class TabularClassifier(ClassifierMixin, TabularModel):
 
         The sets are adaptive: small where the model is sure (Romano et al., 2020).  They are
         drawn with random numbers that depend on the row's place in X.  A set can be empty.
-        See `portable_mlp.estimators.conformal` for the guarantee.
+        Rows of weight zero do not count; other weights are not used.  See
+        `portable_mlp.estimators.conformal` for the guarantee.
 
         Parameters
         ----------

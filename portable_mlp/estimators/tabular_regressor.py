@@ -52,7 +52,7 @@ feature_names_in_, stop_reason_
     True
     """
 
-    _presets: ClassVar[dict[str, Preset]] = {
+    presets: ClassVar[dict[str, Preset]] = {
         name: replace(
             preset, learning_rate=0.2, activation="mish", dropouts=(0.0, 0.3), average=0.0
         )
@@ -111,7 +111,8 @@ feature_names_in_, stop_reason_
         std = np.sqrt(np.average((y - self._mean) ** 2, axis=0, weights=weights))
         self._std = np.where(std > 0.0, std, 1.0)
         target = (y - self._mean) / self._std
-        self._limits = target.min(axis=0), target.max(axis=0)
+        counted = target if weights is None else target[weights > 0.0]
+        self._limits = counted.min(axis=0), counted.max(axis=0)
         return target, target.shape[1]
 
     def _loss(self, preset: Preset) -> Loss:
@@ -125,7 +126,12 @@ feature_names_in_, stop_reason_
         return error
 
     def _learn_outputs(
-        self, packed: Packed, y: NDArray[Any], target: NDArray[Any], weights: Floats | None
+        self,
+        packed: Packed,
+        y: NDArray[Any],
+        target: NDArray[Any],
+        given: Floats | None,
+        weights: Floats | None,
     ) -> None:
         z = np.clip(packed.logits, *self._limits)
         found = packed.held_out.mean(z, len(y)) * self._std + self._mean
@@ -133,12 +139,12 @@ feature_names_in_, stop_reason_
         known = ~np.isnan(found[:, 0])
         self.oof_score_ = float(r2_score(
             y[known], self.oof_predictions_[known],
-            sample_weight=None if weights is None else weights[known],
+            sample_weight=None if given is None else given[known],
         ))  # fmt: skip
         self._flat = y.ndim == 1
         self._residuals = [
             np.sort(np.abs(target[own, 0] - q[:, 0])) * self._std[0]
-            for own, q in packed.held_out.by_fold(z)
+            for own, q in packed.held_out.by_fold(z, weights)
         ]
 
     def predict(self, X: Any) -> Array:
@@ -165,7 +171,8 @@ feature_names_in_, stop_reason_
         """Return for each row an interval that contains the target with a probability.
 
         The intervals are those of CV+ (Barber et al., 2021), from the errors on held-out rows.
-        See `portable_mlp.estimators.conformal` for the guarantee.
+        Rows of weight zero do not count; other weights are not used.  See
+        `portable_mlp.estimators.conformal` for the guarantee.
 
         Parameters
         ----------

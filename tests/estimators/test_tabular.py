@@ -6,6 +6,7 @@ import datetime as dt
 import pickle
 import warnings
 from dataclasses import replace
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -17,13 +18,19 @@ from sklearn.datasets import load_diabetes, load_iris
 from sklearn.exceptions import NotFittedError
 from sklearn.inspection import partial_dependence
 from sklearn.metrics import log_loss
-from sklearn.model_selection import GridSearchCV, GroupKFold, TimeSeriesSplit, cross_val_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    LeaveOneOut,
+    TimeSeriesSplit,
+    cross_val_score,
+)
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import RobustScaler, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from portable_mlp import TabularClassifier, TabularRegressor
-from portable_mlp.callbacks import Epoch
+from portable_mlp import Checkpoint, TabularClassifier, TabularRegressor
+from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.estimators.columns import MOST_LEVELS, TableEncoder, read_columns
 from portable_mlp.estimators.conformal import adaptive_scores, interval, label_sets
 from portable_mlp.estimators.packed import HeldOut, Waves, spread
@@ -31,11 +38,12 @@ from portable_mlp.estimators.packed import HeldOut, Waves, spread
 pd = pytest.importorskip("pandas")
 
 SMALL = {"members": 4, "epochs": 20, "steps": 120, "batch_size": 32}
-CLASSIFY = replace(TabularClassifier._presets["default"], **SMALL)
-REGRESS = replace(TabularRegressor._presets["default"], **SMALL)
+CLASSIFY = replace(TabularClassifier.presets["default"], **SMALL)
+REGRESS = replace(TabularRegressor.presets["default"], **SMALL)
 RNG = np.random.RandomState(0)
 X, Y = RNG.standard_normal((90, 4)), RNG.standard_normal(90)
 LABELS = (X[:, 0] + 0.3 * Y > 0).astype(int)
+ROWS = np.arange(90)
 
 
 def classifier(**given):
@@ -50,7 +58,7 @@ def regressor(**given):
 @pytest.mark.filterwarnings("ignore:there are .* folds only")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @parametrize_with_checks([
-    kind(replace(kind._presets["default"], members=4, epochs=40, steps=200))
+    kind(replace(kind.presets["default"], members=4, epochs=40, steps=200))
     for kind in (TabularClassifier, TabularRegressor)
 ])  # fmt: skip
 def test_estimator_checks(estimator, check):
@@ -202,6 +210,58 @@ def test_values_that_training_did_not_have():
         model.predict(MIXED.assign(whole="x"))
 
 
+def test_a_text_is_the_same_whatever_it_comes_as():
+    """Texts that are numbers or booleans, given as such; dates have no text of their own."""
+    t = RNG.choice(["1", "2", "3.5"], 90)
+    flag = np.where(t == "1", "True", "False")
+    model = classifier().fit(pd.DataFrame({"t": t, "f": flag}), (t == "1").astype(int))
+    wanted = model.predict_proba(pd.DataFrame({"t": t, "f": flag}))
+    number, boolean = t.astype(float), flag == "True"
+    for column in (number, pd.Categorical(number), number.astype(object), t.astype(object)):
+        for truth in (boolean, boolean.astype(object), pd.array(boolean, "boolean")):
+            got = model.predict_proba(pd.DataFrame({"t": column, "f": truth}))
+            np.testing.assert_array_equal(got, wanted)
+    mixed = np.array([1, "2", 3.5, None, True], object)  # row by row, as all together
+    frame = pd.DataFrame({"t": mixed, "f": "True"})
+    together = model.predict_proba(frame)
+    for i in range(5):
+        alone = model.predict_proba(frame[i : i + 1])
+        np.testing.assert_allclose(alone[0], together[i], rtol=1e-10)
+    with pytest.raises(
+        ValueError, match="column 't' holds dates, but the model was fitted on text"
+    ):
+        model.predict(pd.DataFrame({"t": pd.Timestamp("2020-01-01"), "f": flag}))
+
+
+def test_missing_columns_of_values_and_objects_of_the_standard_library():
+    model = regressor().fit(MIXED, Y)
+    rows = pd.DataFrame([dict.fromkeys(MIXED, None)] * 2)
+    assert np.isfinite(model.predict(rows)).all()
+    np.testing.assert_allclose(model.predict(rows)[0], model.predict(rows[:1])[0], rtol=1e-10)
+    days = [dt.date(2021, 3, 1 + i % 28) for i in range(90)]
+    numbers = [Decimal(i) / 4 for i in range(90)]
+    given = pd.DataFrame({"d": days, "n": numbers}, dtype=object)
+    same = pd.DataFrame({"d": pd.to_datetime(days), "n": np.arange(90) / 4})
+    np.testing.assert_array_equal(
+        regressor().fit(given, Y).predict(given), regressor().fit(same, Y).predict(same)
+    )
+    listed = [[x, t] for x, t in zip(X[:, 0].tolist(), ["u", "v"] * 45, strict=True)]
+    np.testing.assert_array_equal(
+        regressor().fit(listed, Y).predict(listed),
+        regressor().fit(pd.DataFrame(listed), Y).predict(pd.DataFrame(listed)),
+    )
+    with pytest.raises(ValueError, match="holds dates, but the model was fitted on numbers"):
+        model.predict(MIXED.assign(whole=pd.Timestamp("2020-01-01")))
+
+
+def test_numbers_at_the_ends_of_their_range():
+    _, z = encoded(X * 1e307)
+    assert z.shape == (90, 8)
+    assert np.isfinite(z).all()
+    _, z = encoded(X * 1e-312)  # whose factor would be infinite: as good as constant
+    assert np.isfinite(z).all()
+
+
 # ---------------------------------------------------------------- folds
 
 
@@ -237,7 +297,7 @@ def test_the_score_of_noise_is_that_of_chance():
     """Members that have learned random labels by heart know nothing of the rows held out."""
     rng = np.random.RandomState(3)
     x, y = rng.standard_normal((300, 20)), rng.randint(2, size=300)
-    preset = replace(CLASSIFY, epochs=100, label_smoothing=0.0)
+    preset = replace(CLASSIFY, epochs=100, label_smoothing=0.0, slack=10.0)  # the last epoch
     model = TabularClassifier(preset, random_state=0).fit(x, y)
     assert model.score(x, y) > 0.65
     assert 0.4 < model.oof_score_ < 0.6
@@ -327,6 +387,62 @@ def test_the_temperature_calibrates():
         assert log_loss(y, p / p.sum(axis=1, keepdims=True)) > loss - 1e-4
 
 
+def test_more_folds_than_members_and_folds_that_look_at_x():
+    model = classifier(cv=9).fit(X, LABELS)
+    assert not np.isnan(model.oof_predictions_).any()
+    assert model.network_.members == 9
+    with pytest.raises(ValueError, match="there are 90 folds"):
+        classifier(cv=LeaveOneOut()).fit(X, LABELS)
+
+    class ByFirstColumn:
+        def get_n_splits(self, *_):
+            return 2
+
+        def split(self, X, y=None, groups=None):
+            low = np.asarray(X)[:, 0] < 0
+            yield ~low, low
+            yield low, ~low
+
+    assert not np.isnan(regressor(cv=ByFirstColumn()).fit(X, Y).oof_predictions_).any()
+    for cv in ([], [(np.arange(3), [])]):
+        with pytest.raises(ValueError, match="folds are needed"):
+            regressor(cv=cv).fit(X, Y)
+    with pytest.raises(ValueError, match="groups: at least two"):
+        regressor().fit(X, Y, groups=np.zeros(90))
+
+
+def test_rows_of_weight_zero_are_as_good_as_absent():
+    wrong = ROWS >= 60
+    y, weights = np.where(wrong, 1e6, Y), (~wrong).astype(float)
+    model = regressor().fit(X, y, weights)
+    assert np.abs(model.predict_interval(X[:5])).max() < 100
+    assert model.predict(X).max() <= Y[~wrong].max()
+    with pytest.raises(ValueError, match="class_weight must be finite"):
+        classifier(class_weight={0: -1, 1: 1}).fit(X, LABELS)
+    model = classifier(class_weight={0: 1, 1: 9}).fit(X, LABELS)
+    assert model.oof_score_ == np.mean(model.oof_predictions_.argmax(axis=1) == LABELS)
+
+
+def test_a_fit_that_is_stopped_at_once_is_trained_all_the_same():
+    class Stop(Callback):
+        def on_epoch_end(self, epoch, params):
+            return True
+
+    preset = replace(CLASSIFY, epochs=96, average=0.9)  # a look in every third epoch
+    model = TabularClassifier(preset, random_state=0, callbacks=[Stop()]).fit(X, LABELS)
+    assert model.n_iter_ == 1
+    start = model.network_.init(np.random.RandomState(0))
+    assert all((p != q).any() for p, q in zip(model.params_, start, strict=True))
+    with pytest.raises(ValueError, match="such as Checkpoint"):
+        classifier(callbacks=[Checkpoint("never")]).fit(X, LABELS)
+
+
+@pytest.mark.parametrize("name", ["members", "batch_size", "epochs", "n_frequencies"])
+def test_presets_check_their_numbers(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        replace(CLASSIFY, **{name: 0})
+
+
 # ---------------------------------------------------------------- intervals and sets
 
 
@@ -399,9 +515,6 @@ def test_intervals_and_sets_of_bad_input():
 # ---------------------------------------------------------------- what people give
 
 
-ROWS = np.arange(90)
-
-
 @pytest.mark.parametrize(
     "labels",
     [
@@ -434,7 +547,12 @@ def test_labels_of_any_kind(labels):
         (classifier, csr_array(X), LABELS, "dense data is required"),
         (classifier, X, LABELS[:-1], "inconsistent numbers of samples"),
         (classifier, X[:, 0], LABELS, "Expected 2D array"),
-        (classifier, pd.DataFrame(X, columns=[*"aabc"]), LABELS, r"unique, got \['a'\]"),
+        (
+            classifier,
+            pd.DataFrame(X, columns=[*"aabc"]),
+            LABELS,
+            "(?s)have to be unique.*'a' 2 times",
+        ),
         (classifier, pd.DataFrame({"a": [[1]] * 90}), LABELS, "column 'a': argument must be"),
         (classifier, pd.DataFrame(), LABELS[:0], "nothing to learn from"),
         (regressor, X, [dt.date(2020, 1, 1)] * 90, "number"),
