@@ -483,3 +483,20 @@ def test_a_fit_with_an_average_goes_on_exactly(tmp_path):
                 model.continue_fit(x, y)
                 for a, b in zip(model.params_, whole.params_, strict=True):
                     np.testing.assert_array_equal(a, b)
+
+
+def test_partial_fit_goes_on_from_the_last_parameters_not_from_their_average():
+    """Calls with one batch each end where one fit over these batches does."""
+    x, y = load_iris(return_X_y=True)
+    settings = {"random_state": 0, "hidden_layer_sizes": (8,), "batch_size": 50, "shuffle": False}
+    for average in (0.0, 0.9):
+        solver = AdamW(average=average)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            whole = MLPClassifier(solver=solver, max_iter=4, **settings).fit(x, y)
+        part = MLPClassifier(solver=solver, **settings)
+        for start in [0, 50, 100] * 4:
+            rows = slice(start, start + 50)
+            part.partial_fit(x[rows], y[rows], classes=[0, 1, 2])
+        for a, b in zip(part.params_, whole.params_, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9)
