@@ -19,6 +19,7 @@ from portable_mlp.activations import lookup
 from portable_mlp.architectures import MLP
 from portable_mlp.backends import DTYPES, Backend
 from portable_mlp.callbacks import Callback, pausing
+from portable_mlp.estimators.base import Estimator
 from portable_mlp.estimators.fitted import OF_SCIKIT_LEARN, Fitted
 from portable_mlp.groups import check
 from portable_mlp.losses import CallableLoss, Loss, SquaredError
@@ -44,7 +45,7 @@ def chosen_loss(loss: Any, named: dict[str, Loss], like: Loss) -> Loss:
     return chosen
 
 
-class Construction(Fitted, BaseEstimator):
+class Construction(Estimator, Fitted, BaseEstimator):
     """Base of the estimators that builds the network and its trainer from the parameters."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -77,12 +78,6 @@ class Construction(Fitted, BaseEstimator):
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "callbacks": ["array-like", None],
     }
-
-    def _store(self, given: dict[str, Any]) -> None:
-        """Store the constructor's arguments unchanged, as scikit-learn's ``clone`` requires."""
-        for name, value in given.items():
-            if name not in ("self", "__class__"):
-                setattr(self, name, value)
 
     @classmethod
     @cache

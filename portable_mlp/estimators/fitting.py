@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -202,19 +200,6 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
             context = self._init_callback_context(max_subtasks=self.max_iter)
         with self._unchanged_on_error():
             return self._fit(X, y, sample_weight, mode, context, **how)
-
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        # A shallow copy suffices: a fit replaces attributes, and never modifies them in place
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            for name in vars(self).keys() - before.keys():
-                delattr(self, name)
-            for name, value in before.items():
-                setattr(self, name, value)
-            raise
 
     def _fit(
         self,

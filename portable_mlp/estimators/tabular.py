@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, ClassVar, Self
 
@@ -28,6 +27,7 @@ from portable_mlp.backends import (
     to_host,
 )
 from portable_mlp.callbacks import Callback, Progress, pausing
+from portable_mlp.estimators.base import Estimator
 from portable_mlp.estimators.columns import TableEncoder, read_columns
 from portable_mlp.estimators.input_checks import check_weights, check_y
 from portable_mlp.estimators.packed import Floats, Preset, Rows, fit_pack, rows_at_once
@@ -43,7 +43,7 @@ PRESETS = {
 _MOST_FOLDS = 64
 
 
-class TabularModel(BaseEstimator):
+class TabularModel(Estimator, BaseEstimator):
     """Base of the estimators for tables."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -94,15 +94,6 @@ class TabularModel(BaseEstimator):
         self.n_iter_ = len(packed.history)
         self.stop_reason_ = packed.reason
         return self
-
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            self.__dict__ = before
-            raise
 
     def _splits(
         self, X: Any, y: NDArray[Any], groups: Any, preset: Preset, rng: np.random.RandomState

@@ -106,15 +106,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         verbose: bool = False,
         callbacks: Sequence[Callback] | None = None,
     ) -> None:
-        self.preset = preset
-        self.cv = cv
-        self.class_weight = class_weight
-        self.random_state = random_state
-        self.device = device
-        self.backend = backend
-        self.dtype = dtype
-        self.verbose = verbose
-        self.callbacks = callbacks
+        self._store(locals())
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, groups: Any = None) -> Self:
         """Fit the model to a table X and labels y.

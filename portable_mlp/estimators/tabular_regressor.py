@@ -72,14 +72,7 @@ feature_names_in_, stop_reason_
         verbose: bool = False,
         callbacks: Sequence[Callback] | None = None,
     ) -> None:
-        self.preset = preset
-        self.cv = cv
-        self.random_state = random_state
-        self.device = device
-        self.backend = backend
-        self.dtype = dtype
-        self.verbose = verbose
-        self.callbacks = callbacks
+        self._store(locals())
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, groups: Any = None) -> Self:
         """Fit the model to a table X and targets y.
