@@ -40,9 +40,9 @@ class Optimizer(ABC):
     decay_biases : bool, default=True
         Whether the group "bias" decays too.
     average : float in [0, 1), default=0
-        Decay rate δ of a running average of the parameters, a ← δ a + (1 − δ) p, which takes
-        their place wherever they are used but in training (Polyak and Juditsky, 1992).  It is
-        corrected for its start at zero.  With 0 there is no average.
+        Decay rate δ of an exponential moving average of the parameters, a ← δ a + (1 − δ) p.
+        After t steps a / (1 − δᵗ) takes their place wherever they are used but in training
+        (Kingma and Ba, 2015, section 7.2).  With 0 there is no average.
 
     Raises
     ------
@@ -88,8 +88,8 @@ class Optimizer(ABC):
         step : int
             Number of the step, counted from 1.
         rate : float, or ndarray (members,)
-            Learning rate of the step.  An array has one for each member of an ensemble; what
-            is computed from it is one, too.
+            Learning rate of the step.  Optimizers of this module get an array with one for
+            each member of an ensemble; what they compute from it is one, too.
         """
         return (rate,)
 

@@ -276,7 +276,10 @@ class LogCosine(Schedule):
 
 @dataclass(frozen=True)
 class FlatCosine(Schedule):
-    """1 for the first half of all steps, then half a cosine wave down to 0."""
+    """1 for the first half of all steps, then half a cosine wave down to 0.
+
+    This is "flat_cos" of RealMLP (Holzmüller et al., 2024).
+    """
 
     def factor(self, clock: Clock, state: Any) -> float:
         return _cosine(1.0, 0.0, max(0.0, 2.0 * clock.step / clock.total_steps - 1.0))

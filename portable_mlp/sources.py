@@ -153,7 +153,8 @@ class MemberSource(Source):
     """Rows of arrays in memory, in an order of its own for each member of an ensemble.
 
     Every epoch has the same number of rows for each member.  A member with fewer rows sees some
-    of them again, in a new order; one with more rows sees the others in later epochs.
+    of them again, in a new order; one with more rows sees the others in later epochs, if rows
+    are shuffled.  The array of row numbers is overwritten when the next epoch begins.
 
     Parameters
     ----------

@@ -615,3 +615,25 @@ def test_whole_and_broken_numbers_of_members():
     assert values.dtype is float
     assert values.values.ravel().tolist() == [1.0, 0.5, 2.0]
     assert PerMember((1, 2), ndim=3).dtype is int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limited(SGD):
+    """An optimizer defined elsewhere, whose coefficients do not take arrays, and change them."""
+
+    def coefficients(self, step: int, rate: Any) -> Any:
+        rate *= 0.5
+        return min(rate, 0.03), self.momentum
+
+
+def test_custom_optimizers_get_one_rate_at_a_time():
+    network = mlp([D, 4, 1], members=2)
+    treatments = {"weight": Treatment(rate=(1.0, 0.1), decay=(1.0, 2.0))}
+    trainer = Trainer(
+        network, LOSSES["squared_error"], Limited(weight_decay=0.5), get_backend(), "float64", 0.1,
+        treatments=treatments,
+    )  # fmt: skip
+    hyper, _ = trainer.hyper(Clock(0, 10, 0, 0), None)
+    kind = trainer.groups.kinds["weight"]
+    np.testing.assert_allclose(hyper.coefficients[kind][0].values.ravel(), [0.03, 0.005])
+    np.testing.assert_allclose(hyper.keeps[kind].values.ravel(), [0.95, 0.99])

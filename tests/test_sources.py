@@ -12,6 +12,7 @@ from sklearn.datasets import load_diabetes, load_iris
 
 from portable_mlp import Callback, MLPClassifier, MLPRegressor, mlp
 from portable_mlp.backends import to_host
+from portable_mlp.engines.base import RecordedEngine
 from portable_mlp.losses import SquaredError
 from portable_mlp.optimizers import AdamW
 from portable_mlp.sources import ArraySource, MemberSource, Source, on_backend
@@ -393,8 +394,9 @@ def trained(target, network, params, source, seed=None):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_members_train_on_rows_of_their_own(weighted, target):
+def test_members_train_on_rows_of_their_own(weighted, target, monkeypatch):
     """Each member ends where a single network does that trains on its rows alone."""
+    monkeypatch.setattr(RecordedEngine, "EAGER", 0)
     k, n, d = 3, 21, 4
     rng = np.random.RandomState(0)
     x, y = rng.standard_normal((40, d)), rng.standard_normal((40, 2))

@@ -1,8 +1,9 @@
 """From a table's columns to the network's numbers, on the host.
 
-Each column of numbers appears twice: scaled robustly, and as its rank among the training rows,
-mapped to a normal distribution.  Text becomes one column for each frequent value.  Dates become
-numbers first.  Missing numbers take the median, and a mark.
+Each column of numbers appears twice: scaled robustly, and as its place among the distinct
+quantiles of the training rows, mapped to a normal distribution.  Text becomes one column for each
+frequent value.  Dates become numbers first.  A missing number is zero in both, which is the
+median of the first, and is marked.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _MOST_EMBEDDED = 64  # embeddings of more columns would take most of the time
 _PERIODS = {"year": 365.2425, "week": 7.0, "day": 1.0}  # in days
 _FEWEST_QUANTILES, _MOST_QUANTILES, _ROWS_PER_QUANTILE = 10, 1000, 30
 _EDGE = 1e-3  # ranks are clipped this far from 0 and 1
-_RANK_SCALE = 0.67  # quartiles of a standard normal: ranks have the spread of scaled values
+_RANK_SCALE = 0.67  # about the standard deviation of the scaled values of normal data
 _CLIP = 3.0
 
 

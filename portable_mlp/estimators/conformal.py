@@ -1,11 +1,15 @@
 """Prediction intervals and sets from held-out rows, by CV+.
 
 Each group of members holds out some training rows.  How wrong the group is there tells how far
-its predictions of new rows may be off.  If training and new rows are exchangeable, the target
-is in the interval or set with a probability of at least 1 − 2α − √(2 / n) for a nominal
-coverage of 1 − α, whatever the distribution, and in practice with 1 − α or more (Barber et al.,
-2021, theorem 4; Romano et al., 2020, theorem 2).  It is more where there is little noise: the
-errors are those of a fold's members alone, and all members together are better.
+its predictions of new rows may be off.  If training and new rows are exchangeable, folds are of
+equal size, and each group is fitted without its fold, the target is in the interval or set with
+a probability of at least 1 − 2α − √(2 / n) for a nominal coverage of 1 − α, whatever the
+distribution (Barber et al., 2021, on CV+; Romano et al., 2020, on its counterpart for labels).
+
+Here the encoding of the columns, the epoch and the temperature are chosen with all rows, so the
+guarantee holds approximately only; with groups or folds in time it does not hold.  The coverage
+that was measured is the nominal one or more.  It is more where there is little noise: the errors
+are those of a fold's members alone, and all members together are better.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+_ROUNDING = 1e-9  # 0.55 · 100 is above 55 in float64
 _HALVINGS = 80  # after which the limits of a bisection are equal in float64
 
 
@@ -39,7 +44,7 @@ def upper_limits(centres: Floats, residuals: Sequence[Floats], coverage: float) 
     -------
     ndarray (rows,)
     """
-    k = ceil(coverage * (sum(map(len, residuals)) + 1))
+    k = ceil(coverage * (sum(map(len, residuals)) + 1) - _ROUNDING)
     if k > sum(map(len, residuals)):
         return np.full(centres.shape[1], inf)
     all_of_them = np.concatenate([*residuals])
@@ -53,7 +58,7 @@ def upper_limits(centres: Floats, residuals: Sequence[Floats], coverage: float) 
 
 
 def interval(centres: Floats, residuals: Sequence[Floats], coverage: float) -> Floats:
-    """Return the limits (rows, 2) of CV+ (Barber et al., 2021, eq. 11); see `upper_limits`.
+    """Return the limits (rows, 2) of CV+ (Barber et al., 2021); see `upper_limits`.
 
     The residuals are absolute errors.
     """
@@ -63,9 +68,9 @@ def interval(centres: Floats, residuals: Sequence[Floats], coverage: float) -> F
 
 
 def adaptive_scores(p: Floats, u: Any) -> Floats:
-    """Return the probability of all more probable classes, and u times that of the class itself.
+    """Return the sum of the probabilities of all more probable classes, plus u times the class's.
 
-    A class belongs to a set before those with larger scores (Romano et al., 2020, eq. 5).
+    A class belongs to a set before those with larger scores (Romano et al., 2020).
 
     Parameters
     ----------
@@ -87,7 +92,7 @@ def adaptive_scores(p: Floats, u: Any) -> Floats:
 
 
 def label_sets(scores: Floats, calibration: Sequence[Floats], coverage: float) -> NDArray[np.bool_]:
-    """Return which classes belong to the set of each row (Romano et al., 2020, eq. 10).
+    """Return which classes belong to the set of each row, by CV+ (Romano et al., 2020).
 
     Parameters
     ----------
@@ -102,11 +107,11 @@ def label_sets(scores: Floats, calibration: Sequence[Floats], coverage: float) -
     ndarray (rows, classes) of bool
     """
     below = _count(scores, calibration, "left")
-    return below < coverage * (sum(map(len, calibration)) + 1)
+    return below < coverage * (sum(map(len, calibration)) + 1) - _ROUNDING
 
 
 def _count(at: Floats, known: Sequence[Floats], side: Any) -> NDArray[np.intp]:
-    """Return how many of the sorted values of all groups are below those of ``at``."""
+    """Return how many sorted values of all groups are below ``at``; for "right", at most that."""
     each = [np.searchsorted(own, some, side) for own, some in zip(known, at, strict=True)]
     count: NDArray[np.intp] = np.sum(each, axis=0)
     return count

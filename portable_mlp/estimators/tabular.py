@@ -38,7 +38,7 @@ PRESETS = {
     "default": Preset(learning_rate=0.04, average=0.995),
     "fast": Preset(learning_rate=0.04, members=4, epochs=32, steps=1000, average=0.99),
 }
-"""The settings of a classification by name; those of a regression differ a little."""
+"""The settings of a classification by name."""
 
 _MOST_FOLDS = 64
 

@@ -28,8 +28,8 @@ from portable_mlp.typing import Array
 class TabularClassifier(ClassifierMixin, TabularModel):
     """Classifier for tables: an ensemble of networks that hold out a fold each.
 
-    It takes a table as it is: numbers, text, booleans, dates, missing values.  Its probabilities
-    are calibrated on the held-out rows.
+    It takes a table as it is: numbers, text, booleans, dates, missing values.  The members'
+    probabilities are calibrated on the rows that they hold out; their mean is a little cautious.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
     backend : str, optional
         Array library to compute with; that of X by default.
     dtype : {"float32", "float64"}, optional
-        Data type to compute in; float32 by default.
+        Data type to train in; float32 by default.  Predictions on NumPy are in float64.
     verbose : bool, default=False
         Whether to show progress.
     callbacks : sequence of Callback, optional
@@ -166,7 +166,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
 
     def _error(self, target: NDArray[Any]) -> Any:
         def error(z: Floats, rows: Rows) -> Floats:
-            """Whether the class is wrong; of equally many errors the log-loss decides."""
+            """Return 1 for a wrong class and 0 else, plus a thousandth of the log-loss."""
             true = target[rows]
             z = z - z.max(axis=1, keepdims=True)
             log_p = z[np.arange(len(z)), true] - np.log(np.exp(z).sum(axis=1))

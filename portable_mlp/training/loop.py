@@ -186,11 +186,17 @@ class Trainer:
         """Return the results of `_of_all`, those that depend on the rate for each member."""
         rates, decays = self._apart[treatment]
         own = rate * rates
+        keeps = PerMember(1.0 - own * (decay * decays), ndim=2)
+        if type(self.optimizer).__module__ != Optimizer.__module__:
+            # A custom optimizer may compute what does not work with arrays, such as a minimum
+            each_one = [self.optimizer.coefficients(clock.step + 1, r) for r in own.tolist()]
+            columns = zip(*each_one, strict=True)
+            return tuple(PerMember(values, ndim=2) for values in columns), keeps
         found = self.optimizer.coefficients(clock.step + 1, own)
-        return (
-            tuple(PerMember(c, ndim=2) if isinstance(c, np.ndarray) else float(c) for c in found),
-            PerMember(1.0 - own * (decay * decays), ndim=2),
+        coefficients = (
+            PerMember(c, ndim=2) if isinstance(c, np.ndarray) else float(c) for c in found
         )
+        return tuple(coefficients), keeps
 
     def start(self, params: Params) -> State:
         """Return the state before the first step, with copies of the parameters."""
@@ -303,7 +309,7 @@ class Trainer:
             # The best loss cannot be compared with a score, nor a score with a loss
             state.watched, state.best, state.stalled_for = watched, inf, 0
         if early_stopping and state.best_leaves is None:
-            state.best_leaves = self.copy(state.arrays.leaves)
+            state.best_leaves = self.copy(state.current_leaves)
         for callback in callbacks:
             callback.on_fit_begin(max_epochs + state.epochs - state.done)
         try:
