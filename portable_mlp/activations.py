@@ -14,7 +14,7 @@ from typing import Any
 
 from portable_mlp.functions import sigmoid, softplus, sum_rows
 from portable_mlp.initializers import Ones
-from portable_mlp.layers import Layer, Param, with_members
+from portable_mlp.layers import Layer, Param, check_sizes, with_members
 from portable_mlp.typing import Array, Namespace, Params
 
 
@@ -215,6 +215,9 @@ class Parametric(Layer):
     n_in: int
     members: int | None = None
 
+    def __post_init__(self) -> None:
+        check_sizes(self, self.n_in)
+
     @property
     def n_out(self) -> int:
         return self.n_in
@@ -222,7 +225,7 @@ class Parametric(Layer):
     @property
     def params(self) -> tuple[Param, ...]:
         (shape,) = with_members(self.members, (self.n_in,))
-        return (Param("slope", shape, Ones(), 1, 1, "activation", self.members),)
+        return (Param("alpha", shape, Ones(), 1, 1, "activation", self.members),)
 
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Any]:
         (a,) = p

@@ -12,7 +12,7 @@ from typing import Any
 
 from portable_mlp.functions import sum_rows, transposed
 from portable_mlp.initializers import Initializer, Normal, Ones, Uniform, Zeros
-from portable_mlp.layers import Layer, Param, with_members
+from portable_mlp.layers import Layer, Param, check_sizes, with_members
 from portable_mlp.typing import Array, Namespace, Params
 
 
@@ -49,6 +49,7 @@ class PeriodicEmbedding(Layer):
     members: int | None = None
 
     def __post_init__(self) -> None:
+        check_sizes(self, self.n_in, self.n_frequencies, self.width)
         if not 1 <= self.n_embedded <= self.n_in:
             raise ValueError(f"n_embedded must be from 1 to the number of columns, got {self}")
 
@@ -144,6 +145,9 @@ class CosineEmbedding(Layer):
     n_frequencies: int = 11
     sigma: float | tuple[float, ...] = 0.1
     members: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sizes(self, self.n_in, self.n_frequencies)
 
     @property
     def n_out(self) -> int:

@@ -163,9 +163,7 @@ class Linear(Layer):
     members: int | None = None
 
     def __post_init__(self) -> None:
-        if self.n_in < 1 or self.n_out < 1:
-            raise ValueError(f"a layer's widths must be at least 1, got {self}")
-        _check_members(self.members)
+        check_sizes(self, self.n_in, self.n_out)
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -226,9 +224,7 @@ class NTKLinear(Layer):
     members: int | None = None
 
     def __post_init__(self) -> None:
-        if self.n_in < 1 or self.n_out < 1:
-            raise ValueError(f"a layer's widths must be at least 1, got {self}")
-        _check_members(self.members)
+        check_sizes(self, self.n_in, self.n_out)
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -290,6 +286,9 @@ class Scale(Layer):
 
     n_in: int
     members: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sizes(self, self.n_in)
 
     @property
     def n_out(self) -> int:
@@ -416,6 +415,13 @@ def with_members(members: int | None, *shapes: tuple[int, ...]) -> list[tuple[in
     if members is None:
         return list(shapes)
     return [(members, 1, *s) if len(s) == 1 else (members, *s) for s in shapes]
+
+
+def check_sizes(layer: Any, *widths: int) -> None:
+    """Raise a ValueError if a width or the number of members of a layer is below 1."""
+    if min(widths) < 1:
+        raise ValueError(f"a layer's widths must be at least 1, got {layer}")
+    _check_members(layer.members)
 
 
 def _check_members(members: int | None) -> None:

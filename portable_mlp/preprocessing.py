@@ -15,6 +15,8 @@ from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
 
+from portable_mlp.estimators.columns import MOST_LEVELS, PERIODS, place_in
+
 KINDS = {"number": pl.Float64, "boolean": pl.Boolean, "category": pl.String, "date": pl.Datetime}
 """The kinds of columns, and the polars dtype in which a model takes each."""
 
@@ -22,7 +24,6 @@ _FEW_ROWS = 20
 _INDEX = r"Unnamed: [\d.]+|__index_level_\d+__"  # as pandas calls it
 _DISTINCT = 0.95  # share of distinct values in a column that tells rows apart
 _TARGETS = {None: "continuous", 2: "binary"}  # by the number of classes
-_MAX_CATEGORIES = 64  # rarer categories of a column are encoded as zeros, like unknown ones
 
 
 def column_kinds(X: pl.DataFrame) -> dict[str, str]:
@@ -137,7 +138,7 @@ def make_preprocessing(
         handle_unknown="ignore",
         sparse_output=False,
     )
-    many = [name for name in texts if X[name].n_unique() > _MAX_CATEGORIES]
+    many = [name for name in texts if X[name].n_unique() > MOST_LEVELS]
     folds = KFold(5, shuffle=True, random_state=seed)
     means = TargetEncoder(target_type=_TARGETS.get(n_classes, "multiclass"), cv=folds)
     parts = {
@@ -193,7 +194,7 @@ def _frequent(texts: pl.Series) -> list[str | None]:
     These get a column each in the one-hot encoding.
     """
     counts = texts.alias("text").value_counts(name="n").sort("n", "text", descending=[True, False])
-    found: list[str | None] = counts["text"].head(_MAX_CATEGORIES).to_list()
+    found: list[str | None] = counts["text"].head(MOST_LEVELS).to_list()
     return sorted(found, key=lambda text: (text is None, text or ""))
 
 
@@ -210,8 +211,6 @@ class DateParts(TransformerMixin, BaseEstimator):
     medians_ : ndarray (n_features_in_,)
         Median of each column, in days since 1970.
     """
-
-    PERIODS = 365.2425, 7.0, 1.0
 
     def fit(self, X: Any, y: Any = None) -> Self:
         self.n_features_in_ = X.shape[1]
@@ -230,11 +229,8 @@ class DateParts(TransformerMixin, BaseEstimator):
             missing = np.isnan(days)
             filled = np.where(missing, median, days)
             parts.append(filled)
-            for period in self.PERIODS:
-                # Whole turns are removed first: the sine of a large angle has rounding noise,
-                # which scaling would amplify
-                angle = 2 * np.pi * (filled / period % 1.0)
-                parts += [np.sin(angle), np.cos(angle)]
+            for period in PERIODS:
+                parts += place_in(filled, period)
             parts.append(missing)
         return np.column_stack(parts)
 

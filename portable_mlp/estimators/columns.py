@@ -32,7 +32,9 @@ MOST_LEVELS = 64
 _MOST_RANKED = 32
 _MOST_EMBEDDED = 64  # embeddings of more columns would take most of the time
 
-_PERIODS = {"year": 365.2425, "week": 7.0, "day": 1.0}  # in days
+PERIODS = 365.2425, 7.0, 1.0
+"""A year, a week and a day, in days."""
+
 _FEWEST_QUANTILES, _MOST_QUANTILES, _ROWS_PER_QUANTILE = 10, 1000, 30
 _EDGE = 1e-3  # ranks are clipped this far from 0 and 1
 _RANK_SCALE = 0.67  # about the standard deviation of the scaled values of normal data
@@ -166,9 +168,7 @@ def _of_array(estimator: Any, X: Any, reset: bool) -> list[Column]:
     X = to_host(X) if hasattr(X, "__array_namespace__") or hasattr(X, "device") else X
     if isinstance(X, list | tuple) and np.asarray(X).dtype.kind in "US":
         X = np.array(X, object)  # NumPy would make texts of the numbers beside texts
-    X = validate_data(
-        estimator, X, dtype=None, ensure_all_finite=False, reset=reset, ensure_min_samples=1
-    )
+    X = validate_data(estimator, X, dtype=None, ensure_all_finite=False, reset=reset)
     if X.dtype.kind in "OUS":
         return [_of_objects(i, X[:, i].tolist()) for i in range(X.shape[1])]
     if X.dtype.kind not in "biuf":
@@ -262,8 +262,8 @@ class _Number:
         return cls(column.kind, bool(np.isnan(column.numbers).any()))
 
     def encode(self, column: Column) -> list[Floats]:
-        numeric = {"number", "boolean", "missing"}
-        if column.kind not in (self.kind, "missing") and not {self.kind, column.kind} <= numeric:
+        kinds = {self.kind, column.kind} - {"missing"}
+        if len(kinds) > 1 and kinds != {"number", "boolean"}:
             raise _wrong_kind(column, self.kind)
         x = column.numbers
         return [x, np.isnan(x).astype(np.float64)] if self.marked else [x]
@@ -282,16 +282,12 @@ class _Date(_Number):
         # Nothing is periodic within less than a period, nor in dates without a time of day
         span = float(np.ptp(known)) if known.size else 0.0
         with_time = bool(known.size and np.any(known % 1.0))
-        periods = [p for p in _PERIODS.values() if span > p and (p > 1.0 or with_time)]
+        periods = [p for p in PERIODS if span > p and (p > 1.0 or with_time)]
         return cls("date", bool(np.isnan(days).any()), tuple(periods))
 
     def encode(self, column: Column) -> list[Floats]:
         parts = super().encode(column)
-        for period in self.periods:
-            # Whole turns are removed first: the sine of a large angle has rounding noise
-            angle = 2.0 * np.pi * (parts[0] / period % 1.0)
-            parts += [np.sin(angle), np.cos(angle)]
-        return parts
+        return parts + [part for p in self.periods for part in place_in(parts[0], p)]
 
 
 @dataclass
@@ -320,6 +316,14 @@ class _Text:
         return [(at == i).astype(np.float64) for i in range(len(self.levels))]
 
 
+def place_in(days: Floats, period: float) -> list[Floats]:
+    """Return the sine and cosine of the place of dates in a period, which is in days."""
+    # Whole turns are removed first: the sine of a large angle has rounding noise, which a
+    # scaling would amplify
+    angle = 2.0 * np.pi * (days / period % 1.0)
+    return [np.sin(angle), np.cos(angle)]
+
+
 class TableEncoder:
     """A transformer from a table's columns to the network's input.
 
@@ -330,8 +334,8 @@ class TableEncoder:
     median, scale : ndarray (numbers,)
         Centre and factor of each number.
     used : ndarray of int
-        The numbers that are not constant: first those with more than two values, and among
-        these those with the most.
+        The numbers that are not constant: first those with more than two values.  In a wide
+        table, these are in falling order of the number of their values.
     n_ranked : int
         Number of the first ones that appear as ranks too.  In a wide table there are none.
     n_embedded : int
@@ -355,7 +359,7 @@ class TableEncoder:
                 self.median[j] = np.median(known)
                 self.scale[j] = _robust_scale(known)
                 n_values[j] = len(np.unique(known))
-        # In order of the columns, but for wide tables, where the first ones are embedded
+        # Of a wide table only the first ones are embedded
         several = np.flatnonzero((self.scale > 0.0) & (n_values > 2))
         if len(several) > _MOST_EMBEDDED:
             several = several[np.argsort(-n_values[several], kind="stable")]

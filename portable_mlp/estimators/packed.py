@@ -118,6 +118,11 @@ def spread(
     return tuple((low + at * (high - low)).tolist())
 
 
+def fold_means(values: Floats, fold: NDArray[np.intp]) -> Floats:
+    """Return the means over the members of each fold, (members, ...) -> (folds, ...)."""
+    return np.stack([values[fold == i].mean(axis=0) for i in range(int(fold.max()) + 1)])
+
+
 @dataclass
 class HeldOut:
     """The rows that each member holds out.
@@ -156,14 +161,13 @@ class HeldOut:
         weights : ndarray (rows,), optional
             Weights of all rows; those of weight zero are left out.
         """
-        found = []
-        for i in range(int(self.fold.max()) + 1):
-            own = np.flatnonzero(self.fold == i)
-            counted = self.counted[own[0]]
-            if weights is not None:
-                counted = counted & (weights[self.rows[own[0]]] > 0.0)
-            found.append((self.rows[own[0]][counted], values[own].mean(axis=0)[counted]))
-        return found
+        counted = self.counted
+        if weights is not None:
+            counted = counted & (weights[self.rows] > 0.0)
+        # The first members hold out one fold each, in order
+        means = fold_means(values, self.fold)
+        folds = zip(self.rows, counted, means, strict=False)
+        return [(rows[some], mean[some]) for rows, some, mean in folds]
 
     def mean(self, values: Floats, n_rows: int) -> Floats:
         """Return the mean over the folds that hold out a row; NaN where none does.

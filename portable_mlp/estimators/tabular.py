@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from numbers import Integral
 from typing import Any, ClassVar, Self
 
@@ -31,7 +30,6 @@ from portable_mlp.estimators.base import Estimator
 from portable_mlp.estimators.columns import TableEncoder, read_columns
 from portable_mlp.estimators.input_checks import check_weights, check_y
 from portable_mlp.estimators.packed import Floats, Preset, Rows, fit_pack, rows_at_once
-from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
 PRESETS = {
@@ -62,14 +60,14 @@ class TabularModel(Estimator, BaseEstimator):
         self._validate_params()
         preset = self.preset if isinstance(self.preset, Preset) else self.presets[self.preset]
         rng = check_random_state(self.random_state)
-        backend = get_backend(self.device, self.backend, like=X if _is_array(X) else None)
+        home, backend = self._backends(X)
         dtype = self.dtype or "float32"
-        columns = read_columns(self, X, reset=True)
         if pausing(self.callbacks or ()):
             raise ValueError(
                 "callbacks: a model for tables cannot be saved in the middle of a fit, so that"
                 " those that pause training, such as Checkpoint, are of no use"
             )
+        columns = read_columns(self, X, reset=True)
         rows = np.empty((len(columns[0].numbers), 0))
         y = check_y(self, y, rows, self._target_dtype)
         given = check_weights(sample_weight, rows, dtype)
@@ -87,7 +85,6 @@ class TabularModel(Estimator, BaseEstimator):
         self._fold, self._seed = packed.held_out.fold, rng.randint(2**31 - 1)
         self._learn_outputs(packed, y, target, given, weights)
         self.network_ = packed.network
-        home = backend_of(X) if _is_array(X) else NumPyBackend()
         self.params_ = [move(p, home, dtype) for p in packed.params]
         self.loss_curve_ = [epoch.loss for epoch in packed.history]
         self.validation_loss_curve_ = [epoch.validation_loss for epoch in packed.history]
@@ -104,8 +101,9 @@ class TabularModel(Estimator, BaseEstimator):
             raise ValueError(f"a fit needs at least 2 rows, to hold some out; got {n} sample(s)")
         cv = self.cv
         if cv is None or isinstance(cv, Integral):
-            n_folds = min(preset.members if cv is None else int(cv), n)
-            if n_folds < (preset.members if cv is None else int(cv)):
+            wanted = preset.members if cv is None else int(cv)
+            n_folds = min(wanted, n)
+            if n_folds < wanted:
                 warn(f"there are {n_folds} folds only, one for each row", UserWarning)
             if groups is None:
                 return self._own_folds(n_folds, y, rng)
@@ -139,33 +137,40 @@ class TabularModel(Estimator, BaseEstimator):
     def _class_weighted(self, y: NDArray[Any], weights: Floats | None, dtype: str) -> Floats | None:
         return weights
 
-    def _members(self, X: Any) -> tuple[Iterator[tuple[slice, Array]], Any, Backend, int]:
-        """Return the members' logits, (members, rows, k), in parts; namespace, home, and rows."""
+    def _predict_with(self, function: Any, X: Any, *, on_host: bool = False) -> Any:
+        """Return ``function(logits, xp)`` for all rows of X, on the backend of X.
+
+        The logits are (members, rows, k), of some rows at a time.  With ``on_host`` they are
+        NumPy's in float64, and so is the result.
+        """
         check_is_fitted(self)
         columns = read_columns(self, X, reset=False)
-        home = backend_of(X) if _is_array(X) else NumPyBackend()
-        backend = get_backend(self.device, self.backend, like=X if _is_array(X) else None)
+        home, backend = self._backends(X)
         dtype = str(self.params_[0].dtype).split(".")[-1]
         if isinstance(backend, NumPyBackend):
             # In float32 a row's result would depend on its place among the rows, by rounding
             dtype = "float64"
-        x = self._encoder.transform(columns)
+        x, found = self._encoder.transform(columns), []
+        with backend.scope(dtype):
+            params = [move(p, backend, dtype) for p in self.params_]
+            chunk = rows_at_once(self.network_)
+            for start in range(0, len(x), chunk):
+                some = backend.asarray(x[start : start + chunk], dtype)
+                z = self.network_(params, some, backend.xp)
+                if on_host:
+                    found.append(function(to_host(z).astype(np.float64), np))
+                else:
+                    found.append(function(z, backend.xp))
+            if on_host:
+                return np.concatenate(found)
+            result = found[0] if len(found) == 1 else backend.xp.concat(found, axis=0)
+            return result if home == backend else move(result, home)
 
-        def parts() -> Iterator[tuple[slice, Array]]:
-            with backend.scope(dtype):
-                params = [move(p, backend, dtype) for p in self.params_]
-                chunk = rows_at_once(self.network_)
-                for start in range(0, len(x), chunk):
-                    rows = slice(start, min(start + chunk, len(x)))
-                    some = backend.asarray(x[rows], dtype)
-                    yield rows, self.network_(params, some, backend.xp)
-
-        return parts(), backend.xp, home, len(x)
-
-    def _by_fold(self, values: Floats) -> Floats:
-        """Return the means over the members of each fold, (members, ...) -> (folds, ...)."""
-        folds = range(int(self._fold.max()) + 1)
-        return np.stack([values[self._fold == i].mean(axis=0) for i in folds])
+    def _backends(self, X: Any) -> tuple[Backend, Backend]:
+        """Return the backend of X, NumPy's for a table, and the one to compute with."""
+        like = X if hasattr(X, "shape") and not hasattr(X, "columns") else None
+        home = NumPyBackend() if like is None else backend_of(like)
+        return home, get_backend(self.device, self.backend, like=like)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -179,8 +184,3 @@ def check_coverage(coverage: float) -> None:
     """Raise a ValueError unless a coverage is in (0, 1)."""
     if not 0.0 < coverage < 1.0:
         raise ValueError(f"coverage must be in (0, 1), got {coverage!r}")
-
-
-def _is_array(X: Any) -> bool:
-    """Tell whether X is an array of some library, rather than a data frame or a list."""
-    return hasattr(X, "shape") and not hasattr(X, "columns")

@@ -13,14 +13,15 @@ from sklearn.metrics import accuracy_score
 from sklearn.utils import compute_sample_weight
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
 
-from portable_mlp.backends import Backend, move, to_host
+from portable_mlp.backends import to_host
 from portable_mlp.callbacks import Callback
 from portable_mlp.estimators.conformal import adaptive_scores, label_sets
 from portable_mlp.estimators.input_checks import check_weights
-from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows
+from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows, fold_means
 from portable_mlp.estimators.tabular import PRESETS, TabularModel, check_coverage
-from portable_mlp.functions import softmax
+from portable_mlp.functions import log_softmax, softmax
 from portable_mlp.losses import Loss, SoftmaxCrossEntropy
 from portable_mlp.typing import Array
 
@@ -139,9 +140,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
             raise ValueError(f"y: expected labels (n,), got shape {y.shape}")
         self.classes_, target = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            only = (
-                self.classes_[0].item() if hasattr(self.classes_[0], "item") else self.classes_[0]
-            )
+            (only,) = self.classes_.tolist()
             raise ValueError(f"y has one class only, {only!r}: nothing to tell apart")
         return target.astype(np.int64), len(self.classes_)
 
@@ -168,8 +167,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         def error(z: Floats, rows: Rows) -> Floats:
             """Return 1 for a wrong class and 0 else, plus a thousandth of the log-loss."""
             true = target[rows]
-            z = z - z.max(axis=1, keepdims=True)
-            log_p = z[np.arange(len(z)), true] - np.log(np.exp(z).sum(axis=1))
+            log_p = log_softmax(z, np)[np.arange(len(z)), true]
             wrong: Floats = (z.argmax(axis=1) != true) - 1e-3 * log_p
             return wrong
 
@@ -185,13 +183,11 @@ class TabularClassifier(ClassifierMixin, TabularModel):
     ) -> None:
         rows, counted, z = packed.held_out.rows, packed.held_out.counted, packed.logits
         share = counted * (1.0 if weights is None else weights[rows])
-        true = target[rows]
+        true = target[rows][..., None]
 
         def log_loss(log_temperature: float) -> float:
-            scaled = z / np.exp(log_temperature)
-            scaled = scaled - scaled.max(axis=2, keepdims=True)
-            right = np.take_along_axis(scaled, true[..., None], axis=2)[..., 0]
-            return float(np.sum(share * (np.log(np.exp(scaled).sum(axis=2)) - right)))
+            log_p = log_softmax(z / np.exp(log_temperature), np)
+            return -float(np.sum(share * np.take_along_axis(log_p, true, axis=2)[..., 0]))
 
         found = minimize_scalar(log_loss, bounds=(np.log(0.1), np.log(10.0)), method="bounded")
         self.temperature_ = float(np.exp(found.x))
@@ -208,12 +204,6 @@ class TabularClassifier(ClassifierMixin, TabularModel):
             sample_weight=None if given is None else given[known],
         ))  # fmt: skip
 
-    def _probabilities(self, X: Any) -> tuple[Array, Backend]:
-        parts, xp, home, _ = self._members(X)
-        found = [xp.mean(softmax(z / self.temperature_, xp), axis=0) for _, z in parts]
-        p = found[0] if len(found) == 1 else xp.concat(found, axis=0)
-        return move(p, home), home
-
     def predict_proba(self, X: Any) -> Array:
         """Return the probabilities of the classes.
 
@@ -226,7 +216,11 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         p : array (n_samples, n_classes)
             In the namespace and on the device of X, if it is an array.
         """
-        return self._probabilities(X)[0]
+
+        def mean(z: Array, xp: Any) -> Array:
+            return xp.mean(softmax(z / self.temperature_, xp), axis=0)
+
+        return self._predict_with(mean, X)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Return the most probable labels, (n_samples,), on the host.
@@ -235,7 +229,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         ----------
         X : data frame or array-like (n_samples, n_features)
         """
-        p = to_host(self._probabilities(X)[0])
+        p = to_host(self.predict_proba(X))
         labels: NDArray[Any] = self.classes_[p.argmax(axis=1)]
         return labels
 
@@ -264,11 +258,13 @@ class TabularClassifier(ClassifierMixin, TabularModel):
             If ``coverage`` is not in (0, 1).
         """
         check_coverage(coverage)
-        parts, *_, n = self._members(X)
-        u = np.random.RandomState(self._seed + 1).uniform(size=n)
-        sets = np.empty((n, len(self.classes_)), bool)
-        for rows, z in parts:
-            p = softmax(to_host(z).astype(np.float64) / self.temperature_, np)
-            scores = adaptive_scores(self._by_fold(p), u[rows])
-            sets[rows] = label_sets(scores, self._calibration, coverage)
-        return sets
+        check_is_fitted(self)
+        rng = np.random.RandomState(self._seed + 1)
+
+        def sets(z: Floats, xp: Any) -> NDArray[np.bool_]:
+            p = fold_means(softmax(z / self.temperature_, xp), self._fold)
+            scores = adaptive_scores(p, rng.uniform(size=p.shape[1]))
+            return label_sets(scores, self._calibration, coverage)
+
+        found: NDArray[np.bool_] = self._predict_with(sets, X, on_host=True)
+        return found

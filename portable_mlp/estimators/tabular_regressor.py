@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from array_api_compat import device
 from numpy.typing import NDArray
 from sklearn.base import RegressorMixin
 from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 
-from portable_mlp.backends import NumPyBackend, to_host
 from portable_mlp.callbacks import Callback
 from portable_mlp.estimators.conformal import interval
-from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows
+from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows, fold_means
 from portable_mlp.estimators.tabular import PRESETS, TabularModel, check_coverage
 from portable_mlp.losses import Loss, SquaredError
 from portable_mlp.typing import Array
@@ -152,13 +152,16 @@ feature_names_in_, stop_reason_
         y : array (n_samples,) or (n_samples, n_outputs)
             In the namespace and on the device of X, if it is an array.
         """
-        parts, _, home, n = self._members(X)
-        found = np.empty((n, len(self._mean)))
-        for rows, z in parts:
-            found[rows] = np.clip(to_host(z).astype(np.float64), *self._limits).mean(axis=0)
-        found = found * self._std + self._mean
-        y = found[:, 0] if self._flat else found
-        return y if isinstance(home, NumPyBackend) else home.asarray(y)
+
+        def mean(z: Array, xp: Any) -> Array:
+            low, high, std, centre = (
+                xp.asarray(a, dtype=z.dtype, device=device(z))
+                for a in (*self._limits, self._std, self._mean)
+            )
+            y = xp.mean(xp.minimum(xp.maximum(z, low), high), axis=0) * std + centre
+            return y[:, 0] if self._flat else y
+
+        return self._predict_with(mean, X)
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> Floats:
         """Return for each row an interval that contains the target with a probability.
@@ -187,13 +190,14 @@ feature_names_in_, stop_reason_
         check_is_fitted(self)
         if len(self._mean) > 1:
             raise ValueError("predict_interval is for a single target")
-        parts, *_, n = self._members(X)
-        limits = np.empty((n, 2))
-        for rows, z in parts:
-            z = np.clip(to_host(z).astype(np.float64), *self._limits)[..., 0]
-            centres = self._by_fold(z) * self._std[0] + self._mean[0]
-            limits[rows] = interval(centres, self._residuals, coverage)
-        return limits
+
+        def limits(z: Floats, xp: Any) -> Floats:
+            z = np.clip(z, *self._limits)[..., 0]
+            centres = fold_means(z, self._fold) * self._std[0] + self._mean[0]
+            return interval(centres, self._residuals, coverage)
+
+        found: Floats = self._predict_with(limits, X, on_host=True)
+        return found
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

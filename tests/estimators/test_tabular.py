@@ -31,6 +31,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from portable_mlp import Checkpoint, TabularClassifier, TabularRegressor
 from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.estimators import tabular
 from portable_mlp.estimators.columns import MOST_LEVELS, TableEncoder, read_columns
 from portable_mlp.estimators.conformal import adaptive_scores, interval, label_sets
 from portable_mlp.estimators.packed import HeldOut, Waves, spread
@@ -249,6 +250,10 @@ def test_missing_columns_of_values_and_objects_of_the_standard_library():
     np.testing.assert_array_equal(
         regressor().fit(listed, Y).predict(listed),
         regressor().fit(pd.DataFrame(listed), Y).predict(pd.DataFrame(listed)),
+    )
+    useless = regressor().fit(MIXED.assign(m=None), Y)  # a column without a value in training
+    np.testing.assert_array_equal(
+        useless.predict(MIXED.assign(m="text")), useless.predict(MIXED.assign(m=None))
     )
     with pytest.raises(ValueError, match="holds dates, but the model was fitted on numbers"):
         model.predict(MIXED.assign(whole=pd.Timestamp("2020-01-01")))
@@ -631,8 +636,32 @@ def test_every_backend_gives_the_same_model(where, request):
         got = TabularClassifier(preset, random_state=0, dtype="float64").fit(x, y)
         p = got.predict_proba(x)
         assert type(p) is type(x)
+        assert got.predict_set(x).shape == (90, 2)
         np.testing.assert_allclose(target.backend.to_host(p), wanted.predict_proba(X), rtol=1e-8)
     np.testing.assert_allclose(got.oof_predictions_, wanted.oof_predictions_, rtol=1e-8)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("where", ["torch", "jax", "strict", "cupy-emulated"])
+def test_predictions_of_many_rows_stay_where_the_rows_are(where, request, monkeypatch):
+    """In several parts, in float32, outside of any scope of the backend's."""
+    target = get_target(where, request)
+    preset = replace(REGRESS, epochs=2, steps=6)
+    with target.scope():
+        x = target.backend.asarray(X, "float32")
+    for model in (
+        TabularRegressor(preset, random_state=0).fit(x, Y),
+        TabularClassifier(replace(preset, activation="selu"), random_state=0).fit(x, LABELS),
+    ):
+        predict = getattr(model, "predict_proba", model.predict)
+        whole = predict(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(tabular, "rows_at_once", lambda network: 7)
+            parts = predict(x)
+        assert type(parts) is type(x)
+        assert parts.shape[0] == 90
+        host = target.backend.to_host
+        np.testing.assert_allclose(host(parts), host(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_spread_values():
