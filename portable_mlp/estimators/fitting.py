@@ -391,8 +391,9 @@ class MultilayerPerceptron(CallbackSupportMixin, PeerInternals, Preparation):
         if mode in ("partial", "continue"):
             new = trainer.resume(old, state)
             early = old.watched == "score" and self.early_stopping
-            goes_on = old.origin == state.origin  # otherwise the average starts anew, too
-            if old.arrays.leaves and (early or (old.averages and goes_on)):
+            # Under other settings the average starts anew, and so do the parameters from it
+            averaged = old.averages and old.watched == "loss" and old.origin == state.origin
+            if old.arrays.leaves and (early or averaged):
                 # The fitted parameters are the best ones, or their average; training continues
                 # from the last ones
                 new.best_leaves = new.arrays.leaves if early else None
