@@ -15,6 +15,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import TargetEncoder
 
 from portable_mlp import load
+from portable_mlp.estimators.columns import PERIODS
 from portable_mlp.persistence import read_metadata
 from portable_mlp.persistence.onnx import to_onnx
 from portable_mlp.preprocessing import DateParts
@@ -99,7 +100,7 @@ def _declare_missing(operator: Any) -> None:
 
 def _declare_dates(operator: Any) -> None:
     rows, n = operator.inputs[0].type.shape
-    operator.outputs[0].type = DoubleTensorType([rows, n * (2 * len(DateParts.PERIODS) + 2)])
+    operator.outputs[0].type = DoubleTensorType([rows, n * (2 * len(PERIODS) + 2)])
 
 
 def _declare_means(operator: Any) -> None:
@@ -145,7 +146,7 @@ def _convert_dates(scope: Any, operator: Any, container: Any) -> None:
         missing = write("IsNaN", given)
         days = write("Where", missing, write.constant(TensorProto.DOUBLE, median), given)
         parts.append(days)
-        for period in DateParts.PERIODS:
+        for period in PERIODS:
             turns = write("Div", days, write.constant(TensorProto.DOUBLE, period))
             # Subtract whole turns in float64: the remainder in [0, 1) is exact enough in float32
             rest = write("Cast", write("Sub", turns, write("Floor", turns)), to=TensorProto.FLOAT)
