@@ -251,15 +251,20 @@ def _finite(name: Any, numbers: Floats) -> Floats:
 
 
 @dataclass
-class _Number:
+class NumberEncoder:
     """A column of numbers: the number itself, and a mark if some are missing in training."""
 
     kind: str
     marked: bool
 
     @classmethod
-    def of(cls, column: Column) -> _Number:
+    def of(cls, column: Column) -> NumberEncoder:
         return cls(column.kind, bool(np.isnan(column.numbers).any()))
+
+    @property
+    def width(self) -> int:
+        """The number of the numbers that a value becomes."""
+        return 1 + self.marked
 
     def encode(self, column: Column) -> list[Floats]:
         kinds = {self.kind, column.kind} - {"missing"}
@@ -270,13 +275,13 @@ class _Number:
 
 
 @dataclass
-class _Date(_Number):
+class DateEncoder(NumberEncoder):
     """A column of dates: days since 1970, and the place in the year, the week and the day."""
 
     periods: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, column: Column) -> _Date:
+    def of(cls, column: Column) -> DateEncoder:
         days = column.numbers
         known = days[~np.isnan(days)]
         # Nothing is periodic within less than a period, nor in dates without a time of day
@@ -285,22 +290,32 @@ class _Date(_Number):
         periods = [p for p in PERIODS if span > p and (p > 1.0 or with_time)]
         return cls("date", bool(np.isnan(days).any()), tuple(periods))
 
+    @property
+    def width(self) -> int:
+        """The number of the numbers that a value becomes."""
+        return super().width + 2 * len(self.periods)
+
     def encode(self, column: Column) -> list[Floats]:
         parts = super().encode(column)
         return parts + [part for p in self.periods for part in place_in(parts[0], p)]
 
 
 @dataclass
-class _Text:
+class TextEncoder:
     """A column of text: a column for each frequent value, or one of −1 and 1 for two values."""
 
-    levels: list[str]
+    levels: tuple[str, ...]
 
     @classmethod
-    def of(cls, column: Column) -> _Text:
+    def of(cls, column: Column) -> TextEncoder:
         counts = Counter(t for t in column.as_texts().tolist() if t is not None)
         frequent = sorted(counts, key=lambda t: (-counts[t], t))[:MOST_LEVELS]
-        return cls(sorted(frequent))
+        return cls(tuple(sorted(frequent)))
+
+    @property
+    def width(self) -> int:
+        """The number of the numbers that a value becomes."""
+        return 1 if len(self.levels) == 2 else len(self.levels)
 
     def encode(self, column: Column) -> list[Floats]:
         place = {level: i for i, level in enumerate(self.levels)}
@@ -311,7 +326,7 @@ class _Text:
                 continue
         texts = column.as_texts()
         at = np.fromiter((place.get(t, -1) for t in texts), np.intp, len(texts))
-        if len(self.levels) == 2:
+        if self.width < len(self.levels):
             return [np.array([-1.0, 1.0, 0.0])[at]]  # the last for unknown and missing values
         return [(at == i).astype(np.float64) for i in range(len(self.levels))]
 
@@ -324,12 +339,13 @@ def place_in(days: Floats, period: float) -> list[Floats]:
     return [np.sin(angle), np.cos(angle)]
 
 
+@dataclass
 class TableEncoder:
     """A transformer from a table's columns to the network's input.
 
     Attributes
     ----------
-    parts : list
+    parts : list of NumberEncoder or TextEncoder
         How each column becomes numbers.
     median, scale : ndarray (numbers,)
         Centre and factor of each number.
@@ -345,34 +361,41 @@ class TableEncoder:
         For each ranked number, its quantiles over the training rows.
     """
 
-    def fit(self, columns: list[Column]) -> TableEncoder:
-        """Learn from the columns of the training rows."""
-        kinds: dict[str, Callable[[Column], Any]] = {"text": _Text.of, "date": _Date.of}
-        self.parts = [kinds.get(c.kind, _Number.of)(c) for c in columns]
-        raw = self._raw(columns)
+    parts: list[NumberEncoder | TextEncoder]
+    median: Floats
+    scale: Floats
+    used: NDArray[np.int64]
+    n_ranked: int
+    n_embedded: int
+    quantiles: list[Floats]
+
+    @classmethod
+    def of(cls, columns: list[Column]) -> TableEncoder:
+        """Return the encoder for the columns of the training rows."""
+        kinds: dict[str, Callable[[Column], Any]] = {"text": TextEncoder.of, "date": DateEncoder.of}
+        parts = [kinds.get(c.kind, NumberEncoder.of)(c) for c in columns]
+        raw = _numbers(parts, columns)
         n, d = raw.shape
-        self.median, self.scale = np.zeros(d), np.zeros(d)
+        median, scale = np.zeros(d), np.zeros(d)
         n_values = np.zeros(d, int)
         for j in range(d):
             known = raw[~np.isnan(raw[:, j]), j]
             if known.size:
-                self.median[j] = np.median(known)
-                self.scale[j] = _robust_scale(known)
+                median[j] = np.median(known)
+                scale[j] = _robust_scale(known)
                 n_values[j] = len(np.unique(known))
         # Of a wide table only the first ones are embedded
-        several = np.flatnonzero((self.scale > 0.0) & (n_values > 2))
+        several = np.flatnonzero((scale > 0.0) & (n_values > 2))
         if len(several) > _MOST_EMBEDDED:
             several = several[np.argsort(-n_values[several], kind="stable")]
-        two = np.flatnonzero((self.scale > 0.0) & (n_values <= 2))
-        self.used = np.concatenate([several, two])
-        self.n_ranked = len(several) if len(several) <= _MOST_RANKED else 0
-        self.n_embedded = min(len(several) + self.n_ranked, _MOST_EMBEDDED)
+        two = np.flatnonzero((scale > 0.0) & (n_values <= 2))
+        used = np.concatenate([several, two])
+        n_ranked = len(several) if len(several) <= _MOST_RANKED else 0
+        n_embedded = min(len(several) + n_ranked, _MOST_EMBEDDED)
         n_quantiles = np.clip(n // _ROWS_PER_QUANTILE, _FEWEST_QUANTILES, _MOST_QUANTILES) + 1
         levels = np.linspace(0.0, 1.0, int(n_quantiles))
-        self.quantiles = [
-            np.unique(np.nanquantile(raw[:, j], levels)) for j in self.used[: self.n_ranked]
-        ]
-        return self
+        quantiles = [np.unique(np.nanquantile(raw[:, j], levels)) for j in used[:n_ranked]]
+        return cls(parts, median, scale, used, n_ranked, n_embedded, quantiles)
 
     @property
     def n_columns(self) -> int:
@@ -381,7 +404,7 @@ class TableEncoder:
 
     def transform(self, columns: list[Column]) -> NDArray[np.float32]:
         """Return the network's input, (n, n_columns): scaled numbers, ranks, all others."""
-        raw = self._raw(columns)[:, self.used]
+        raw = _numbers(self.parts, columns)[:, self.used]
         out = np.zeros((len(raw), self.n_columns), np.float32)
         if not len(self.used):
             return out
@@ -393,9 +416,11 @@ class TableEncoder:
             out[:, k + j] = _rank(raw[:, j], grid)
         return out
 
-    def _raw(self, columns: list[Column]) -> Floats:
-        found = [a for part, c in zip(self.parts, columns, strict=True) for a in part.encode(c)]
-        return np.column_stack(found) if found else np.zeros((len(columns[0].numbers), 0))
+
+def _numbers(parts: list[Any], columns: list[Column]) -> Floats:
+    """Return the numbers that the values of columns become, (n, sum of the parts' widths)."""
+    found = [a for part, c in zip(parts, columns, strict=True) for a in part.encode(c)]
+    return np.column_stack(found) if found else np.zeros((len(columns[0].numbers), 0))
 
 
 def _robust_scale(x: Floats) -> float:

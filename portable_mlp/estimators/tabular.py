@@ -74,7 +74,7 @@ class TabularModel(Estimator, BaseEstimator):
         target, n_out = self._learn_target(y, given)
         weights = self._class_weighted(y, given, dtype)
         splits = self._splits(X, y, groups, preset, rng)
-        self._encoder = TableEncoder().fit(columns)
+        self._encoder = TableEncoder.of(columns)
         x = self._encoder.transform(columns)
         callbacks: list[Callback] = [Progress()] if self.verbose else []
         callbacks += self.callbacks or ()

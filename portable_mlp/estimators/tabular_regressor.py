@@ -105,7 +105,7 @@ feature_names_in_, stop_reason_
         self._std = np.where(std > 0.0, std, 1.0)
         target = (y - self._mean) / self._std
         counted = target if weights is None else target[weights > 0.0]
-        self._limits = counted.min(axis=0), counted.max(axis=0)
+        self._limits = np.stack([counted.min(axis=0), counted.max(axis=0)])
         return target, target.shape[1]
 
     def _loss(self, preset: Preset) -> Loss:
@@ -135,7 +135,7 @@ feature_names_in_, stop_reason_
             sample_weight=None if given is None else given[known],
         ))  # fmt: skip
         self._flat = y.ndim == 1
-        self._residuals = [
+        self._nonconformity = [
             np.sort(np.abs(target[own, 0] - q[:, 0])) * self._std[0]
             for own, q in packed.held_out.by_fold(z, weights)
         ]
@@ -194,7 +194,7 @@ feature_names_in_, stop_reason_
         def limits(z: Floats, xp: Any) -> Floats:
             z = np.clip(z, *self._limits)[..., 0]
             centres = fold_means(z, self._fold) * self._std[0] + self._mean[0]
-            return interval(centres, self._residuals, coverage)
+            return interval(centres, self._nonconformity, coverage)
 
         found: Floats = self._predict_with(limits, X, on_host=True)
         return found

@@ -20,18 +20,17 @@ from numpy.typing import NDArray
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from portable_mlp import (
-    __version__,
-    estimators,
-)
+from portable_mlp import __version__, estimators
 from portable_mlp.architectures import Fixed
 from portable_mlp.backends import check_names, to_host
 from portable_mlp.callbacks import Epoch
 from portable_mlp.estimators.fitted import OF_SCIKIT_LEARN
+from portable_mlp.estimators.tabular import TabularModel
 from portable_mlp.groups import Treatments
 from portable_mlp.layers import Layer
 from portable_mlp.network import Network
 from portable_mlp.packing import Layout
+from portable_mlp.persistence import tabular
 from portable_mlp.persistence.modelfile import (
     OLD_FORMAT,
     Contents,
@@ -44,7 +43,7 @@ from portable_mlp.steps import Arrays
 from portable_mlp.training import Begun, State
 from portable_mlp.warn import warn
 
-_ESTIMATORS = {cls.__name__: cls for cls in (estimators.MLPClassifier, estimators.MLPRegressor)}
+_ESTIMATORS = {name: getattr(estimators, name) for name in estimators.__all__}
 _NUMBERS: dict[str, Any] = {
     "n_iter_": int, "t_": int, "loss_": Real, "best_loss_": Real | None,
     "best_validation_score_": Real | None, "_multilabel": bool,
@@ -61,11 +60,11 @@ def save(
 
     Parameters
     ----------
-    model : MLPClassifier or MLPRegressor
+    model : MLPClassifier, MLPRegressor, TabularClassifier or TabularRegressor
         A fitted model.  Its layers, and parameters that are objects, have to be of this
-        library's classes, or of classes given to `register`.  Callbacks and a callable
-        ``scoring`` are not stored.  If ``architecture`` is a function, the network is stored
-        in its place.
+        library's classes, or of classes given to `register`.  Callbacks, a callable
+        ``scoring`` and a ``cv`` that is no number are not stored.  If ``architecture`` is a
+        function, the network is stored in its place.
     path : path
         The file; overwritten if it exists.
     preprocessing : scikit-learn transformer, optional
@@ -142,7 +141,7 @@ def load(path: str | Path) -> Any:
 
     Returns
     -------
-    MLPClassifier, MLPRegressor, or a Pipeline of the preprocessing and one of these
+    estimator, or a Pipeline of the preprocessing and an estimator
         The model.  Its arrays are NumPy's; ``device`` and ``backend`` are those of the
         saved model.
 
@@ -213,22 +212,23 @@ def _describe(
         "estimator": type(model).__name__,
         "params": {k: encode(k, v) for k, v in _writable_params(model).items()},
         "network": [encode("layers", layer) for layer in model.network_.layers],
-        "loss": encode("loss", model._loss),
-        "fitted": {k: getattr(model, k) for k in _NUMBERS if hasattr(model, k)},
+        "fitted": {k: getattr(model, k) for k in _numbers(model) if hasattr(model, k)},
         "labels": {},
         "notes": notes or {},
     }
+    arrays: dict[str, NDArray[Any]] = {}
+    if isinstance(model, TabularModel):
+        own, arrays = tabular.describe(model)
+        meta |= own
+    else:
+        meta["loss"] = encode("loss", model._loss)
     _check(model)
-    for name in ("params", "network", "loss"):
+    for value in (*meta["params"].values(), meta["network"], meta.get("loss")):
         try:  # fail now rather than in `load`
-            written = json.loads(json.dumps(meta[name]))
-            for value in written.values() if name == "params" else [written]:
-                decode(value)
+            decode(json.loads(json.dumps(value)))
         except (TypeError, ValueError) as error:
             raise TypeError(f"a model file could not be read again: {error}") from error
-    arrays: dict[str, NDArray[Any]] = {
-        f"params.{i}": to_host(a) for i, a in enumerate(model.params_)
-    }
+    arrays |= {f"params.{i}": to_host(a) for i, a in enumerate(model.params_)}
     for name, attribute in _LABELS.items():
         if hasattr(model, attribute):
             values = np.asarray(getattr(model, attribute))
@@ -244,7 +244,7 @@ def _describe(
 def _writable_params(model: Any) -> dict[str, Any]:
     params: dict[str, Any] = model.get_params(deep=False)
     try:
-        encode("architecture", params["architecture"])
+        encode("architecture", params.get("architecture"))
     except TypeError:
         params["architecture"] = Fixed(model.network_.layers)
     return params
@@ -253,9 +253,9 @@ def _writable_params(model: Any) -> dict[str, Any]:
 def _build(contents: Contents) -> Any:
     meta = contents.meta
     model = _ESTIMATORS[meta["estimator"]](**{k: decode(v) for k, v in meta["params"].items()})
-    model._loss = decode(meta["loss"])
+    numbers = _numbers(model)
     for name, value in meta["fitted"].items():
-        if not isinstance(value, _NUMBERS[name]):
+        if not isinstance(value, numbers[name]):
             raise ValueError(f"its {name} is {value!r}")
         setattr(model, name, value)
     for name in _CURVES:
@@ -270,9 +270,13 @@ def _build(contents: Contents) -> Any:
         if not all(isinstance(layer, Layer) for layer in layers):
             raise ValueError(f"its layers are {layers}")
         model.network_, model.params_ = Network(layers), contents.arrays("params")
-    model.n_features_in_, model.n_outputs_ = model.network_.n_in, model.network_.n_out
-    model.n_layers_ = model.network_.n_linear + 1
-    model.out_activation_ = model._loss.link_name
+    if isinstance(model, TabularModel):
+        tabular.rebuild(model, contents)
+    else:
+        model._loss = decode(meta["loss"])
+        model.n_features_in_, model.n_outputs_ = model.network_.n_in, model.network_.n_out
+        model.n_layers_ = model.network_.n_linear + 1
+        model.out_activation_ = model._loss.link_name
     for name, attribute in _LABELS.items():
         values = _read_labels(contents, name)
         if values is not None:
@@ -283,15 +287,14 @@ def _build(contents: Contents) -> Any:
     return model
 
 
+def _numbers(model: Any) -> dict[str, Any]:
+    """Return the names and types of a model's fitted values."""
+    return tabular.numbers(model) if isinstance(model, TabularModel) else _NUMBERS
+
+
 def _check(model: Any) -> None:
     """Raise a ValueError unless parameters and fitted attributes are consistent."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they were shown at fit
-        model._check_parameters()
-        check_names(model.device, model.backend)
-        model._make_optimizer()
-        model._make_schedule()
-    model._network(model.n_features_in_, model.n_outputs_)
+    check_names(model.device, model.backend)
     arrays = model.params_
     shapes = [tuple(a.shape) for a in arrays]
     if [param.shape for param in model.network_.params] != shapes:
@@ -299,11 +302,21 @@ def _check(model: Any) -> None:
     kinds = {str(array.dtype).rpartition(".")[2] for array in arrays}
     if kinds not in ({"float32"}, {"float64"}):
         raise ValueError(f"the weights' data types are {kinds}")
-    if model._loss.link_name != model.out_activation_:
-        raise ValueError(f"loss {model._loss} with outputs for {model.out_activation_!r}")
     names = getattr(model, "feature_names_in_", None)
     if names is not None and (names.dtype != object or len(names) != model.n_features_in_):
         raise ValueError(f"the names {names} for {model.n_features_in_} columns")
+    (tabular.check if isinstance(model, TabularModel) else _check_plain)(model)
+
+
+def _check_plain(model: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were shown at fit
+        model._check_parameters()
+        model._make_optimizer()
+        model._make_schedule()
+    model._network(model.n_features_in_, model.n_outputs_)
+    if model._loss.link_name != model.out_activation_:
+        raise ValueError(f"loss {model._loss} with outputs for {model.out_activation_!r}")
     if isinstance(model, estimators.MLPClassifier):
         classes = model.classes_
         wanted = len(classes) if model._multilabel or len(classes) > 2 else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -13,6 +13,7 @@ import numpy as np
 from portable_mlp import (
     activations,
     architectures,
+    embeddings,
     groups,
     initializers,
     layers,
@@ -21,6 +22,8 @@ from portable_mlp import (
     schedules,
 )
 from portable_mlp.architectures import Architecture
+from portable_mlp.estimators.columns import DateEncoder, NumberEncoder, TextEncoder
+from portable_mlp.estimators.packed import Preset
 from portable_mlp.groups import Treatment
 from portable_mlp.layers import Layer
 from portable_mlp.losses import Loss
@@ -32,10 +35,20 @@ C = TypeVar("C")
 _KINDS = (Architecture, Layer, Loss, Optimizer, Schedule, Scheduled, Treatment)
 _CLASSES: dict[str, Any] = {
     name: value
-    for module in (activations, architectures, groups, layers, losses, optimizers, schedules)
+    for module in (
+        activations,
+        architectures,
+        embeddings,
+        groups,
+        layers,
+        losses,
+        optimizers,
+        schedules,
+    )
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, _KINDS)
 } | {name: value for name, value in vars(initializers).items() if is_dataclass(value)}
+_CLASSES |= {cls.__name__: cls for cls in (NumberEncoder, DateEncoder, TextEncoder, Preset)}
 
 
 def register(cls: C) -> C:
@@ -75,6 +88,8 @@ def encode(name: str, value: Any) -> Any:
     """Return a parameter's value as JSON data; raise a TypeError if a file cannot hold it."""
     if name == "callbacks" or (name == "scoring" and callable(value)):
         return None  # they belong to training, not to the model
+    if name == "cv":
+        return int(value) if isinstance(value, Integral) else None  # so do splitters
     if isinstance(value, dict):
         return {"dict": [[encode(name, k), encode(name, v)] for k, v in value.items()]}
     if is_dataclass(value) and _CLASSES.get(type(value).__name__) is type(value):

@@ -79,7 +79,7 @@ class Anything(BaseEstimator):
 
 def encoded(train, test=None):
     estimator, test = Anything(), train if test is None else test
-    encoder = TableEncoder().fit(read_columns(estimator, train, True))
+    encoder = TableEncoder.of(read_columns(estimator, train, True))
     return encoder, encoder.transform(read_columns(estimator, test, False))
 
 

@@ -5,6 +5,7 @@ The tests write containers of their own, so that what they break is not what `sa
 
 from __future__ import annotations
 
+import datetime as dt
 import errno
 import io
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from hashlib import sha256
 
 import numpy as np
@@ -38,6 +40,8 @@ from portable_mlp import (
     MLPClassifier,
     MLPRegressor,
     ModelFileError,
+    TabularClassifier,
+    TabularRegressor,
     load,
     mlp,
     save,
@@ -51,6 +55,13 @@ skops = pytest.importorskip("skops.io")
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 X, Y = load_iris(return_X_y=True)
+TABLE = np.array(
+    [
+        [x, None if i % 7 == 0 else x * y, "abc"[i % 3], dt.date(2020, 1, 1) + dt.timedelta(i)]
+        for i, (x, y, *_) in enumerate(X.tolist())
+    ],
+    object,
+)
 SETTINGS = {"hidden_layer_sizes": (3,), "max_iter": 2, "random_state": 0}
 
 
@@ -87,12 +98,17 @@ def files():
     classifier = MLPClassifier(**SETTINGS).fit(X, names)
     scaler = StandardScaler().fit(X)
     several = make_multilabel_classification(40, 4, n_classes=2, random_state=0)
+    short = {"members": 2, "epochs": 1, "steps": 1, "hidden_layer_sizes": (3,), "n_frequencies": 2}
+    labels = TabularClassifier(replace(TabularClassifier.presets["fast"], **short), random_state=0)
+    numbers = TabularRegressor(replace(TabularRegressor.presets["fast"], **short), random_state=0)
     return {
         "classifier": (classifier, None),
         "preprocessing": (classifier, scaler),
         "binary": (MLPClassifier(**SETTINGS, solver="lbfgs").fit(X, Y == 0), None),
         "multilabel": (MLPClassifier(**SETTINGS).fit(*several), None),
         "regressor": (MLPRegressor("huber", **SETTINGS, dtype="float32").fit(X, Y), None),
+        "table": (labels.fit(TABLE, names), None),
+        "table, regression": (numbers.fit(TABLE, np.cos(Y)), None),
     }
 
 
@@ -290,6 +306,73 @@ HOSTILE = {
     "bytes missing": (lambda h, m, p: put_together(h, m, p[:-1]), "the file at"),
     "no checksum": (lambda *all: put_together(*all).replace(b"sha256", b"sha512"), None),
 }  # fmt: skip
+
+
+def in_encoder(**changes):
+    def change(header, meta, payload):
+        meta["encoder"] |= changes
+        return put_together(header, meta, payload)
+
+    return change
+
+
+def part(number, **changes):
+    """How one of the columns becomes numbers, changed."""
+
+    def change(header, meta, payload):
+        meta["encoder"]["parts"][number] |= changes
+        return put_together(header, meta, payload)
+
+    return change
+
+
+HOSTILE_TABLE = {
+    "no encoder": (in_meta(encoder=None), None),
+    "a column too few": (lambda h, m, p: in_encoder(parts=m["encoder"]["parts"][1:])(h, m, p), "8"),
+    "a layer for a column": (part(0, **{"class": "Tanh"}), None),
+    "levels that are numbers": (part(2, levels=[1, 2, 3]), "its column"),
+    "a level too many": (part(2, levels=["a", "b", "c", "d"]), "inconsistent"),
+    "periods of text": (part(3, periods=["a"]), "its column"),
+    "marked by a number": (part(1, marked=7), "marked=7"),
+    "places of text": (in_array("encoder.used", dtype="F64"), "inconsistent"),
+    "more ranks than columns": (in_encoder(n_ranked=100), "inconsistent"),
+    "ranks below zero": (in_encoder(n_ranked=-1), "inconsistent"),
+    "half a rank": (in_encoder(n_embedded=0.5), "inconsistent"),
+    "no quantiles": (renamed("encoder.quantiles.0", "encoder.quantiles.9"), None),
+    "names of others": (in_meta(names=["a"]), "names"),
+    "names that are numbers": (in_meta(names=[1, 2, 3, 4]), "names"),
+    "folds of text": (in_array("_fold", dtype="F64"), "the folds"),
+    "held-out rows missing": (renamed("nonconformity.0", "nonconformity.9"), None),
+    "held-out rows of no order": (in_array("nonconformity.0", dtype="I64"), "not sorted"),
+    "a temperature below zero": (
+        lambda h, m, p: in_meta(fitted=m["fitted"] | {"temperature_": -1.0})(h, m, p), "outputs",
+    ),
+    "seed of text": (
+        lambda h, m, p: in_meta(fitted=m["fitted"] | {"_seed": "x"})(h, m, p), "_seed",
+    ),
+    "another preset": (in_params(preset="fastest"), "preset"),
+    "a preset of text": (in_params(preset={"class": "Preset", "learning_rate": "x"}), None),
+    "folds that are a program": (in_params(cv={"class": "Popen"}), "Popen"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE_TABLE)
+def test_hostile_table(case, raw, tmp_path):
+    change, says = HOSTILE_TABLE[case]
+    refused(tmp_path / "model", change(*take_apart(raw["table"])), says)
+
+
+@pytest.mark.parametrize("kind", ["table", "table, regression"])
+def test_a_model_for_tables_comes_back(kind, tmp_path):
+    model, _ = files()[kind]
+    again = load(save(model, tmp_path / "model"))
+    assert vars(again).keys() == vars(model).keys()
+    assert again.get_params() == model.get_params()
+    assert again.oof_score_ == model.oof_score_
+    np.testing.assert_array_equal(again.oof_predictions_, model.oof_predictions_)
+    for name in ("predict_proba", "predict_set") if kind == "table" else ("predict_interval",):
+        np.testing.assert_array_equal(getattr(again, name)(TABLE), getattr(model, name)(TABLE))
+    assert np.array_equal(again.predict(TABLE), model.predict(TABLE))
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -670,6 +753,12 @@ def fuzz(raw, path, mutations):
             counts["refused"] += 1
             continue
         counts["loaded"] += 1
+        if isinstance(model, TabularClassifier | TabularRegressor):
+            rows = TABLE[:2, : model.n_features_in_]
+            classify = isinstance(model, TabularClassifier)
+            assert len(model.predict_set(rows) if classify else model.predict_interval(rows)) == 2
+            assert len(model.predict(rows)) == 2
+            continue
         if not isinstance(model, MLPClassifier | MLPRegressor):
             model = model[-1]
         rows = np.linspace(-1.0, 1.0, 2 * model.n_features_in_).reshape(2, -1)
