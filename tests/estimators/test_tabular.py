@@ -282,7 +282,10 @@ def test_out_of_fold_predictions_are_those_of_the_members_that_hold_the_row_out(
     p /= p.sum(axis=-1, keepdims=True)
     for i, (_, test) in enumerate(cv):
         np.testing.assert_allclose(model.oof_predictions_[test], p[i, test], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(model.predict_proba(X), p.mean(axis=0), rtol=1e-4, atol=1e-6)
+    assert model.sharpness_ == max(1.0, 1.2 * np.sqrt(model.temperature_))
+    pooled = p.mean(axis=0) ** model.sharpness_
+    pooled /= pooled.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(model.predict_proba(X), pooled, rtol=1e-4, atol=1e-6)
     assert model.oof_score_ == np.mean(model.oof_predictions_.argmax(axis=1) == LABELS)
     model = regressor(cv=cv).fit(X, Y)
     z = network_output(model, X)
