@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from portable_mlp.architectures import TabularMLP
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.estimators.time_limit import Deadline, Length, seconds_of
 from portable_mlp.groups import Treatment
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
@@ -31,6 +32,7 @@ from portable_mlp.warn import warn
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
+Judge = Callable[[Floats, Rows], tuple[Floats, Floats]]
 
 _ROWS_OF_START = 1024  # rows to which initial values are fitted
 _ELEMENTS = 2**22  # of an activation of all members in one chunk of rows
@@ -206,14 +208,17 @@ class Packed:
     history : list of Epoch
     reason : str
         Why training stopped.
+    kept : int
+        Number of the kept epoch; the last one if nobody looked.
     """
 
     network: Network
     params: list[Array]
     held_out: HeldOut
     logits: Floats
-    history: list[Any]
+    history: list[Epoch]
     reason: StopReason
+    kept: int
 
 
 def fit_pack(
@@ -224,12 +229,13 @@ def fit_pack(
     weights: Floats | None,
     splits: Sequence[tuple[Rows, Rows]],
     loss: Loss,
-    error: Callable[[Floats, Rows], Floats],
+    judge: Judge,
     preset: Preset,
     backend: Backend,
     dtype: str,
     rng: np.random.RandomState,
     callbacks: Sequence[Callback] = (),
+    deadline: Deadline | None = None,
 ) -> Packed:
     """Train a pack.
 
@@ -247,14 +253,16 @@ def fit_pack(
     splits : sequence of (train, test)
         Row numbers of each fold; members take them in turn.
     loss : Loss
-    error : callable
+    judge : callable
         Function from logits (n, k) and row numbers (n,) to the rows' errors (n,), by which
-        the epoch is chosen.
+        the epoch is chosen, and their losses (n,), for the history.
     preset : Preset
     backend : Backend
     dtype : {"float32", "float64"}
     rng : RandomState
     callbacks : sequence of Callback
+    deadline : Deadline, optional
+        When the fit has to be over.
 
     Returns
     -------
@@ -266,7 +274,7 @@ def fit_pack(
     n_train = int(np.mean([len(train) for train, _ in own]))
     batch_size = min(preset.batch_size, n_train)
     n_steps = max(1, n_train // batch_size)
-    epochs = max(preset.epochs, ceil(preset.steps / n_steps))
+    length = Length(max(preset.epochs, ceil(preset.steps / n_steps)), n_steps)
     drawn = {
         "rates": spread(*preset.rates, k, rng, logs=True),
         "decays": spread(*preset.decays, k, rng, logs=True),
@@ -313,17 +321,33 @@ def fit_pack(
     )
     with backend.scope(dtype):
         data = on_backend(x, target, weights, backend, dtype)
-        source = MemberSource(data, [train for train, _ in own], n_steps * batch_size)
-        look = _Look(trainer, data, held_out, error, weights, epochs)
-        state, waves = trainer.start(params), Waves(epochs)
+        trains = [train for train, _ in own]
+        look = _Look(trainer, data, held_out, judge, weights)
+        if deadline is not None:
+            trial = MemberSource(data, trains, length.trial.steps * batch_size)
+            a_draw = np.random.RandomState(0)
+            steps = seconds_of(lambda: trainer.fit(trainer.start(params), trial, 1, a_draw))
+            leaves = trainer.start(params).current_leaves
+            one_look = seconds_of(lambda: look.logits(trainer.params(leaves)))
+            looks = one_look * min(1.0, _MOST_LOOKS / length.epochs)
+            length = length.within(deadline.left, steps / length.trial.steps, looks)
+            if length.steps < n_steps:
+                warn(
+                    f"the time limit is too short for an epoch of {n_steps} steps: there are"
+                    f" {length.steps}",
+                    UserWarning,
+                )
+        source = MemberSource(data, trains, length.steps * batch_size)
+        look.begin(length.epochs)
+        state, waves = trainer.start(params), Waves(length.epochs)
         reason = trainer.fit(
             state,
             source,
-            epochs,
+            length.epochs,
             rng,
             validate=look,
             early_stopping=True,
-            callbacks=[*callbacks, waves],
+            callbacks=[*callbacks, waves, *([deadline] if deadline else [])],
         )
         if reason == "interrupted":
             warn("Training interrupted by user.")
@@ -331,7 +355,18 @@ def fit_pack(
         looked = not all(isnan(e.validation_loss) for e in state.history)
         params = trainer.params(state.final_leaves if looked else state.current_leaves)
         reason = "converged" if waves.ended else reason
-        return Packed(network, params, held_out, look.logits(params), state.history, reason)
+        kept = _kept(trainer, state.history) if looked else len(state.history)
+        return Packed(network, params, held_out, look.logits(params), state.history, reason, kept)
+
+
+def _kept(trainer: Trainer, history: Sequence[Epoch]) -> int:
+    best, kept = inf, 0
+    for epoch in history:
+        error = -epoch.validation_score
+        if trainer.keeps(error, best):
+            kept = epoch.epoch
+        best = min(best, inf if isnan(error) else error)
+    return kept
 
 
 class Waves(Callback):
@@ -358,12 +393,13 @@ class Waves(Callback):
         self.ended = False
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool | None:
-        error = inf if isnan(epoch.validation_loss) else epoch.validation_loss
+        error = inf if isnan(epoch.validation_score) else -epoch.validation_score
         if epoch.epoch <= self._second:
             self._before = min(self._before, error)
         else:
             self._since = min(self._since, error)
-        self.ended = epoch.epoch == self._third and self._since > _PROGRESS * self._before
+        if epoch.epoch == self._third > self._second:
+            self.ended = self._since > _PROGRESS * self._before
         return self.ended
 
 
@@ -375,20 +411,18 @@ class _Look:
         trainer: Trainer,
         data: Batch,
         held_out: HeldOut,
-        error: Callable[[Floats, Rows], Floats],
+        judge: Judge,
         weights: Floats | None,
-        epochs: int,
     ) -> None:
         self._trainer = trainer
         self._data = data
         self._held_out = held_out
-        self._error = error
+        self._judge = judge
         share = held_out.counted.astype(np.float64)
         if weights is not None:
             share *= weights[held_out.rows]
         self._share = share.ravel() / max(float(share.sum()), np.finfo(np.float64).tiny)
-        self._every = max(1, epochs // _MOST_LOOKS)
-        self._to_come = epochs
+        self.begin(1)
         backend, network = trainer.backend, trainer.network
 
         def forward(params: list[Array], x: Array) -> Array:
@@ -396,14 +430,18 @@ class _Look:
 
         self._forward = backend.compile(forward)
 
+    def begin(self, epochs: int) -> None:
+        """Set the number of epochs to come, of which some are followed by a look."""
+        self._every, self._to_come = max(1, epochs // _MOST_LOOKS), epochs
+
     def __call__(self, params: list[Array]) -> tuple[float, float]:
         self._to_come -= 1
         if self._to_come % self._every:
             return np.nan, np.nan
         z = self.logits(params)
-        errors = self._error(z.reshape(-1, z.shape[2]), self._held_out.rows.ravel())
-        value = float(errors @ self._share)
-        return -value, value
+        each = self._judge(z.reshape(-1, z.shape[2]), self._held_out.rows.ravel())
+        error, loss = (float(values @ self._share) for values in each)
+        return -error, loss
 
     def logits(self, params: list[Array]) -> Floats:
         """Return the logits of the held-out rows, (members, n, k), on the host."""

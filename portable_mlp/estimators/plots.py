@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from typing import Any, Self
 
 
@@ -44,8 +45,8 @@ class LossCurveDisplay:
 
         Parameters
         ----------
-        estimator : MLPClassifier or MLPRegressor
-            Estimator fitted with any solver except "lbfgs", which keeps no curve.
+        estimator : estimator of this library
+            Fitted; not by the solver "lbfgs", which keeps no curve.
         ax : matplotlib Axes, optional
             Axes to draw into; those of a new pyplot figure if not given.
 
@@ -67,7 +68,7 @@ class LossCurveDisplay:
         curves = (
             estimator.loss_curve_,
             estimator.validation_loss_curve_,
-            estimator.validation_scores_,
+            getattr(estimator, "validation_scores_", None),
         )
         return cls(*curves).plot(ax=ax)
 
@@ -85,19 +86,18 @@ class LossCurveDisplay:
             ax = pyplot.subplots()[1]
         epochs = range(1, len(self.loss_curve) + 1)
         dots = "." if len(epochs) < 30 else ""
-        validated = self.validation_loss_curve is not None
-        self.lines_ = ax.plot(
-            epochs, self.loss_curve, "C0", marker=dots, label="training" if validated else None
-        )
-        if validated:
-            self.lines_ += ax.plot(
-                epochs, self.validation_loss_curve, "C2", marker=dots, label="validation"
-            )
+        held_out = self.validation_loss_curve
+        label = "training" if held_out is not None else None
+        self.lines_ = ax.plot(epochs, self.loss_curve, "C0", marker=dots, label=label)
+        if held_out is not None:
+            # Some epochs have no value: the line goes on over them
+            known = [(i, v) for i, v in zip(epochs, held_out, strict=True) if not isnan(v)]
+            self.lines_ += ax.plot(*zip(*known, strict=True), "C2", marker=dots, label="validation")
             ax.legend()
         low, high = min(self.loss_curve), max(self.loss_curve)
         ax.set(xlabel="epoch", yscale="log" if 0 < 10 * low < high else "linear")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_ylabel("loss" if validated else "training loss", color="C0")
+        ax.set_ylabel("training loss" if held_out is None else "loss", color="C0")
         ax.grid(alpha=0.3)
         self.score_ax_ = None
         if self.validation_scores is not None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import GroupKFold, KFold, check_cv
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import StrOptions
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from portable_mlp.backends import (
@@ -30,6 +30,7 @@ from portable_mlp.estimators.base import Estimator
 from portable_mlp.estimators.columns import TableEncoder, read_columns
 from portable_mlp.estimators.input_checks import check_weights, check_y
 from portable_mlp.estimators.packed import Floats, Preset, Rows, fit_pack, rows_at_once
+from portable_mlp.estimators.time_limit import Deadline
 from portable_mlp.warn import warn
 
 PRESETS = {
@@ -51,6 +52,7 @@ class TabularModel(Estimator, BaseEstimator):
         "verbose": ["verbose"],
         "dtype": [StrOptions(set(DTYPES)), None],
         "callbacks": ["array-like", None],
+        "time_limit": [Interval(Real, 0.0, None, closed="neither"), None],
     }
     presets: ClassVar[dict[str, Preset]]
     _target_dtype: ClassVar[type | None] = None
@@ -58,6 +60,7 @@ class TabularModel(Estimator, BaseEstimator):
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, groups: Any) -> Self:
         self._validate_params()
+        deadline = None if self.time_limit is None else Deadline(self.time_limit)
         preset = self.preset if isinstance(self.preset, Preset) else self.presets[self.preset]
         rng = check_random_state(self.random_state)
         home, backend = self._backends(X)
@@ -80,7 +83,7 @@ class TabularModel(Estimator, BaseEstimator):
         callbacks += self.callbacks or ()
         packed = fit_pack(
             x, self._encoder.n_embedded, target, n_out, weights, splits, self._loss(preset),
-            self._error(target), preset, backend, dtype, rng, callbacks,
+            self._judge(target), preset, backend, dtype, rng, callbacks, deadline,
         )  # fmt: skip
         self._fold, self._seed = packed.held_out.fold, rng.randint(2**31 - 1)
         self._learn_outputs(packed, y, target, given, weights)
@@ -88,7 +91,7 @@ class TabularModel(Estimator, BaseEstimator):
         self.params_ = [move(p, home, dtype) for p in packed.params]
         self.loss_curve_ = [epoch.loss for epoch in packed.history]
         self.validation_loss_curve_ = [epoch.validation_loss for epoch in packed.history]
-        self.n_iter_ = len(packed.history)
+        self.n_iter_, self.best_epoch_ = len(packed.history), packed.kept
         self.stop_reason_ = packed.reason
         return self
 

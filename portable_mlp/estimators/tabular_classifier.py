@@ -19,7 +19,7 @@ from portable_mlp.backends import to_host
 from portable_mlp.callbacks import Callback
 from portable_mlp.estimators.conformal import adaptive_scores, label_sets
 from portable_mlp.estimators.input_checks import check_weights
-from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows, fold_means
+from portable_mlp.estimators.packed import Floats, Judge, Packed, Preset, Rows, fold_means
 from portable_mlp.estimators.tabular import PRESETS, TabularModel, check_coverage
 from portable_mlp.functions import log_softmax, softmax
 from portable_mlp.losses import Loss, SoftmaxCrossEntropy
@@ -44,6 +44,9 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         Settings of the fit; "fast" takes about a quarter of the time.
     cv : int, splitter or iterable, optional
         Folds, as scikit-learn's; as many stratified folds as members by default.
+    time_limit : float, optional
+        Seconds that a fit may take.  The number of epochs is chosen so that it ends in time; the
+        result then depends on the machine.
     class_weight : dict or "balanced", optional
         Weights of the classes, as scikit-learn's.
     random_state : int, RandomState or None, default=None
@@ -76,10 +79,13 @@ class TabularClassifier(ClassifierMixin, TabularModel):
     network_, params_ : Network, list of arrays
         The members' layers and parameters.
     loss_curve_, validation_loss_curve_ : list of float
-        Training loss of each epoch; and error of held-out rows, the share of wrong labels plus a
-        thousandth of the log-loss, NaN for epochs after which nobody looked.
+        Training loss of each epoch, with the smoothing of the labels, and log-loss of the rows
+        held out, before the temperature; NaN for epochs after which nobody looked.
     n_iter_ : int
         Number of epochs.
+    best_epoch_ : int
+        The epoch whose parameters were kept, by the held-out rows: the share of wrong labels plus
+        a thousandth of the log-loss.
     stop_reason_ : {"max_epochs", "converged", "stopped", "interrupted", "diverged"}
         Why training ended; "converged" if the last wave of the learning rate but one brought
         nothing.
@@ -107,6 +113,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         preset: str | Preset = "default",
         *,
         cv: Any = None,
+        time_limit: float | None = None,
         class_weight: dict[Any, float] | str | None = None,
         random_state: Any = None,
         device: str | None = None,
@@ -171,15 +178,14 @@ class TabularClassifier(ClassifierMixin, TabularModel):
     def _loss(self, preset: Preset) -> Loss:
         return SoftmaxCrossEntropy(preset.label_smoothing)
 
-    def _error(self, target: NDArray[Any]) -> Any:
-        def error(z: Floats, rows: Rows) -> Floats:
-            """Return 1 for a wrong class and 0 else, plus a thousandth of the log-loss."""
+    def _judge(self, target: NDArray[Any]) -> Judge:
+        def judge(z: Floats, rows: Rows) -> tuple[Floats, Floats]:
+            # Of two epochs with as many wrong classes the one with the smaller loss is better
             true = target[rows]
-            log_p = log_softmax(z, np)[np.arange(len(z)), true]
-            wrong: Floats = (z.argmax(axis=1) != true) - 1e-3 * log_p
-            return wrong
+            log_loss: Floats = -log_softmax(z, np)[np.arange(len(z)), true]
+            return (z.argmax(axis=1) != true) + 1e-3 * log_loss, log_loss
 
-        return error
+        return judge
 
     def _learn_outputs(
         self,

@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from portable_mlp.callbacks import Callback
 from portable_mlp.estimators.conformal import interval
-from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows, fold_means
+from portable_mlp.estimators.packed import Floats, Judge, Packed, Preset, Rows, fold_means
 from portable_mlp.estimators.tabular import PRESETS, TabularModel, check_coverage
 from portable_mlp.losses import Loss, SquaredError
 from portable_mlp.typing import Array
@@ -28,7 +28,7 @@ class TabularRegressor(RegressorMixin, TabularModel):
 
     Parameters
     ----------
-    preset, cv, random_state, device, backend, dtype, verbose, callbacks
+    preset, cv, time_limit, random_state, device, backend, dtype, verbose, callbacks
         As in `TabularClassifier`; the folds are not stratified.
 
     Attributes
@@ -38,8 +38,10 @@ class TabularRegressor(RegressorMixin, TabularModel):
         that no fold holds out.
     oof_score_ : float
         Coefficient of determination R² of these predictions.
-    network_, params_, loss_curve_, validation_loss_curve_, n_iter_, n_features_in_, \
-feature_names_in_, stop_reason_
+    loss_curve_, validation_loss_curve_ : list of float
+        Mean squared errors of the scaled target, of the training rows and of those held out; NaN
+        for epochs after which nobody looked.
+    network_, params_, n_iter_, best_epoch_, n_features_in_, feature_names_in_, stop_reason_
         As in `TabularClassifier`.
 
     Examples
@@ -65,6 +67,7 @@ feature_names_in_, stop_reason_
         preset: str | Preset = "default",
         *,
         cv: Any = None,
+        time_limit: float | None = None,
         random_state: Any = None,
         device: str | None = None,
         backend: str | None = None,
@@ -111,12 +114,12 @@ feature_names_in_, stop_reason_
     def _loss(self, preset: Preset) -> Loss:
         return SquaredError()
 
-    def _error(self, target: NDArray[Any]) -> Any:
-        def error(z: Floats, rows: Rows) -> Floats:
+    def _judge(self, target: NDArray[Any]) -> Judge:
+        def judge(z: Floats, rows: Rows) -> tuple[Floats, Floats]:
             squares: Floats = ((np.clip(z, *self._limits) - target[rows]) ** 2).mean(axis=1)
-            return squares
+            return squares, squares
 
-        return error
+        return judge
 
     def _learn_outputs(
         self,

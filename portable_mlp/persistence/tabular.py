@@ -13,7 +13,9 @@ from portable_mlp.estimators.columns import NumberEncoder, TableEncoder, TextEnc
 from portable_mlp.persistence.modelfile import Contents
 from portable_mlp.persistence.objects import decode, encode
 
-_NUMBERS: dict[str, Any] = {"n_iter_": int, "oof_score_": Real, "stop_reason_": str, "_seed": int}
+_NUMBERS: dict[str, Any] = {
+    "n_iter_": int, "best_epoch_": int, "oof_score_": Real, "stop_reason_": str, "_seed": int,
+}  # fmt: skip
 _OF_CLASSIFIER: dict[str, Any] = {"temperature_": Real, "sharpness_": Real}
 _OF_REGRESSOR: dict[str, Any] = {"_flat": bool}
 _COUNTS = "n_ranked", "n_embedded"

@@ -243,6 +243,19 @@ class Trainer:
         arrays = [xp.reshape(xp.reshape(a, (-1,)), a.shape) for a in arrays]
         return self.recipe.layout.pack(arrays, xp)
 
+    def keeps(self, value: float, best: float) -> bool:
+        """Tell whether an epoch's parameters are kept.
+
+        Parameters
+        ----------
+        value : float
+            What early stopping watches, lower is better; NaN if nobody looked.
+        best : float
+            The best value before.
+        """
+        near = bool(self.slack) and value <= best + self.slack * abs(best)
+        return value < best or near
+
     def params(self, leaves: list[Array]) -> list[Array]:
         """Return the parameters in order, from leaves; views where the library has them."""
         return self.recipe.layout.unpack(leaves, self.backend.xp)
@@ -540,11 +553,10 @@ class _Loop:
         trainer, state = self.trainer, self.state
         state.schedule = trainer.schedule.observe(state.schedule, value)
         state.stalled_for = state.stalled_for + 1 if value > state.best - trainer.tol else 0
-        better = value < state.best
-        if better:
+        best = state.best
+        if value < best:
             state.best = value
-        near = bool(trainer.slack) and value <= state.best + trainer.slack * abs(state.best)
-        if state.best_leaves is not None and (better or near):
+        if state.best_leaves is not None and trainer.keeps(value, best):
             state.best_leaves = []  # frees the old copy before the new one is made
             state.best_leaves = trainer.copy(state.current_leaves)
         return state.stalled_for > trainer.patience

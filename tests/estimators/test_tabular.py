@@ -322,8 +322,9 @@ def test_the_score_of_noise_is_that_of_chance():
 def test_a_wave_that_brings_nothing_is_the_last(errors, stops):
     """Of 60 epochs the waves end after 4, 12, 28 and 60; in the others nobody looks."""
     waves = Waves(60)
+    scores = {epoch: -error for epoch, error in errors.items()}
     asked = [
-        waves.on_epoch_end(Epoch(epoch, 1.0, errors.get(epoch, np.nan)), list)
+        waves.on_epoch_end(Epoch(epoch, 1.0, np.nan, scores.get(epoch, np.nan)), list)
         for epoch in range(1, 29)
     ]
     assert asked == [False] * 27 + [stops]
