@@ -107,13 +107,16 @@ class Progress(Callback):
     full : bool, default=False
         Whether plain lines contain everything that the bar shows; otherwise they are
         scikit-learn's.
+    looks_only : bool, default=False
+        Whether there are plain lines only for epochs after which held-out rows were looked at.
     """
 
-    def __init__(self, full: bool = False) -> None:
+    def __init__(self, full: bool = False, *, looks_only: bool = False) -> None:
         from rich.console import Console
 
         self._console = Console()
         self._full = full
+        self._looks_only = looks_only
         self._bar: Any = None
         self._before: int | None = None
 
@@ -141,6 +144,8 @@ class Progress(Callback):
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=epoch.epoch, description=self._told(epoch))
+        elif self._looks_only and isnan(epoch.validation_score):
+            return
         elif self._full:
             print(f"epoch {epoch.epoch}/{self._max_epochs} {self._told(epoch)}", flush=True)
         else:

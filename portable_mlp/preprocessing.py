@@ -160,34 +160,6 @@ def make_preprocessing(
     )
 
 
-def column_blocks(preprocessing: Any) -> dict[Any, list[int]]:
-    """Return the places of the numbers that come from each column of a table.
-
-    Parameters
-    ----------
-    preprocessing : sklearn.compose.ColumnTransformer
-        Result of `make_preprocessing`, fitted.
-
-    Returns
-    -------
-    dict
-        From the columns' names or positions, as the transformer takes them.
-    """
-    blocks: dict[Any, list[int]] = {}
-    for part, transformer, columns in preprocessing.transformers_:
-        if part == "remainder":
-            continue
-        at = preprocessing.output_indices_[part]
-        width = (at.stop - at.start) // len(columns)
-        widths = [width] * len(columns)
-        if part == "categories":
-            widths = [len(categories) for categories in transformer.categories_]
-        ends = at.start + np.cumsum(widths)
-        for column, end, n in zip(columns, ends.tolist(), widths, strict=True):
-            blocks.setdefault(column, []).extend(range(end - n, end))
-    return blocks
-
-
 def _frequent(texts: pl.Series) -> list[str | None]:
     """Return the most frequent categories, sorted, with a missing value (None) last.
 

@@ -70,7 +70,7 @@ def train(
     if resume is not None:
         settings = replace(settings, out=resume)
     run = train(settings, resume=resume is not None)
-    return 130 if run.interrupted else 0
+    return 130 if run.trained.interrupted else 0
 
 
 @app.command

@@ -12,9 +12,8 @@ import polars as pl
 from numpy.typing import NDArray
 from sklearn import metrics
 from sklearn.calibration import calibration_curve
-from sklearn.pipeline import Pipeline
 
-from portable_mlp.preprocessing import column_blocks, model_input
+from portable_mlp.preprocessing import model_input
 
 _REPEATS = 5
 _BUDGET = 2**17  # rows × columns whose importance is measured
@@ -127,7 +126,7 @@ class Importance(NamedTuple):
 
 
 def importances(
-    model: Pipeline,
+    model: Any,
     X: pl.DataFrame,
     y: NDArray[Any],
     columns: list[str],
@@ -138,14 +137,12 @@ def importances(
 ) -> list[Importance]:
     """Return the permutation importance of the columns, the largest first.
 
-    The table is encoded once.  All numbers that come from a column are then shuffled together.
     To bound the time, large tables are evaluated on their first rows only.  When the time is up,
     a column is shuffled less often, or is left out.
 
     Parameters
     ----------
-    model : Pipeline
-        The result of `portable_mlp.preprocessing.make_preprocessing`, and an estimator.
+    model : estimator
     X : polars.DataFrame
     y : ndarray (n_samples,)
     columns : list of str
@@ -157,18 +154,19 @@ def importances(
     say : callable
         Function that is called with a message if this takes long.
     """
-    preprocessing, estimator = model
     rows = min(X.height, max(200, _BUDGET // X.width))
-    numbers, y = preprocessing.transform(model_input(X[:rows], by_name)), y[:rows]
-    blocks = column_blocks(preprocessing)
-    places = {name: name if by_name else i for i, name in enumerate(X.columns)}
+    X, y = X[:rows], y[:rows]
     rng = np.random.RandomState(seed)
-    metric = metrics.accuracy_score if hasattr(estimator, "classes_") else metrics.r2_score
-    at_once = max(1, _NUMBERS // numbers.size)
+    metric = metrics.accuracy_score if hasattr(model, "classes_") else metrics.r2_score
+    at_once = max(1, _NUMBERS // (rows * X.width))
     groups = [columns[i : i + at_once] for i in range(0, len(columns), at_once)]
+
+    def scores(tables: list[pl.DataFrame]) -> list[float]:
+        predicted = model.predict(model_input(pl.concat(tables), by_name))
+        return [float(metric(y, own)) for own in np.split(predicted, len(tables))]
+
     began = time.perf_counter()
-    first = estimator.predict(np.concatenate([numbers] * len(groups[0])))
-    whole = metric(y, first[:rows])
+    whole = scores([X] * len(groups[0]))[0]
     expected = (time.perf_counter() - began) * len(groups) * _REPEATS
     if expected > _LONG:
         say(
@@ -179,12 +177,8 @@ def importances(
     for group in groups * _REPEATS:
         if drops and time.perf_counter() - began > _MOST_SECONDS:
             break
-        shuffled = np.concatenate([numbers] * len(group)).reshape(len(group), *numbers.shape)
-        for part, name in zip(shuffled, group, strict=True):
-            block = blocks[places[name]]
-            part[:, block] = part[rng.permutation(rows)][:, block]
-        predicted = estimator.predict(shuffled.reshape(-1, numbers.shape[1]))
-        for name, own in zip(group, np.split(predicted, len(group)), strict=True):
-            drops.setdefault(name, []).append(whole - metric(y, own))
+        shuffled = [X.with_columns(X[name].gather(rng.permutation(rows))) for name in group]
+        for name, score in zip(group, scores(shuffled), strict=True):
+            drops.setdefault(name, []).append(whole - score)
     found = [Importance(name, float(np.mean(d)), float(np.std(d))) for name, d in drops.items()]
     return sorted(found, key=lambda i: -i.mean)

@@ -7,12 +7,11 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from portable_mlp import save
 from portable_mlp.app.dataset import Dataset
 from portable_mlp.app.report import learning_curves, report
-from portable_mlp.app.run import Run
+from portable_mlp.app.run import Run, Trained
 from portable_mlp.app.settings import Settings, settings_table, to_toml
 from portable_mlp.callbacks import Epoch
 from portable_mlp.estimators.plots import figure
@@ -42,7 +41,7 @@ def check_same(settings: Settings, data: Dataset, checkpoint: Path) -> None:
     """Raise a ValueError if a checkpoint was made with other settings or other data."""
     notes = read_metadata(checkpoint)["notes"]
     # A checkpoint older than an option does not mention it: its run used the default
-    then = settings_table(Settings()) | notes["settings"]
+    then = settings_table(Settings()) | {"model": "plain"} | notes["settings"]
     now = json.loads(json.dumps(settings_table(settings)))
     changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     if changed - _MAY_CHANGE:
@@ -59,9 +58,7 @@ def write_settings(settings: Settings) -> None:
     _write(settings.out / SETTINGS, to_toml(settings))
 
 
-def write_model(
-    settings: Settings, data: Dataset, preprocessing: Any, model: Any, history: Sequence[Epoch]
-) -> None:
+def write_model(settings: Settings, data: Dataset, trained: Trained) -> None:
     """Write the results of training: the model, its history and its settings."""
     notes = {
         "target": data.target,
@@ -71,8 +68,8 @@ def write_model(
         "by_name": data.by_name,
         "settings": settings_table(settings),
     }
-    save(model, settings.out / MODEL, preprocessing, notes=notes)
-    _write_history(settings.out / HISTORY, history)
+    save(trained.estimator, settings.out / MODEL, trained.preprocessing, notes=notes)
+    _write_history(settings.out / HISTORY, trained.history)
     write_settings(settings)
 
 

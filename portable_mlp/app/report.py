@@ -57,7 +57,7 @@ def report(run: Run) -> str:
         data=data,
         scores=scores,
         curves=_svg(partial(learning_curves, run), "learning curves") if run.history else None,
-        kept=_kept_epoch(run),
+        kept=run.trained.kept,
         classes=None if test.classes is None else _classes(test),
         residuals=None if test.classes is not None else _residuals(test, data.target),
         columns=_summary(data),
@@ -98,7 +98,7 @@ def learning_curves(run: Run, ax: Any) -> None:
     """Draw a run's losses, and a regression's validation score, over the epochs."""
     from matplotlib.ticker import LogLocator
 
-    kept = _kept_epoch(run)
+    kept = run.trained.kept
     columns = {name: [getattr(e, name) for e in run.history] for name in run.history[0]._fields}
     validated = not np.isnan(columns["validation_loss"]).all()
     LossCurveDisplay(
@@ -115,13 +115,6 @@ def learning_curves(run: Run, ax: Any) -> None:
         ax.yaxis.set_minor_formatter("{x:g}")
     if kept is not None:
         ax.axvline(kept, color="#889", linestyle=":", linewidth=1)
-
-
-def _kept_epoch(run: Run) -> int | None:
-    """Return the epoch whose weights early stopping kept; None without early stopping."""
-    if not run.model[-1].early_stopping or not run.history:
-        return None
-    return run.history[int(np.nanargmax([e.validation_score for e in run.history]))].epoch
 
 
 def _classes(test: Evaluation) -> dict[str, Any]:

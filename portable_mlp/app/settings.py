@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from difflib import get_close_matches
 from math import inf
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     _Device = str
     _Dtype = str
     _Loss = str
+    _Preset = str
     _Schedule = str
     _Solver = str
 else:
@@ -40,11 +43,13 @@ else:
     _Device = Literal[DEVICES]
     _Dtype = Literal[DTYPES]
     _Loss = Literal[tuple(name for name, loss in LOSSES.items() if not loss.for_labels)]
+    _Preset = Literal[("default", "fast")]
     _Schedule = Literal[tuple(SCHEDULES)]
     _Solver = Literal[tuple(SOLVERS)]
 
 _DATA = Group.create_ordered("Data")
-_NETWORK = Group.create_ordered("Network and training")
+_MODEL = Group.create_ordered("Model")
+_NETWORK = Group.create_ordered("The plain network and its training")
 _WHERE = Group.create_ordered("Where to compute")
 _FILES = Group.create_ordered("What is kept")
 
@@ -72,7 +77,16 @@ def _character(type_: Any, tokens: tuple[Token, ...]) -> str:
     return text
 
 
+def _seconds(type_: Any, tokens: tuple[Token, ...]) -> float:
+    text = tokens[0].value
+    found = re.fullmatch(r"(\d+(?:\.\d*)?) ?([smh]?)", text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"{text!r} is not a time such as 60s, 10m or 2h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
 _SEVERAL = Parameter(group=_DATA, consume_multiple=1, negative="", show_default=False)
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _POSITIVE, _NOT_NEGATIVE = Number(gt=0, lt=inf), Number(gte=0, lt=inf)
 _COUNT = Parameter(group=_NETWORK, validator=Number(gte=1), converter=whole)
 
@@ -134,9 +148,23 @@ class Settings:
     """Whether the first row of CSV files names the columns [default: as the first rows tell]."""
     test_fraction: Annotated[float, Parameter(group=_DATA, validator=Number(gt=0, lt=1))] = 0.2
     """Fraction of the rows held out to test the model in the report."""
-    scaling: Annotated[bool, Parameter(group=_DATA)] = True
-    """Scale inputs to unit variance, and a regression's target if its loss allows it."""
 
+    model: Annotated[Literal["tabular", "plain"] | None, Parameter(group=_MODEL)] = None
+    """tabular: an ensemble of networks made for tables; plain: the multilayer perceptron of the
+    options below [default: tabular, or plain if one of these is given]."""
+    class_weight: Annotated[Literal["none", "balanced"], Parameter(group=_MODEL)] = "none"
+    """Weights of the classes in a classification; balanced: all classes weigh the same."""
+    preset: Annotated[_Preset, Parameter(group=_MODEL)] = "default"
+    """Settings of the tabular model; fast takes about a quarter of the time."""
+    time_limit: Annotated[float | None, Parameter(group=_MODEL, converter=_seconds)] = None
+    """Time that training of the tabular model may take, such as 60s, 10m or 2h."""
+    seed: Annotated[
+        int, Parameter(group=_MODEL, validator=Number(gte=0, lt=2**32), converter=whole)
+    ] = 0
+    """Seed of all random numbers."""
+
+    scaling: Annotated[bool, Parameter(group=_NETWORK)] = True
+    """Scale inputs to unit variance, and a regression's target if its loss allows it."""
     hidden: Annotated[
         tuple[int, ...],
         Parameter(
@@ -154,8 +182,6 @@ class Settings:
     loss: Annotated[_Loss | None, Parameter(group=_NETWORK)] = None
     """Loss of a regression [default: squared_error]; huber's delta is 1, in units of the scaled
     target (unless --no-scaling)."""
-    class_weight: Annotated[Literal["none", "balanced"], Parameter(group=_NETWORK)] = "none"
-    """Weights of the classes in a classification; balanced: all classes weigh the same."""
     label_smoothing: Annotated[float, Parameter(group=_NETWORK, validator=Number(gte=0, lt=1))] = (
         0.0
     )
@@ -185,10 +211,10 @@ class Settings:
     """Hold out a tenth of the training rows, and keep the weights that score best on them."""
     patience: Annotated[int, _COUNT] = 20
     """Epochs without improvement before training stops."""
-    seed: Annotated[
-        int, Parameter(group=_NETWORK, validator=Number(gte=0, lt=2**32), converter=whole)
-    ] = 0
-    """Seed of all random numbers."""
+    checkpoint_every: Annotated[
+        float | None, Parameter(group=_NETWORK, validator=Number(gte=0))
+    ] = None
+    """Seconds between checkpoints; --resume continues from the last one."""
 
     where: Where = Where()
     dtype: Annotated[_Dtype, Parameter(group=_WHERE)] = "float32"
@@ -198,15 +224,45 @@ class Settings:
     """Folder for the run's model, history, settings and report."""
     importance: Annotated[bool, Parameter(group=_FILES)] = True
     """Measure for the report how much each column matters."""
-    checkpoint_every: Annotated[float | None, Parameter(group=_FILES, validator=Number(gte=0))] = (
-        None
-    )
-    """Seconds between checkpoints; --resume continues from the last one."""
 
     @property
     def stops_early(self) -> bool:
         """Whether rows are held out for early stopping; never with L-BFGS, which has no epochs."""
         return self.early_stopping and self.optimizer != "lbfgs"
+
+
+_OF_PLAIN = (
+    "scaling", "hidden", "activation", "loss", "label_smoothing", "optimizer", "learning_rate",
+    "schedule", "momentum", "clip_norm", "alpha", "weight_decay", "epochs", "batch_size",
+    "dropout", "early_stopping", "patience", "checkpoint_every",
+)  # fmt: skip
+_OF_TABULAR = ("preset", "time_limit")
+
+
+def changed(settings: Settings, names: Sequence[str]) -> Iterator[str]:
+    """Yield the options, of the settings in ``names``, that differ from their default."""
+    default = Settings()
+    for name in names:
+        if getattr(settings, name) != getattr(default, name):
+            yield f"--{name.replace('_', '-')}"
+
+
+def with_model(settings: Settings) -> Settings:
+    """Return the settings with the model that they mean.
+
+    Raises
+    ------
+    ValueError
+        If an option is set that the model does not have.
+    """
+    of_plain, of_tabular = (list(changed(settings, names)) for names in (_OF_PLAIN, _OF_TABULAR))
+    model = settings.model or ("plain" if of_plain else "tabular")
+    if model == "plain" and of_tabular:
+        because = "" if settings.model else f", which {of_plain[0]} asks for"
+        raise ValueError(f"{of_tabular[0]} is for --model tabular, not for a plain one{because}")
+    if model == "tabular" and of_plain:
+        raise ValueError(f"{of_plain[0]} is for --model plain")
+    return replace(settings, model=model)
 
 
 def settings_table(settings: Settings) -> dict[str, Any]:
