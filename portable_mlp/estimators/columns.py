@@ -36,9 +36,17 @@ PERIODS = 365.2425, 7.0, 1.0
 """A year, a week and a day, in days."""
 
 _FEWEST_QUANTILES, _MOST_QUANTILES, _ROWS_PER_QUANTILE = 10, 1000, 30
-_EDGE = 1e-3  # ranks are clipped this far from 0 and 1
-_RANK_SCALE = 0.67  # about the standard deviation of the scaled values of normal data
-_CLIP = 3.0
+EDGE = 1e-3
+"""How far from 0 and 1 ranks are clipped."""
+
+RANK_SCALE = 0.67
+"""Factor on ranks: about the standard deviation of the scaled values of normal data."""
+
+PLACES = 9
+"""Decimal places of a date's place in a period."""
+
+CLIP = 3.0
+"""Limit of the smoothly clipped values."""
 
 
 @dataclass
@@ -297,7 +305,9 @@ class DateEncoder(NumberEncoder):
 
     def encode(self, column: Column) -> list[Floats]:
         parts = super().encode(column)
-        return parts + [part for p in self.periods for part in place_in(parts[0], p)]
+        waves = [part for p in self.periods for part in place_in(parts[0], p)]
+        # The same time of day is the same number on every day, and has one rank
+        return parts + [np.round(wave, PLACES) for wave in waves]
 
 
 @dataclass
@@ -410,7 +420,7 @@ class TableEncoder:
             return out
         k = self.n_ranked
         z = (raw - self.median[self.used]) * self.scale[self.used]
-        z = np.where(np.isnan(z), 0.0, z / np.hypot(1.0, z / _CLIP))
+        z = np.where(np.isnan(z), 0.0, z / np.hypot(1.0, z / CLIP))
         out[:, :k], out[:, 2 * k :] = z[:, :k], z[:, k:]
         for j, grid in enumerate(self.quantiles):
             out[:, k + j] = _rank(raw[:, j], grid)
@@ -441,4 +451,4 @@ def _robust_scale(x: Floats) -> float:
 def _rank(x: Floats, quantiles: Floats) -> Floats:
     """Return the places among the distinct quantiles of the training rows, through Φ⁻¹."""
     u = np.interp(x, quantiles, np.linspace(0.0, 1.0, len(quantiles)))
-    return np.where(np.isnan(x), 0.0, _RANK_SCALE * ndtri(np.clip(u, _EDGE, 1.0 - _EDGE)))
+    return np.where(np.isnan(x), 0.0, RANK_SCALE * ndtri(np.clip(u, EDGE, 1.0 - EDGE)))

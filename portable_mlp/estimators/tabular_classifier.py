@@ -231,12 +231,12 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         p : array (n_samples, n_classes)
             In the namespace and on the device of X, if it is an array.
         """
+        return self._predict_with(self._pooled, X)
 
-        def mean(z: Array, xp: Any) -> Array:
-            p = xp.mean(softmax(z / self.temperature_, xp), axis=0) ** self.sharpness_
-            return p / xp.sum(p, axis=1, keepdims=True)
-
-        return self._predict_with(mean, X)
+    def _pooled(self, z: Array, xp: Any) -> Array:
+        """Return the probabilities (n, k) from the members' logits (members, n, k)."""
+        p = xp.mean(softmax(z / self.temperature_, xp), axis=0) ** self.sharpness_
+        return p / xp.sum(p, axis=1, keepdims=True)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Return the most probable labels, (n_samples,), on the host.

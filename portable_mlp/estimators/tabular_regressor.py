@@ -158,13 +158,23 @@ class TabularRegressor(RegressorMixin, TabularModel):
 
         def mean(z: Array, xp: Any) -> Array:
             low, high, std, centre = (
-                xp.asarray(a, dtype=z.dtype, device=device(z))
-                for a in (*self._limits, self._std, self._mean)
+                xp.asarray(a, dtype=z.dtype, device=device(z)) for a in self._outputs
             )
-            y = xp.mean(xp.minimum(xp.maximum(z, low), high), axis=0) * std + centre
+            y = self._pooled(z, low, high, std, centre, xp)
             return y[:, 0] if self._flat else y
 
         return self._predict_with(mean, X)
+
+    @property
+    def _outputs(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """The limits of the scaled targets, and their scale and centre, each (k,)."""
+        return self._limits[0], self._limits[1], self._std, self._mean
+
+    def _pooled(
+        self, z: Array, low: Array, high: Array, std: Array, centre: Array, xp: Any
+    ) -> Array:
+        """Return the targets (n, k) from the members' logits (members, n, k)."""
+        return xp.mean(xp.minimum(xp.maximum(z, low), high), axis=0) * std + centre
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> Floats:
         """Return for each row an interval that contains the target with a probability.

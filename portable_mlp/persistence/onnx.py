@@ -1,8 +1,7 @@
 """ONNX export: a fitted model as a graph for other runtimes, in float32.
 
-The operations of the layers and the loss are recorded (`portable_mlp.engines.graph.recording`)
-and written as ONNX operators, so no formula is written here a second time.  Custom layers can
-be exported too, if they use only the operators below.
+The layers and the loss are written by `portable_mlp.persistence.onnx_graph`.  Custom layers can
+be exported too, if they use only the operators there.
 
 Importing this module registers the estimators with skl2onnx: ``skl2onnx.to_onnx`` then
 accepts pipelines that contain them.
@@ -12,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import Pipeline
@@ -23,11 +21,23 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.validation import check_is_fitted
 
 from portable_mlp.backends import to_host
-from portable_mlp.engines.graph.program import Node, Program, specify
-from portable_mlp.engines.graph.recording import Recorder, Traced, Unrecordable, record
-from portable_mlp.estimators import MLPClassifier, MLPRegressor
+from portable_mlp.engines.graph.recording import Recorder, Traced
+from portable_mlp.estimators import (
+    MLPClassifier,
+    MLPRegressor,
+    TabularClassifier,
+    TabularRegressor,
+)
 from portable_mlp.estimators.inference import pooled
 from portable_mlp.persistence.modelfile import write_whole
+from portable_mlp.persistence.onnx_graph import (
+    OPSET,
+    GraphWriter,
+    labels,
+    missing,
+    write_program,
+)
+from portable_mlp.persistence.onnx_tables import tables_to_onnx
 
 try:
     import onnx
@@ -44,13 +54,9 @@ try:
     from skl2onnx.operator_converters.imputer_op import convert_sklearn_imputer
     from skl2onnx.shape_calculators.imputer import calculate_sklearn_imputer_output_shapes
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"ONNX needs {error.name}, which is not installed: pip install 'portable_mlp[onnx]'"
-    ) from error
+    raise missing(error) from error
 
 __all__ = ["to_onnx"]
-
-OPSET = 18  # the first in which all reductions take their axes as an input
 
 
 def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = None) -> Any:
@@ -62,9 +68,14 @@ def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = 
     ``label`` and ``probabilities`` (n, n_classes).  A regressor's output is ``variable``
     (n, n_outputs).  Labels are strings, int64 (for booleans too) or float64.
 
+    A model for tables has one input (n, 1) for each column, of the column's name.  Numbers and
+    booleans are float64, with NaN for missing values; text is strings, and a string that training
+    did not have for missing values; dates are days since 1970, and time spans are seconds, in
+    float64.  If it was fitted on an array of numbers, its input is ``X`` in float64.
+
     Parameters
     ----------
-    model : MLPClassifier, MLPRegressor or Pipeline
+    model : MLPClassifier, MLPRegressor, a Pipeline that ends in one, or a model for tables
         The fitted model.
     path : path, optional
         File to write the ONNX model to as well; overwritten if it exists.
@@ -87,12 +98,18 @@ def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = 
     OSError
         If the file cannot be written.
     """
+    if isinstance(model, TabularClassifier | TabularRegressor):
+        check_is_fitted(model)
+        found = tables_to_onnx(model)
+        if path is not None:
+            write_whole(path, [found.SerializeToString()])
+        return found
     final = model[-1] if isinstance(model, Pipeline) else model
     if not isinstance(final, MLPClassifier | MLPRegressor):
         hint = ": give its best_estimator_" if hasattr(final, "best_estimator_") else ""
         raise TypeError(
-            "to_onnx takes an MLPClassifier, an MLPRegressor, or a Pipeline that ends in one, got"
-            f" {type(final).__name__}{hint}"
+            "to_onnx takes an MLPClassifier, an MLPRegressor, or a Pipeline that ends in one, or a"
+            f" model for tables without steps before it, got {type(final).__name__}{hint}"
         )
     check_is_fitted(final)
     if isinstance(model, Pipeline):
@@ -152,47 +169,16 @@ def _rename_inputs(graph: Any, names: list[str]) -> None:
 
 
 def _bare(model: Any) -> Any:
-    graph = _graph(model)
+    graph, outputs = _graph(model)
     rows = "n"
-    inputs = [
-        helper.make_tensor_value_info(graph.x, TensorProto.FLOAT, [rows, model.n_features_in_])
-    ]
-    outputs = [
+    given = helper.make_tensor_value_info("X", TensorProto.FLOAT, [rows, model.n_features_in_])
+    return graph.model([given], [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), [rows, *rest])
-        for name, (dtype, rest) in zip(graph.outputs, _outputs(model), strict=True)
-    ]
-    opset = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(
-        helper.make_graph(graph.nodes, "portable_mlp", inputs, outputs, graph.constants),
-        producer_name="portable_mlp",
-        opset_imports=opset,
-        ir_version=helper.find_min_ir_version_for(opset),  # older runtimes reject newer versions
-    )
+        for name, (dtype, rest) in zip(outputs, _outputs(model), strict=True)
+    ])  # fmt: skip
 
 
 # ---------------------------------------------------------------- the graph
-
-
-class _Graph(NamedTuple):
-    x: str
-    outputs: list[str]
-    nodes: list[Any]
-    constants: list[Any]
-
-
-class _Recorder(Recorder):
-    """Recorder with ``argmax``, which a classifier's decision uses."""
-
-    def argmax(self, x: Traced, *, axis: int) -> Traced:
-        shape = tuple(n for i, n in enumerate(x.shape) if i != axis)
-        return self.node("argmax", (x,), (axis,), shape, np.dtype(np.int64))
-
-
-def _labels(model: Any) -> NDArray[Any]:
-    classes = np.asarray(model.classes_)
-    if classes.dtype.kind in "iub":
-        return classes.astype(np.int64)
-    return classes.astype(np.float64 if classes.dtype.kind == "f" else object)
 
 
 def _outputs(model: Any) -> list[tuple[np.dtype[Any], list[int]]]:
@@ -200,13 +186,13 @@ def _outputs(model: Any) -> list[tuple[np.dtype[Any], list[int]]]:
     if isinstance(model, MLPRegressor):
         return [(np.dtype(np.float32), [model.n_outputs_])]
     n = len(model.classes_)
-    labels = _labels(model).dtype
-    return [(labels, [n] if model._multilabel else []), (np.dtype(np.float32), [n])]
+    kind = labels(model).dtype
+    return [(kind, [n] if model._multilabel else []), (np.dtype(np.float32), [n])]
 
 
-def _graph(model: Any) -> _Graph:
+def _graph(model: Any) -> tuple[GraphWriter, list[str]]:
+    """Return a graph from X to the outputs, and the names of these."""
     network = model.network_
-    params = [to_host(p).astype(np.float32) for p in model.params_]
 
     def predict(recorder: Recorder, params: list[Traced], x: Traced) -> list[Traced]:
         z = pooled(network(params, x, recorder), model._loss, recorder)
@@ -214,206 +200,17 @@ def _graph(model: Any) -> _Graph:
             return [model._loss.link(z, recorder)]
         return [f(z, model._loss, recorder) for f in (model._decide, model._probabilities)]
 
-    def recorded(n_rows: int) -> Program:
-        recorder = _Recorder()
-        x = np.empty((n_rows, model.n_features_in_), np.float32)
-        arguments = specify((params, x))
-        return record(lambda *given: predict(recorder, *given), recorder, arguments)[0]
-
-    try:
-        program, other = recorded(2), recorded(3)
-        if _form(program) != _form(other):
-            raise Unrecordable("what it computes depends on the number of rows")
-        writer = _GraphWriter(program.inputs, params, _shapes(program, other))
-        for node in program.nodes:
-            writer.write(node)
-    except Unrecordable as reason:
-        raise ValueError(f"the model has no ONNX form: {reason}") from reason
-    names = [writer.names[id(output)] for output in program.outputs]
+    graph = GraphWriter()
+    params = [to_host(p).astype(np.float32) for p in model.params_]
+    names = write_program(graph, "X", model.n_features_in_, params, predict)
     if isinstance(model, MLPRegressor):
-        outputs = [writer.node("Identity", names[0], name="variable")]
+        return graph, [graph.node("Identity", names[0], name="variable")]
+    code, probabilities = names
+    if model._multilabel:
+        label = graph.node("Cast", code, name="label", to=TensorProto.INT64)
     else:
-        code, probabilities = names
-        label = (
-            writer.node("Cast", code, name="label", to=TensorProto.INT64)
-            if model._multilabel
-            else writer.node("Gather", writer.constant(_labels(model)), code, name="label")
-        )
-        outputs = [label, writer.node("Identity", probabilities, name="probabilities")]
-    return _Graph("X", outputs, writer.nodes, writer.constants)
-
-
-def _shapes(program: Program, other: Program) -> dict[int, tuple[int | None, ...]]:
-    """Return each node's shape by the node's id; lengths that depend on the rows are None.
-
-    The two programs are recordings of the same function for different numbers of rows.
-    """
-    pairs = zip((*program.inputs, *program.nodes), (*other.inputs, *other.nodes), strict=True)
-    return {
-        id(x): tuple(n if n == m else None for n, m in zip(x.shape, y.shape, strict=True))
-        for x, y in pairs
-    }
-
-
-def _form(program: Program) -> list[Any]:
-    """Return a program's operations without their shapes, for comparison."""
-    places = {id(node): i for i, node in enumerate((*program.inputs, *program.nodes))}
-    return [
-        (node.op, [places.get(id(o), repr(o)) for o in node.operands], node.attrs)
-        for node in program.nodes
-    ]
-
-
-# ---------------------------------------------------------------- operators
-
-_SAME = {
-    "add": "Add", "subtract": "Sub", "multiply": "Mul", "divide": "Div", "power": "Pow",
-    "negative": "Neg", "absolute": "Abs", "sign": "Sign", "reciprocal": "Reciprocal",
-    "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "maximum": "Max", "minimum": "Min",
-    "sin": "Sin", "cos": "Cos", "tan": "Tan", "arcsin": "Asin", "arccos": "Acos",
-    "arctan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "tanh": "Tanh", "arcsinh": "Asinh",
-    "arccosh": "Acosh", "arctanh": "Atanh", "floor": "Floor", "ceil": "Ceil",
-    "less": "Less", "less_equal": "LessOrEqual", "greater": "Greater",
-    "greater_equal": "GreaterOrEqual", "equal": "Equal", "logical_and": "And",
-    "logical_or": "Or", "logical_xor": "Xor", "logical_not": "Not", "where": "Where",
-    "matmul": "MatMul", "copy": "Identity",
-}  # fmt: skip
-_REDUCTIONS = {"sum": "ReduceSum", "prod": "ReduceProd", "max": "ReduceMax", "min": "ReduceMin"}
-
-
-class _GraphWriter:
-    """Writer of a program's nodes as the nodes of an ONNX graph, operands first.
-
-    Parameters
-    ----------
-    inputs : tuple of Node
-        The program's inputs: the parameters, then the rows.
-    params : list of array
-        Values of the parameters; the graph holds them as constants.
-    shapes : dict
-        Result of `_shapes`.
-    """
-
-    def __init__(
-        self,
-        inputs: tuple[Node, ...],
-        params: list[NDArray[np.float32]],
-        shapes: dict[int, tuple[int | None, ...]],
-    ) -> None:
-        self.shapes = shapes
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-        *own, x = inputs
-        self.names = {id(x): "X"}
-        self.names |= {id(i): self.constant(p) for i, p in zip(own, params, strict=True)}
-
-    def constant(self, value: Any) -> str:
-        """Add a constant array to the graph, and return its name."""
-        name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
-        return name
-
-    def node(self, op: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        """Add an operator to the graph, and return the name of its output."""
-        name = name or f"t{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
-        return name
-
-    def write(self, node: Node) -> None:
-        """Write one operation of the program; its operands have to be written already."""
-        made = getattr(self, "_" + node.op, None)
-        if made is None and node.op not in _SAME and node.op not in _REDUCTIONS:
-            raise Unrecordable(f"there is no operator for its {node.op}")
-        # The attributes of an elementwise function are the dtypes of its operands
-        types = node.attrs if len(node.attrs) == len(node.operands) else ()
-        inputs = [
-            self.names[id(o)]
-            if isinstance(o, Node)
-            else self.constant(np.asarray(o, types[i] if types else node.dtype))
-            for i, o in enumerate(node.operands)
-        ]
-        if made is not None:
-            name = made(node, *inputs)
-        elif node.op in _REDUCTIONS:
-            axes, keepdims = node.attrs
-            axes = self.constant(np.asarray(axes, np.int64))
-            name = self.node(_REDUCTIONS[node.op], inputs[0], axes, keepdims=int(keepdims))
-        else:
-            name = self.node(_SAME[node.op], *inputs)
-        self.names[id(node)] = name
-
-    def _astype(self, node: Node, x: str) -> str:
-        return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(node.dtype))
-
-    def _permute(self, node: Node, x: str) -> str:
-        return self.node("Transpose", x, perm=list(node.attrs[0]))
-
-    def _concat(self, node: Node, *parts: str) -> str:
-        return self.node("Concat", *parts, axis=node.attrs[0])
-
-    def _argmax(self, node: Node, x: str) -> str:
-        return self.node("ArgMax", x, axis=node.attrs[0], keepdims=0)
-
-    def _not_equal(self, node: Node, *operands: str) -> str:
-        return self.node("Not", self.node("Equal", *operands))
-
-    def _square(self, node: Node, x: str) -> str:
-        return self.node("Mul", x, x)
-
-    def _expm1(self, node: Node, x: str) -> str:
-        return self.node("Sub", self.node("Exp", x), self.constant(np.ones((), node.dtype)))
-
-    def _log1p(self, node: Node, x: str) -> str:
-        return self.node("Log", self.node("Add", x, self.constant(np.ones((), node.dtype))))
-
-    def _index(self, node: Node, x: str) -> str:
-        (operand,) = node.operands
-        rest = operand.ndim - sum(key is not None and key is not ... for key in node.attrs)
-        whole = ("slice", None, None, None)
-        at = node.attrs.index(...) if ... in node.attrs else len(node.attrs)
-        keys = [*node.attrs[:at], *[whole] * rest, *node.attrs[at + 1 :]]
-        old = [key for key in keys if key is not None]  # one for each axis of the operand
-        for axis, key in enumerate(old):
-            if isinstance(key, tuple) and key != whole:
-                x = self._part(x, operand, axis, slice(*key[1:]))
-        for axis, key in reversed(list(enumerate(old))):
-            if isinstance(key, int):
-                x = self.node("Gather", x, self.constant(np.int64(key)), axis=axis)
-        left = [key for key in keys if not isinstance(key, int)]
-        new = [axis for axis, key in enumerate(left) if key is None]
-        return self.node("Unsqueeze", x, self._ints(*new)) if new else x
-
-    def _part(self, x: str, operand: Node, axis: int, part: slice) -> str:
-        if self.shapes[id(operand)][axis] is None:
-            raise Unrecordable("it takes a part of the rows")
-        start, stop, step = part.indices(operand.shape[axis])
-        if step < 0:
-            raise Unrecordable("it reverses an axis")
-        ranges = (self._ints(n) for n in (start, stop, axis, step))
-        return self.node("Slice", x, *ranges)
-
-    def _ints(self, *values: int) -> str:
-        return self.constant(np.array(values, np.int64))
-
-    def _reshape(self, node: Node, x: str) -> str:
-        shape = self.shapes[id(node)]
-        if shape.count(None) > 1:
-            raise Unrecordable("it splits the rows over several axes")
-        return self.node("Reshape", x, self._ints(*(-1 if n is None else n for n in shape)))
-
-    def _broadcast(self, node: Node, x: str) -> str:
-        (operand,) = node.operands
-        shape, given = self.shapes[id(node)], self.shapes[id(operand)]
-        own = (1,) * (len(shape) - len(given)) + given
-        if any(n is None and m is not None for n, m in zip(shape, own, strict=True)):
-            raise Unrecordable("it repeats an array for each row")
-        # Expand broadcasts: a length of 1 keeps the axis of the operand as it is
-        return self.node("Expand", x, self._ints(*(1 if n is None else n for n in shape)))
-
-    def _full(self, node: Node, *_: str) -> str:
-        if None in self.shapes[id(node)]:
-            raise Unrecordable("it makes an array of as many rows")
-        return self.constant(np.full(node.shape, node.operands[0], node.dtype))
+        label = graph.node("Gather", graph.constant(labels(model)), code, name="label")
+    return graph, [label, graph.node("Identity", probabilities, name="probabilities")]
 
 
 # ---------------------------------------------------------------- skl2onnx
@@ -434,14 +231,14 @@ def _convert(scope: Any, operator: Any, container: Any) -> None:
     """Add a model's graph to the graph that skl2onnx is building, under unique names."""
     if container.target_opset < OPSET:
         raise ValueError(f"target_opset: {OPSET} or more is needed, got {container.target_opset}")
-    graph = _graph(operator.raw_operator)
-    names = dict(zip(graph.outputs, operator.output_full_names, strict=True))
+    graph, outputs = _graph(operator.raw_operator)
+    names = dict(zip(outputs, operator.output_full_names, strict=True))
     rename: Callable[[str], str] = scope.get_unique_variable_name
-    names |= {graph.x: rename("x")}
+    names |= {"X": rename("x")}
     names |= {tensor.name: rename(tensor.name) for tensor in graph.constants}
     names |= {n: rename(n) for node in graph.nodes for n in node.output if n not in names}
     container.add_node(
-        "Cast", operator.inputs[0].full_name, names[graph.x], op_version=13, to=TensorProto.FLOAT
+        "Cast", operator.inputs[0].full_name, names["X"], op_version=13, to=TensorProto.FLOAT
     )
     for tensor in graph.constants:
         values = numpy_helper.to_array(tensor)

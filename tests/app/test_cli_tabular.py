@@ -81,6 +81,30 @@ def test_every_command(trained, tmp_path, capsys):
     assert "NTKLinear" in shown
 
 
+@pytest.mark.slow
+def test_export(trained, tmp_path, capsys):
+    """The table's columns as polars has them; another runtime computes the same."""
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("skl2onnx")
+    target, out, _ = trained
+    run("export", out / "model.safetensors", tmp_path / "m.onnx")
+    assert "ONNX: " in capsys.readouterr().out
+    model, X = load(out / "model.safetensors"), read_csv(PENGUINS, target)[0]
+    day = pl.duration(days=1)
+    frame = X.with_columns(
+        (pl.col(pl.Datetime) - pl.datetime(1970, 1, 1)) / day, pl.col(pl.Boolean).cast(pl.Float64)
+    )
+    feeds = {}
+    for name in model.feature_names_in_:
+        if frame[name].dtype == pl.String:
+            feeds[name] = frame[name].fill_null("").to_numpy().astype(object)[:, None]
+        else:
+            feeds[name] = frame[name].cast(pl.Float64).fill_null(np.nan).to_numpy()[:, None]
+    *_, found = ort.InferenceSession(tmp_path / "m.onnx").run(None, feeds)
+    wanted = model.predict_proba(X) if target == "sex" else model.predict(X)[:, None]
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-5)
+
+
 def test_the_report(trained):
     target, out, _ = trained
     text = (out / "report.html").read_text(encoding="utf-8")
