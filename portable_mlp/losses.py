@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from array_api_compat import device
@@ -60,6 +61,10 @@ class Loss(ABC):
         See `Layer.per_step`.
         """
         return tuple(at(getattr(self, name), clock) for name in self.numbers)
+
+    def n_logits(self, n_targets: int) -> int:
+        """Return the number of logits for a number of targets; as many by default."""
+        return n_targets
 
     @abstractmethod
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
@@ -409,22 +414,45 @@ class Quantile(Loss):
 
     Parameters
     ----------
-    q : float in (0, 1), default=0.5
-        The quantile to predict.
+    q : float in (0, 1), or a sequence of them in rising order, default=0.5
+        The quantile to predict.  Of several quantiles of a single target, each has a logit, and
+        the loss is their sum.
 
     Raises
     ------
     ValueError
-        If ``q`` is not in (0, 1).
+        If a quantile is not in (0, 1), or they do not rise.
     """
 
-    q: float = 0.5
+    q: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.q < 1.0:
+        if isinstance(self.q, Sequence):
+            object.__setattr__(self, "q", tuple(self.q))
+        if not all(0.0 < q < 1.0 for q in self.levels):
             raise ValueError(f"quantile must be in (0, 1), got {self.q!r}")
+        if not self.levels or any(a >= b for a, b in pairwise(self.levels)):
+            raise ValueError(f"quantiles have to rise, got {self.q!r}")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The quantiles, one or several."""
+        return self.q if isinstance(self.q, tuple) else (self.q,)
+
+    def n_logits(self, n_targets: int) -> int:
+        if not isinstance(self.q, tuple):
+            return n_targets
+        if n_targets != 1:
+            raise ValueError(f"several quantiles are for a single target, got {n_targets}")
+        return len(self.q)
 
     def per_row(self, z: Array, y: Array, xp: Namespace) -> tuple[Array, Array]:
+        if isinstance(self.q, tuple):
+            y = y if y.ndim == z.ndim else y[..., None]
+            each = [
+                Quantile(q).per_row(z[..., i : i + 1], y, xp) for i, q in enumerate(self.levels)
+            ]
+            return sum(values for values, _ in each), xp.concat([dz for _, dz in each], axis=-1)
         r = _match_shape(y, z, xp) - z
         values = xp.maximum(self.q * r, (self.q - 1.0) * r)
         return _sum_outputs(values, xp), xp.astype(r < 0.0, z.dtype) - self.q

@@ -72,6 +72,7 @@ def torch_loss(name: str) -> Any:
     """Per-row losses, written with torch's functions."""
     torch = pytest.importorskip("torch")
     F = torch.nn.functional
+    q = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
     return {
         "binary_cross_entropy": lambda z, y: F.binary_cross_entropy_with_logits(
             z, y, reduction="none"
@@ -95,6 +96,7 @@ def torch_loss(name: str) -> Any:
         "huber_small": lambda z, y: F.huber_loss(z, y, reduction="none", delta=0.3).sum(1),
         "quantile": lambda z, y: torch.maximum(0.5 * (y - z), -0.5 * (y - z)).sum(1),
         "quantile_90": lambda z, y: torch.maximum(0.9 * (y - z), -0.1 * (y - z)).sum(1),
+        "quantiles": lambda z, y: torch.maximum(q * (y - z), (q - 1.0) * (y - z)).sum(1),
     }[name]
 
 

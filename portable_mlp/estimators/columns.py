@@ -87,16 +87,17 @@ class Column:
         return _texts(self.numbers.tolist())
 
 
-_WORDS = {
+WORDS = {
     "number": "numbers", "boolean": "booleans", "date": "dates", "span": "time spans",
     "text": "text", "missing": "nothing",
 }  # fmt: skip
+"""What the values of a column are, by its kind."""
 
 
 def _wrong_kind(column: Column, wanted: str) -> ValueError:
     return ValueError(
-        f"column {column.name!r} holds {_WORDS[column.kind]}, but the model was fitted on"
-        f" {_WORDS[wanted]} there"
+        f"column {column.name!r} holds {WORDS[column.kind]}, but the model was fitted on"
+        f" {WORDS[wanted]} there"
     )
 
 

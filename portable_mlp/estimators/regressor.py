@@ -114,6 +114,8 @@ n_outputs_, n_features_in_, stop_reason_, feature_names_in_, out_activation_
         loss = chosen_loss(self.loss, named, SquaredError())
         if loss.for_labels:
             raise ValueError(f"loss={loss!r} is for labels: use MLPClassifier")
+        if loss.n_logits(1) != 1:
+            raise ValueError(f"loss={loss!r} has several logits for a target: use TabularRegressor")
         return loss, y.shape[1] if y.ndim == 2 else 1
 
     def _encode_target(self, y: NDArray[Any]) -> NDArray[np.float64]:

@@ -74,7 +74,9 @@ class TabularModel(Estimator, BaseEstimator):
         rows = np.empty((len(columns[0].numbers), 0))
         y = check_y(self, y, rows, self._target_dtype)
         given = check_weights(sample_weight, rows, dtype)
-        target, n_out = self._learn_target(y, given)
+        loss = self._make_loss(preset)
+        target, n_targets = self._learn_target(y, given)
+        n_out = loss.n_logits(n_targets)
         weights = self._class_weighted(y, given, dtype)
         splits = self._splits(X, y, groups, preset, rng)
         self._encoder = TableEncoder.of(columns)
@@ -82,7 +84,7 @@ class TabularModel(Estimator, BaseEstimator):
         callbacks: list[Callback] = [Progress()] if self.verbose else []
         callbacks += self.callbacks or ()
         packed = fit_pack(
-            x, self._encoder.n_embedded, target, n_out, weights, splits, self._loss(preset),
+            x, self._encoder.n_embedded, target, n_out, weights, splits, loss,
             self._judge(target), preset, backend, dtype, rng, callbacks, deadline,
         )  # fmt: skip
         self._fold, self._seed = packed.held_out.fold, rng.randint(2**31 - 1)

@@ -175,7 +175,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         fold[order] = np.arange(len(y)) % n_folds
         return [(np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i in range(n_folds)]
 
-    def _loss(self, preset: Preset) -> Loss:
+    def _make_loss(self, preset: Preset) -> Loss:
         return SoftmaxCrossEntropy(preset.label_smoothing)
 
     def _judge(self, target: NDArray[Any]) -> Judge:

@@ -10,15 +10,21 @@ import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 from sklearn.base import RegressorMixin
-from sklearn.metrics import r2_score
+from sklearn.metrics import d2_pinball_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
+from portable_mlp.backends import to_host
 from portable_mlp.callbacks import Callback
 from portable_mlp.estimators.conformal import interval
 from portable_mlp.estimators.packed import Floats, Judge, Packed, Preset, Rows, fold_means
 from portable_mlp.estimators.tabular import PRESETS, TabularModel, check_coverage
-from portable_mlp.losses import Loss, SquaredError
+from portable_mlp.losses import LOSSES, Loss, Quantile
 from portable_mlp.typing import Array
+
+
+def _is_of_scaled(loss: Loss) -> bool:
+    """Tell whether a loss can have a scaled target, which may be negative."""
+    return loss.link_name == "identity" and not loss.for_labels and not loss.nonnegative
 
 
 class TabularRegressor(RegressorMixin, TabularModel):
@@ -28,19 +34,22 @@ class TabularRegressor(RegressorMixin, TabularModel):
 
     Parameters
     ----------
+    loss : {"squared_error", "huber", "quantile"} or Loss, default="squared_error"
+        Loss of the target, which is scaled to unit variance.  ``Quantile((0.1, 0.5, 0.9))``
+        predicts several quantiles of a single target; they do not cross.
     preset, cv, time_limit, random_state, device, backend, dtype, verbose, callbacks
         As in `TabularClassifier`; the folds are not stratified.
 
     Attributes
     ----------
-    oof_predictions_ : ndarray (n_samples,) or (n_samples, n_outputs)
+    oof_predictions_ : ndarray as of `predict`
         Predictions of each training row by the members that did not train on it; NaN for rows
         that no fold holds out.
     oof_score_ : float
-        Coefficient of determination R² of these predictions.
+        Score of these predictions, as of `score`.
     loss_curve_, validation_loss_curve_ : list of float
-        Mean squared errors of the scaled target, of the training rows and of those held out; NaN
-        for epochs after which nobody looked.
+        Losses of the scaled target, of the training rows and of those held out; NaN for epochs
+        after which nobody looked.
     network_, params_, n_iter_, best_epoch_, n_features_in_, feature_names_in_, stop_reason_
         As in `TabularClassifier`.
 
@@ -60,12 +69,17 @@ class TabularRegressor(RegressorMixin, TabularModel):
         )
         for name, preset in PRESETS.items()
     }
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **TabularModel._parameter_constraints,
+        "loss": [str, Loss],
+    }
     _target_dtype = np.float64
 
     def __init__(
         self,
         preset: str | Preset = "default",
         *,
+        loss: str | Loss = "squared_error",
         cv: Any = None,
         time_limit: float | None = None,
         random_state: Any = None,
@@ -111,13 +125,21 @@ class TabularRegressor(RegressorMixin, TabularModel):
         self._limits = np.stack([counted.min(axis=0), counted.max(axis=0)])
         return target, target.shape[1]
 
-    def _loss(self, preset: Preset) -> Loss:
-        return SquaredError()
+    def _make_loss(self, preset: Preset) -> Loss:
+        named = {name: loss for name, loss in LOSSES.items() if _is_of_scaled(loss)}
+        loss = self.loss if isinstance(self.loss, Loss) else named.get(self.loss)
+        if loss is None or not _is_of_scaled(loss):
+            raise ValueError(
+                f"loss={self.loss!r}: a target that is scaled can have {', '.join(named)}, or"
+                " another loss of which the predictions are the logits themselves"
+            )
+        self._loss = loss
+        return loss
 
     def _judge(self, target: NDArray[Any]) -> Judge:
         def judge(z: Floats, rows: Rows) -> tuple[Floats, Floats]:
-            squares: Floats = ((np.clip(z, *self._limits) - target[rows]) ** 2).mean(axis=1)
-            return squares, squares
+            losses, _ = self._loss.per_row(np.clip(z, *self._limits), target[rows], np)
+            return losses, losses
 
         return judge
 
@@ -130,14 +152,13 @@ class TabularRegressor(RegressorMixin, TabularModel):
         weights: Floats | None,
     ) -> None:
         z = np.clip(packed.logits, *self._limits)
-        found = packed.held_out.mean(z, len(y)) * self._std + self._mean
-        self.oof_predictions_ = found[:, 0] if y.ndim == 1 else found
+        found = self._sorted(packed.held_out.mean(z, len(y)) * self._std + self._mean, np)
+        self._flat = y.ndim == found.shape[1] == 1
+        self.oof_predictions_ = found[:, 0] if self._flat else found
         known = ~np.isnan(found[:, 0])
-        self.oof_score_ = float(r2_score(
-            y[known], self.oof_predictions_[known],
-            sample_weight=None if given is None else given[known],
-        ))  # fmt: skip
-        self._flat = y.ndim == 1
+        self.oof_score_ = self._score(
+            y[known], self.oof_predictions_[known], None if given is None else given[known]
+        )
         self._nonconformity = [
             np.sort(np.abs(target[own, 0] - q[:, 0])) * self._std[0]
             for own, q in packed.held_out.by_fold(z, weights)
@@ -174,7 +195,44 @@ class TabularRegressor(RegressorMixin, TabularModel):
         self, z: Array, low: Array, high: Array, std: Array, centre: Array, xp: Any
     ) -> Array:
         """Return the targets (n, k) from the members' logits (members, n, k)."""
-        return xp.mean(xp.minimum(xp.maximum(z, low), high), axis=0) * std + centre
+        mean = xp.mean(xp.minimum(xp.maximum(z, low), high), axis=0)
+        return self._sorted(mean * std + centre, xp)
+
+    def _sorted(self, y: Array, xp: Any) -> Array:
+        """Return quantiles in rising order.
+
+        Sorted, they are nearer to the true ones (Chernozhukov, Fernández-Val and Galichon, 2010).
+        """
+        several = isinstance(self._loss, Quantile) and len(self._loss.levels) > 1
+        return xp.sort(y, axis=-1) if several else y
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the coefficient of determination, R², averaged over the outputs.
+
+        With ``loss=Quantile(...)`` it is the mean over the quantiles of the part of the pinball
+        loss that is explained, D².
+
+        Parameters
+        ----------
+        X : data frame or array-like (n_samples, n_features)
+        y : array-like (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array-like (n_samples,), optional
+
+        Returns
+        -------
+        float
+        """
+        return self._score(y, to_host(self.predict(X)), sample_weight)
+
+    def _score(self, y: Any, predicted: NDArray[Any], weights: Any) -> float:
+        if not isinstance(self._loss, Quantile):
+            return float(r2_score(y, predicted, sample_weight=weights))
+        several = isinstance(self._loss.q, tuple)
+        each = predicted.T if several and predicted.ndim == 2 else [predicted]
+        return float(np.mean([
+            d2_pinball_score(y, one, sample_weight=weights, alpha=q)
+            for one, q in zip(each, self._loss.levels, strict=True)
+        ]))  # fmt: skip
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> Floats:
         """Return for each row an interval that contains the target with a probability.
@@ -197,12 +255,14 @@ class TabularRegressor(RegressorMixin, TabularModel):
         Raises
         ------
         ValueError
-            If ``coverage`` is not in (0, 1), or the model has several targets.
+            If ``coverage`` is not in (0, 1), or the model has several outputs.
         """
         check_coverage(coverage)
         check_is_fitted(self)
-        if len(self._mean) > 1:
-            raise ValueError("predict_interval is for a single target")
+        if self.network_.n_out != 1:
+            raise ValueError(
+                "predict_interval is for a single target, of which one value is predicted"
+            )
 
         def limits(z: Floats, xp: Any) -> Floats:
             z = np.clip(z, *self._limits)[..., 0]

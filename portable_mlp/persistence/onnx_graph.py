@@ -104,10 +104,13 @@ class GraphWriter:
         self.constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def node(self, op: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        """Add an operator to the graph, and return the name of its output."""
+    def node(
+        self, op: str, *inputs: str, name: str | None = None, results: int = 1, **attributes: Any
+    ) -> str:
+        """Add an operator to the graph, and return the name of its first result."""
         name = name or self._free(f"t{len(self.nodes)}")
-        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+        names = [name, *(self._free(f"{name}_{i}") for i in range(1, results))]
+        self.nodes.append(helper.make_node(op, inputs, names, name, **attributes))
         return name
 
     def model(self, inputs: list[Any], outputs: list[Any]) -> Any:
@@ -131,11 +134,14 @@ def labels(model: Any) -> NDArray[Any]:
 
 
 class _Recorder(Recorder):
-    """Recorder with ``argmax``, which a classifier's decision uses."""
+    """Recorder with functions that predictions use, but training does not."""
 
     def argmax(self, x: Traced, *, axis: int) -> Traced:
         shape = tuple(n for i, n in enumerate(x.shape) if i != axis)
         return self.node("argmax", (x,), (axis,), shape, np.dtype(np.int64))
+
+    def sort(self, x: Traced, *, axis: int) -> Traced:
+        return self.node("sort", (x,), (axis % x.ndim, x.shape[axis]), x.shape, x.dtype)
 
 
 def _shapes(program: Program, other: Program) -> dict[int, tuple[int | None, ...]]:
@@ -240,6 +246,10 @@ class _ProgramWriter:
 
     def _argmax(self, node: Node, x: str) -> str:
         return self.node("ArgMax", x, axis=node.attrs[0], keepdims=0)
+
+    def _sort(self, node: Node, x: str) -> str:
+        axis, n = node.attrs
+        return self.node("TopK", x, self._ints(n), results=2, axis=axis, largest=0, sorted=1)
 
     def _not_equal(self, node: Node, *operands: str) -> str:
         return self.node("Not", self.node("Equal", *operands))

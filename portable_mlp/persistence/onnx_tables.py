@@ -84,7 +84,7 @@ def tables_to_onnx(model: Any) -> Any:
         graph.node("Gather", graph.constant(known), code, name="label")
         shapes = [(known.dtype, [rows]), (np.dtype(np.float32), [rows, len(known)])]
     else:
-        shapes = [(np.dtype(np.float32), [rows, len(model._mean)])]
+        shapes = [(np.dtype(np.float32), [rows, network.n_out])]
     graph.node("Identity", found, name=outputs[-1])
     inputs = [helper.make_tensor_value_info(name, kind, [rows, n]) for name, kind, n in given]
     return graph.model(inputs, [

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.estimators import TabularClassifier
-from portable_mlp.estimators.columns import NumberEncoder, TableEncoder, TextEncoder
+from portable_mlp.estimators.columns import WORDS, NumberEncoder, TableEncoder, TextEncoder
+from portable_mlp.layers import Repeat
 from portable_mlp.persistence.modelfile import Contents
 from portable_mlp.persistence.objects import decode, encode
 
@@ -78,6 +79,8 @@ def check(model: Any) -> None:
         raise ValueError(f"the names {names} for {len(encoder.parts)} columns")
     if model.network_.n_in != encoder.n_columns:
         raise ValueError(f"{encoder.n_columns} numbers for a network of {model.network_.n_in}")
+    if not isinstance(model.network_.layers[0], Repeat):
+        raise ValueError(f"its rows are not repeated for each member: {model.network_.layers[0]}")
     fold, held_out = model._fold, model._nonconformity
     n_folds = len(held_out)
     if not (
@@ -99,7 +102,9 @@ def check(model: Any) -> None:
     else:
         shapes = [getattr(model, name).shape for name in _OF_TARGET]
         kinds = {getattr(model, name).dtype.name for name in _OF_TARGET}
-        if shapes != [(n_out,), (n_out,), (2, n_out)] or kinds != {"float64"}:
+        n = len(model._mean)
+        wanted = model._make_loss(None).n_logits(n)
+        if shapes != [(n,), (n,), (2, n)] or kinds != {"float64"} or n_out != wanted:
             raise ValueError(f"{n_out} outputs, scaled by arrays of {shapes}, {kinds}")
 
 
@@ -108,6 +113,8 @@ def _check_encoder(encoder: TableEncoder) -> None:
     if not all(isinstance(part, NumberEncoder | TextEncoder) for part in parts):
         raise ValueError(f"its columns are {parts}")
     for part in parts:
+        if isinstance(part, NumberEncoder) and part.kind not in WORDS:
+            raise ValueError(f"its column is {part}")
         items = part.levels if isinstance(part, TextEncoder) else getattr(part, "periods", ())
         kind = str if isinstance(part, TextEncoder) else float
         if not all(type(item) is kind for item in items):

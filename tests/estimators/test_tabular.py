@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.exceptions import NotFittedError
 from sklearn.inspection import partial_dependence
-from sklearn.metrics import log_loss
+from sklearn.metrics import d2_pinball_score, log_loss
 from sklearn.model_selection import (
     GridSearchCV,
     GroupKFold,
@@ -29,12 +29,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import RobustScaler, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from portable_mlp import Checkpoint, TabularClassifier, TabularRegressor
+from portable_mlp import Checkpoint, MLPRegressor, TabularClassifier, TabularRegressor
 from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.estimators import tabular
 from portable_mlp.estimators.columns import MOST_LEVELS, TableEncoder, read_columns
 from portable_mlp.estimators.conformal import adaptive_scores, interval, label_sets
 from portable_mlp.estimators.packed import HeldOut, Waves, spread
+from portable_mlp.estimators.time_limit import Length
+from portable_mlp.losses import Huber, Quantile, SoftmaxCrossEntropy
 
 pd = pytest.importorskip("pandas")
 
@@ -450,6 +452,117 @@ def test_a_fit_that_is_stopped_at_once_is_trained_all_the_same():
 def test_presets_check_their_numbers(name):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         replace(CLASSIFY, **{name: 0})
+
+
+# ---------------------------------------------------------------- losses of a regression
+
+
+def noisy(n, seed):
+    """Rows whose noise grows with the first column, and the true quantiles."""
+    rng = np.random.RandomState(seed)
+    x = rng.uniform(-2, 2, (n, 2))
+    centre, width = np.sin(2 * x[:, 1]), 0.2 + np.abs(x[:, 0])
+    levels = np.array([0.1, 0.5, 0.9])
+    true = centre[:, None] + width[:, None] * norm.ppf(levels)
+    return x, centre + width * rng.standard_normal(n), true
+
+
+@pytest.mark.slow
+def test_quantiles_do_not_cross_and_hold_their_share():
+    x, y, _ = noisy(1500, 0)
+    new, y_new, true = noisy(20000, 1)
+    preset = replace(REGRESS, hidden_layer_sizes=(32, 32), epochs=40, steps=800, batch_size=64)
+    model = TabularRegressor(preset, loss=Quantile([0.1, 0.5, 0.9]), random_state=0).fit(x, y)
+    predicted = model.predict(new)
+    assert predicted.shape == (20000, 3)
+    assert np.all(np.diff(predicted, axis=1) >= 0.0)
+    shares = (y_new[:, None] <= predicted).mean(axis=0)
+    np.testing.assert_allclose(shares, [0.1, 0.5, 0.9], atol=0.04)
+    # The noise is far from constant: quantiles that are tell less than half of this
+    assert np.corrcoef(predicted[:, 2] - predicted[:, 0], true[:, 2] - true[:, 0])[0, 1] > 0.9
+    scores = [
+        d2_pinball_score(y_new, predicted[:, i], alpha=q) for i, q in enumerate((0.1, 0.5, 0.9))
+    ]
+    assert model.score(new, y_new) == pytest.approx(np.mean(scores))
+    assert model.oof_score_ == pytest.approx(model.score(new, y_new), abs=0.05)
+    assert model.oof_predictions_.shape == (1500, 3)
+    with pytest.raises(ValueError, match="predict_interval is for"):
+        model.predict_interval(new)
+
+
+def test_one_quantile_and_huber():
+    x, y, _ = noisy(300, 0)
+    model = regressor(loss=Quantile(0.9)).fit(x, y)
+    assert model.predict(x).shape == (300,)
+    assert 0.8 < np.mean(y <= model.predict(x)) < 0.97
+    known = d2_pinball_score(y, model.oof_predictions_, alpha=0.9)
+    assert model.oof_score_ == pytest.approx(known)
+    assert regressor(loss="quantile").fit(x, y).predict_interval(x).shape == (300, 2)
+    outliers = np.where(np.arange(300) % 20 == 0, 200.0, y)
+    robust, mean = (
+        np.median(np.abs(regressor(loss=loss).fit(x, outliers).predict(x) - y))
+        for loss in (Huber(0.01), "squared_error")
+    )
+    assert robust < 0.5 * mean
+
+
+@pytest.mark.parametrize("loss", ["poisson", "softmax_cross_entropy", "mse", SoftmaxCrossEntropy()])
+def test_losses_that_a_scaled_target_cannot_have(loss):
+    with pytest.raises(ValueError, match="can have squared_error, huber, quantile"):
+        regressor(loss=loss).fit(X, np.abs(Y))
+
+
+def test_several_quantiles_have_one_target():
+    with pytest.raises(ValueError, match="a single target, got 2"):
+        regressor(loss=Quantile((0.1, 0.9))).fit(X, np.column_stack([Y, Y]))
+    with pytest.raises(ValueError, match="use TabularRegressor"):
+        MLPRegressor(Quantile((0.1, 0.9))).fit(X, Y)
+
+
+# ---------------------------------------------------------------- a time limit
+
+
+def test_how_long_a_fit_may_be():
+    length = Length(epochs=100, steps=40)
+    assert length.within(1e9, step=0.01, look=0.1) == length
+    # A tenth is left in reserve: 90 s, of 0.4 + 0.1 s an epoch
+    assert length.within(20.0, step=0.01, look=0.1) == Length(36, 40)
+    assert length.within(0.6, step=0.01, look=0.1) == Length(1, 40)
+    assert length.within(0.5, step=0.01, look=0.1) == Length(1, 35)
+    assert length.within(-3.0, step=0.01, look=0.1) == Length(1, 1)
+    assert Length(9, 3).trial == Length(1, 3)
+
+
+def test_time_enough_changes_nothing():
+    one, other = (regressor(time_limit=t).fit(X, Y) for t in (None, 1e6))
+    for a, b in zip(one.params_, other.params_, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_too_little_time_leaves_a_model():
+    with pytest.warns(UserWarning, match="too short for an epoch of 2 steps: there are 1"):
+        model = classifier(time_limit=1e-9).fit(X, LABELS)
+    assert model.n_iter_ == 1
+    assert model.predict(X).shape == (90,)
+    with pytest.raises(ValueError, match="time_limit"):
+        classifier(time_limit=0).fit(X, LABELS)
+
+
+def test_a_fit_ends_soon_after_its_time_is_up(monkeypatch):
+    """The clock goes on by itself: what was planned takes longer than it did in the trial."""
+    from portable_mlp.estimators import time_limit
+
+    now = [0.0]
+    monkeypatch.setattr(time_limit.time, "perf_counter", lambda: now[0])
+
+    class Slow(Callback):
+        def on_epoch_end(self, epoch, params):
+            now[0] += 10.0
+
+    monkeypatch.setattr(Length, "within", lambda self, *_: self)
+    model = regressor(time_limit=35.0, callbacks=[Slow()]).fit(X, Y)
+    assert model.n_iter_ == 4
+    assert model.stop_reason_ == "stopped"
 
 
 # ---------------------------------------------------------------- intervals and sets

@@ -31,7 +31,7 @@ def targets(loss: Loss, rng: np.random.RandomState, k: int) -> np.ndarray:
         return rng.randint(2, size=(N, k)).astype(float)
     if loss == LOSSES["poisson"]:
         return rng.poisson(2.0, size=(N, k)).astype(float)
-    return rng.standard_normal((N, k))
+    return rng.standard_normal((N, 1 if loss == ALL_LOSSES["quantiles"] else k))
 
 
 ALL_LOSSES = {
@@ -42,6 +42,7 @@ ALL_LOSSES = {
     "binary_clipped": BinaryCrossEntropy(clipped=True),
     "huber_small": Huber(0.3),
     "quantile_90": Quantile(0.9),
+    "quantiles": Quantile((0.1, 0.5, 0.8)),
 }
 
 LAYERS: dict[str, Layer] = {**ACTIVATIONS, "linear": Linear(D, 3), "dropout": Dropout(0.4)}

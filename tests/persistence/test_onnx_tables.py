@@ -11,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from portable_mlp import TabularClassifier, TabularRegressor
+from portable_mlp.losses import Quantile
 
 ours = pytest.importorskip("portable_mlp.persistence.onnx")
 tables = pytest.importorskip("portable_mlp.persistence.onnx_tables")
@@ -103,6 +104,15 @@ def test_a_regression(several):
     wanted = model.predict(new).reshape(found.shape)
     assert wanted.std() > 1.0
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_quantiles():
+    X, new = table(0), table(1)
+    y = target(X) + np.random.RandomState(2).standard_normal(N)
+    model = estimator(TabularRegressor, loss=Quantile((0.2, 0.5, 0.8))).fit(X, y)
+    (found,) = run(model, feeds(new))
+    np.testing.assert_allclose(found, model.predict(new), rtol=1e-5, atol=1e-5)
+    assert np.all(np.diff(found, axis=1) >= 0.0)
 
 
 def test_what_training_did_not_have():
