@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.paths import SCRIPTS
 from helpers.targets import get_target
+from sklearn.metrics import log_loss
 
 from portable_mlp import load
 from portable_mlp.app.table import read_csv
@@ -73,6 +75,44 @@ def test_train_leaves_a_report_and_a_model_that_predicts(tmp_path):
 
     X, y = load_digits(return_X_y=True)
     assert load(tmp_path / "runs/latest/model.safetensors").score(X, y) > 0.9
+
+
+def test_models_for_tables_side_by_side(tmp_path):
+    """The peer's figure is what the peer gives by itself on the same rows."""
+    pytest.importorskip("pandas")
+    out = run(
+        "benchmark_tables.py", "--sets", "iris", "diabetes", "--splits", 1, "--rows", 60,
+        "--peers", "hist_boosting", "--out", tmp_path,
+    ).stdout  # fmt: skip
+    assert "| hist_boosting | others |" in out
+    from sklearn.datasets import load_diabetes, load_iris
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+    from sklearn.model_selection import train_test_split
+
+    with open(tmp_path / "results.csv", encoding="utf-8") as file:
+        results = {(row["model"], row["table"]): row for row in csv.DictReader(file)}
+    assert len(results) == 4
+    assert all(float(row["cpu_seconds"]) > 0 for row in results.values())
+    assert all(float(row["peak_mb"]) > 50 for row in results.values())
+    X, y = load_iris(return_X_y=True)
+    X, X_test, y, y_test = train_test_split(X, y, train_size=60, random_state=0, stratify=y)
+    model = HistGradientBoostingClassifier(random_state=0).fit(X, y)
+    row = results["hist_boosting", "iris"]
+    assert float(row["error"]) == pytest.approx(1 - model.score(X_test, y_test))
+    p = model.predict_proba(X_test)
+    assert float(row["log_loss"]) == pytest.approx(log_loss(y_test, p), rel=1e-6)
+    sure, right = p.max(axis=1), p.argmax(axis=1) == y_test
+    gap = sum(
+        abs((right - sure)[(sure >= low / 15) & (sure < (low + 1) / 15 + (low == 14))].sum())
+        for low in range(15)
+    )
+    assert float(row["calibration_error"]) == pytest.approx(gap / len(sure), rel=1e-6)
+    X, y = load_diabetes(return_X_y=True)
+    X, X_test, y, y_test = train_test_split(X, y, train_size=60, random_state=0)
+    model = HistGradientBoostingRegressor(random_state=0).fit(X, y)
+    wanted = (1 - model.score(X_test, y_test)) ** 0.5
+    assert float(results["hist_boosting", "diabetes"]["error"]) == pytest.approx(wanted)
+    assert (tmp_path / "tables.png").read_bytes().startswith(b"\x89PNG")
 
 
 def table(path, n=200):
