@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import pi, sqrt
 from typing import Any
 
-from portable_mlp.functions import sum_rows, transposed
+from portable_mlp.functions import cosine_of_turns, sine_of_turns, sum_rows, transposed
 from portable_mlp.initializers import Initializer, Normal, Ones, Uniform, Zeros
 from portable_mlp.layers import Layer, Param, check_sizes, with_members
 from portable_mlp.typing import Array, Namespace, Params
@@ -75,12 +75,12 @@ class PeriodicEmbedding(Layer):
         w, b, v, c = (_stacked(a, xp) for a in p)
         d = self.n_embedded
         column = transposed(x[..., :d])  # (d, n), or (members, d, n)
-        column = xp.reshape(column, (-1, x.shape[-2], 1)) * (2.0 * pi)
-        u = column * w + b  # (columns, n, n_frequencies)
-        cosine = xp.cos(u)
+        column = xp.reshape(column, (-1, x.shape[-2], 1))
+        t = column * w + b * (0.5 / pi)  # u in turns, (columns, n, n_frequencies)
+        cosine = cosine_of_turns(t, xp)
         z = xp.matmul(cosine, v)
         z += c
-        return xp.concat([x, self._side_by_side(z, x, xp)], axis=-1), (column, u, cosine)
+        return xp.concat([x, self._side_by_side(z, x, xp)], axis=-1), (column, t, cosine)
 
     def backward(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> Array:
         """Return dx = dy_x + 2π Σₘ du w for the embedded columns, du = −sin u ⊙ dz Vᵀ."""
@@ -97,7 +97,7 @@ class PeriodicEmbedding(Layer):
         column, _, cosine = residual
         dz, du = self._inner(p, residual, dy, xp)
         found = (
-            xp.matmul(transposed(column), du),  # the column is 2π x
+            (2.0 * pi) * xp.matmul(transposed(column), du),
             sum_rows(du, xp),
             xp.matmul(transposed(cosine), dz),
             sum_rows(dz, xp),
@@ -106,13 +106,13 @@ class PeriodicEmbedding(Layer):
 
     def _inner(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> tuple[Array, Array]:
         """Return dz (columns, n, width), and du (columns, n, n_frequencies)."""
-        _, u, _ = residual
+        _, t, _ = residual
         n, d, k = dy.shape[-2], self.n_embedded, self.width
         lead = dy.shape[:-2]
         dz = xp.reshape(dy[..., self.n_in :], (*lead, n, d, k))
         dz = xp.reshape(_swapped(dz, xp), (-1, n, k))
         du = xp.matmul(dz, transposed(_stacked(p[2], xp)))
-        du *= -xp.sin(u)
+        du *= -sine_of_turns(t, xp)
         return dz, du
 
     def _side_by_side(self, z: Array, x: Array, xp: Namespace) -> Array:
@@ -167,17 +167,17 @@ class CosineEmbedding(Layer):
     def forward(self, p: Params, x: Array, xp: Namespace) -> tuple[Array, Any]:
         w, b, s, a = p
         x = x[..., None]  # (..., n, d, 1)
-        u = (2.0 * pi) * (x * w + b)
-        c = xp.concat([x, xp.cos(u)], axis=-1)
+        t = x * w + b
+        c = xp.concat([x, cosine_of_turns(t, xp)], axis=-1)
         y = a + s * c
-        return xp.reshape(y, (*y.shape[:-2], self.n_out)), (x, u, c)
+        return xp.reshape(y, (*y.shape[:-2], self.n_out)), (x, t, c)
 
     def _inner(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> tuple[Array, ...]:
         """Return dy and dc (..., n, d, 1 + m), and du (..., n, d, m)."""
-        _, u, c = residual
+        _, t, c = residual
         dy = xp.reshape(dy, c.shape)
         dc = dy * p[2]
-        return dy, dc, (-2.0 * pi) * xp.sin(u) * dc[..., 1:]
+        return dy, dc, (-2.0 * pi) * sine_of_turns(t, xp) * dc[..., 1:]
 
     def backward(self, p: Params, residual: Any, dy: Array, xp: Namespace) -> Array:
         """Return dx = dc_x + Σₘ du w, with dc = s ⊙ dy and du = −2π sin u ⊙ dc."""

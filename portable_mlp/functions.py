@@ -73,3 +73,46 @@ def columns_first(x: Array, xp: Namespace) -> Array:
     """Return the transpose, (n, k) -> (k, n), contiguous in row-major order."""
     # A transpose alone may be a view; going through one axis makes the copy
     return xp.reshape(xp.reshape(x.T, (-1,)), (x.shape[1], x.shape[0]))
+
+
+# sin(2π a) / a as polynomials in a², from the lowest power, for |a| ≤ ¼: minimax in the relative
+# error, by the algorithm of Remez.  The errors are 5·10⁻⁹ and 3·10⁻¹⁹
+_SINE = {
+    32: (
+        6.283185273770823, -41.341677478395813, 81.602231242559875, -76.574992171787987,
+        39.710918036888178,
+    ),
+    64: (
+        6.2831853071795864753, -41.341702240399756229, 81.605249276073406093,
+        -76.705859752798497458, 42.058693923785235852, -15.09464162050996145,
+        3.8199270504789338467, -0.71772358015544981943, 0.10085633077354055854,
+    ),
+}  # fmt: skip
+
+
+def cosine_of_turns(t: Array, xp: Namespace) -> Array:
+    """Return cos(2π t), from pure arithmetic.
+
+    Libraries differ in their cosines, and a compiler cannot make a loop of them.  Whole turns
+    are subtracted, which is exact; the rest is folded into the quarter turn around a zero.  The
+    error is at most 2·10⁻⁷ in float32, and 4·10⁻¹⁶ in float64.
+
+    Parameters
+    ----------
+    t : array
+        Angles in turns.
+    """
+    a = 0.25 - xp.abs(t - xp.round(t))
+    square = a * a
+    *rest, last = _SINE[xp.finfo(t.dtype).bits]
+    value = square * last + rest[-1]
+    for coefficient in rest[-2::-1]:  # Horner's rule
+        value *= square
+        value += coefficient
+    value *= a
+    return value
+
+
+def sine_of_turns(t: Array, xp: Namespace) -> Array:
+    """Return sin(2π t); see `cosine_of_turns`."""
+    return cosine_of_turns(t - 0.25, xp)

@@ -6,7 +6,6 @@ converters for them are missing or do less.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from portable_mlp import TabularClassifier, TabularRegressor, load
 from portable_mlp.estimators.columns import PERIODS
 from portable_mlp.persistence import read_metadata
 from portable_mlp.persistence.onnx import to_onnx
+from portable_mlp.persistence.onnx_tables import input_names
 from portable_mlp.preprocessing import DateParts
 
 from onnx import TensorProto  # isort: skip  # portable_mlp.persistence.onnx says what is missing
@@ -71,8 +71,8 @@ def export_onnx(path: Path, out: Path) -> dict[str, str]:
     """
     pipeline, notes = load(path), read_metadata(path)["notes"]
     if isinstance(pipeline, TabularClassifier | TabularRegressor):
-        found = to_onnx(pipeline, out)
-        return _renamed(getattr(pipeline, "feature_names_in_", ()), found)
+        to_onnx(pipeline, out)
+        return {name: own for name, own in input_names(pipeline).items() if name != own}
     names: list[str] = []
     types = [("X", DoubleTensorType([None, pipeline.n_features_in_]))]
     if notes.get("by_name"):
@@ -83,10 +83,6 @@ def export_onnx(path: Path, out: Path) -> dict[str, str]:
         types = [(name, _TYPES[kind]([None, 1])) for name, kind in used.items()]
         _name_missing(pipeline[0])
     found = to_onnx(pipeline, out, initial_types=types)
-    return _renamed(names, found)
-
-
-def _renamed(names: Iterable[str], found: Any) -> dict[str, str]:
     pairs = zip(names, (given.name for given in found.graph.input), strict=False)
     return {name: own for name, own in pairs if name != own}
 

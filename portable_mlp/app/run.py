@@ -78,10 +78,14 @@ class Run:
 
 
 class History(Callback):
-    """Callback that collects all epochs, including those before a checkpoint."""
+    """Callback that collects all epochs of the last fit, and those before a checkpoint."""
 
     def __init__(self, before: Sequence[Epoch] = ()) -> None:
+        self._before = list(before)
         self.epochs = list(before)
+
+    def on_fit_begin(self, max_epochs: int) -> None:
+        self.epochs = list(self._before)  # a fit may begin anew without some columns
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> None:
         self.epochs.append(epoch)

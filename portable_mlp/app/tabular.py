@@ -46,6 +46,9 @@ def fit(settings: Settings, data: Dataset, resume: bool, say: Callable[[str], No
         model.fit(X, data.y)
     (settings.out / folder.CHECKPOINT).unlink(missing_ok=True)  # left by another run
     model.set_params(callbacks=None)
+    if model.unused_columns_:
+        names = [data.X.columns[c] if isinstance(c, int) else c for c in model.unused_columns_]
+        say(f"of no use, by the held-out rows: {', '.join(names)}")
     interrupted = model.stop_reason_ == "interrupted"
     return Trained(None, model, history.epochs, model.best_epoch_, interrupted)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Number
-from typing import Any
+from typing import Any, ClassVar
 
 import narwhals as nw
 import numpy as np
@@ -342,6 +342,19 @@ class TextEncoder:
         return [(at == i).astype(np.float64) for i in range(len(self.levels))]
 
 
+@dataclass
+class UnusedEncoder:
+    """A column of no use, which becomes no number."""
+
+    width: ClassVar[int] = 0
+
+    def encode(self, column: Column) -> list[Floats]:
+        return []
+
+
+Encoder = NumberEncoder | TextEncoder | UnusedEncoder
+
+
 def place_in(days: Floats, period: float) -> list[Floats]:
     """Return the sine and cosine of the place of dates in a period, which is in days."""
     # Whole turns are removed first: the sine of a large angle has rounding noise, which a
@@ -356,7 +369,7 @@ class TableEncoder:
 
     Attributes
     ----------
-    parts : list of NumberEncoder or TextEncoder
+    parts : list of Encoder
         How each column becomes numbers.
     median, scale : ndarray (numbers,)
         Centre and factor of each number.
@@ -372,7 +385,7 @@ class TableEncoder:
         For each ranked number, its quantiles over the training rows.
     """
 
-    parts: list[NumberEncoder | TextEncoder]
+    parts: list[Encoder]
     median: Floats
     scale: Floats
     used: NDArray[np.int64]
@@ -381,10 +394,13 @@ class TableEncoder:
     quantiles: list[Floats]
 
     @classmethod
-    def of(cls, columns: list[Column]) -> TableEncoder:
-        """Return the encoder for the columns of the training rows."""
+    def of(cls, columns: list[Column], unused: Collection[int] = ()) -> TableEncoder:
+        """Return the encoder for the columns of the training rows, without unused ones."""
         kinds: dict[str, Callable[[Column], Any]] = {"text": TextEncoder.of, "date": DateEncoder.of}
-        parts = [kinds.get(c.kind, NumberEncoder.of)(c) for c in columns]
+        parts = [
+            UnusedEncoder() if j in unused else kinds.get(c.kind, NumberEncoder.of)(c)
+            for j, c in enumerate(columns)
+        ]
         raw = _numbers(parts, columns)
         n, d = raw.shape
         median, scale = np.zeros(d), np.zeros(d)
@@ -412,6 +428,14 @@ class TableEncoder:
     def n_columns(self) -> int:
         """The number of columns of the result; at least one, which is zero."""
         return max(1, len(self.used) + self.n_ranked)
+
+    @property
+    def blocks(self) -> list[NDArray[np.intp]]:
+        """For each column of the table, the columns of the result that come from it."""
+        source = np.repeat(np.arange(len(self.parts)), [part.width for part in self.parts])
+        used, k = source[self.used], self.n_ranked
+        place = np.concatenate([used[:k], used[:k], used[k:]])
+        return [np.flatnonzero(place == j) for j in range(len(self.parts))]
 
     def transform(self, columns: list[Column]) -> NDArray[np.float32]:
         """Return the network's input, (n, n_columns): scaled numbers, ranks, all others."""

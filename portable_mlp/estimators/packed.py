@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf, isnan, log
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from portable_mlp.architectures import TabularMLP
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, Epoch
+from portable_mlp.estimators.selection import Selection
 from portable_mlp.estimators.time_limit import Deadline, Length, seconds_of
 from portable_mlp.groups import Treatment
 from portable_mlp.losses import Loss
@@ -37,6 +39,7 @@ Judge = Callable[[Floats, Rows], tuple[Floats, Floats]]
 _ROWS_OF_START = 1024  # rows to which initial values are fitted
 _ELEMENTS = 2**22  # of an activation of all members in one chunk of rows
 _PROGRESS = 0.98  # factor on the error, above which a wave brought nothing
+_MANY_ROWS = 2000
 _MOST_LOOKS = 32  # at the held-out rows, in a fit
 
 
@@ -73,6 +76,9 @@ class Preset:
         more than this fraction; of those epochs after which the held-out rows are looked at.
     average : float, default=0
         Decay rate of the running average of the parameters; 0 for none.
+    relevance : float, default=1
+        Columns with a smaller t statistic are left out, see `portable_mlp.estimators.selection`;
+        0 for none.
 
     Raises
     ------
@@ -99,6 +105,7 @@ class Preset:
     label_smoothing: float = 0.1
     slack: float = 0.01
     average: float = 0.0
+    relevance: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "n_frequencies"):
@@ -210,6 +217,8 @@ class Packed:
         Why training stopped.
     kept : int
         Number of the kept epoch; the last one if nobody looked.
+    useless : list of int
+        Columns of the table without which the fit should begin anew.
     """
 
     network: Network
@@ -219,6 +228,7 @@ class Packed:
     history: list[Epoch]
     reason: StopReason
     kept: int
+    useless: list[int]
 
 
 def fit_pack(
@@ -236,6 +246,7 @@ def fit_pack(
     rng: np.random.RandomState,
     callbacks: Sequence[Callback] = (),
     deadline: Deadline | None = None,
+    blocks: Sequence[Rows] = (),
 ) -> Packed:
     """Train a pack.
 
@@ -263,6 +274,9 @@ def fit_pack(
     callbacks : sequence of Callback
     deadline : Deadline, optional
         When the fit has to be over.
+    blocks : sequence of ndarray of int
+        For each column of the table, the columns of x that come from it.  Those of no use are
+        looked for; nothing is if not given.
 
     Returns
     -------
@@ -340,6 +354,17 @@ def fit_pack(
         source = MemberSource(data, trains, length.steps * batch_size)
         look.begin(length.epochs)
         state, waves = trainer.start(params), Waves(length.epochs)
+        losses = partial(look.losses, blocks)
+        # In a table of few rows, weak columns take longer to learn
+        at = waves.second if n_train >= _MANY_ROWS else waves.third
+        selection = Selection(
+            at if preset.relevance and blocks else 0,
+            len(blocks),
+            held_out.rows.shape[1],
+            preset.relevance,
+            losses,
+            rng,
+        )
         reason = trainer.fit(
             state,
             source,
@@ -347,7 +372,7 @@ def fit_pack(
             rng,
             validate=look,
             early_stopping=True,
-            callbacks=[*callbacks, waves, *([deadline] if deadline else [])],
+            callbacks=[*callbacks, selection, waves, *([deadline] if deadline else [])],
         )
         if reason == "interrupted":
             warn("Training interrupted by user.")
@@ -356,7 +381,10 @@ def fit_pack(
         params = trainer.params(state.final_leaves if looked else state.current_leaves)
         reason = "converged" if waves.ended else reason
         kept = _kept(trainer, state.history) if looked else len(state.history)
-        return Packed(network, params, held_out, look.logits(params), state.history, reason, kept)
+        return Packed(
+            network, params, held_out, look.logits(params), state.history, reason, kept,
+            selection.useless,
+        )  # fmt: skip
 
 
 def _kept(trainer: Trainer, history: Sequence[Epoch]) -> int:
@@ -383,22 +411,24 @@ class Waves(Callback):
 
     Attributes
     ----------
+    second, third : int
+        The last epochs of the second and the third wave.
     ended : bool
         Whether it has asked to stop.
     """
 
     def __init__(self, epochs: int) -> None:
-        self._second, self._third = (round(epochs * i / 15) for i in (3, 7))
+        self.second, self.third = (round(epochs * i / 15) for i in (3, 7))
         self._before = self._since = inf
         self.ended = False
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool | None:
         error = inf if isnan(epoch.validation_score) else -epoch.validation_score
-        if epoch.epoch <= self._second:
+        if epoch.epoch <= self.second:
             self._before = min(self._before, error)
         else:
             self._since = min(self._since, error)
-        if epoch.epoch == self._third > self._second:
+        if epoch.epoch == self.third > self.second:
             self.ended = self._since > _PROGRESS * self._before
         return self.ended
 
@@ -445,14 +475,54 @@ class _Look:
 
     def logits(self, params: list[Array]) -> Floats:
         """Return the logits of the held-out rows, (members, n, k), on the host."""
-        trainer, rows = self._trainer, self._held_out.rows
+        return self._logits(params, self._held_out.rows)
+
+    def losses(
+        self,
+        blocks: Sequence[Rows],
+        params: list[Array],
+        columns: Sequence[int],
+        places: Rows,
+        rng: np.random.RandomState,
+    ) -> tuple[Floats, Floats]:
+        """Return losses of some held-out rows with columns shuffled; see `selection.Losses`."""
+        held_out = self._held_out
+        n_folds = int(held_out.fold.max()) + 1  # of which one member each counts
+        rows = held_out.rows[:, places]
+        others = rng.permutation(rows.ravel()).reshape(rows.shape)
+        shuffled = np.concatenate([blocks[c] for c in columns]) if len(columns) else None
+        z = self._logits(params, rows, others, shuffled)[:n_folds]
+        _, losses = self._judge(z.reshape(-1, z.shape[2]), rows[:n_folds].ravel())
+        weights = self._share.reshape(held_out.rows.shape)[:n_folds, places]
+        return losses, weights.ravel()
+
+    def _logits(
+        self,
+        params: list[Array],
+        rows: Rows,
+        others: Rows | None = None,
+        columns: Rows | None = None,
+    ) -> Floats:
+        """Return the logits of rows, with some columns of x taken from others."""
+        trainer = self._trainer
         backend, xp = trainer.backend, trainer.backend.xp
+        mask = None
+        if columns is not None:
+            of_others = np.zeros(self._data.x.shape[1], bool)
+            of_others[columns] = True
+            mask = backend.asarray(of_others, "bool")
         chunk = rows_at_once(trainer.network)
+
+        def taken(some: Rows) -> Array:
+            return xp.take(self._data.x, backend.indices(some.ravel()), axis=0)
+
         found = []
         for start in range(0, rows.shape[1], chunk):
-            some = rows[:, start : start + chunk]
-            at = backend.indices(some.ravel())
-            x = xp.reshape(xp.take(self._data.x, at, axis=0), (*some.shape, -1))
+            part = slice(start, start + chunk)
+            x = taken(rows[:, part])
+            if mask is not None and others is not None:
+                x = xp.where(mask, taken(others[:, part]), x)
+            x = xp.reshape(x, (*rows[:, part].shape, -1))
             found.append(backend.to_host(self._forward(params, x)).astype(np.float64))
         return np.concatenate(found, axis=1)
 

@@ -29,7 +29,7 @@ from portable_mlp.callbacks import Callback, Progress, pausing
 from portable_mlp.estimators.base import Estimator
 from portable_mlp.estimators.columns import TableEncoder, read_columns
 from portable_mlp.estimators.input_checks import check_weights, check_y
-from portable_mlp.estimators.packed import Floats, Preset, Rows, fit_pack, rows_at_once
+from portable_mlp.estimators.packed import Floats, Packed, Preset, Rows, fit_pack, rows_at_once
 from portable_mlp.estimators.time_limit import Deadline
 from portable_mlp.warn import warn
 
@@ -79,14 +79,22 @@ class TabularModel(Estimator, BaseEstimator):
         n_out = loss.n_logits(n_targets)
         weights = self._class_weighted(y, given, dtype)
         splits = self._splits(X, y, groups, preset, rng)
-        self._encoder = TableEncoder.of(columns)
-        x = self._encoder.transform(columns)
         callbacks: list[Callback] = [Progress()] if self.verbose else []
         callbacks += self.callbacks or ()
-        packed = fit_pack(
-            x, self._encoder.n_embedded, target, n_out, weights, splits, loss,
-            self._judge(target), preset, backend, dtype, rng, callbacks, deadline,
-        )  # fmt: skip
+
+        def fit(unused: list[int], *, select: bool) -> Packed:
+            self._encoder = TableEncoder.of(columns, unused)
+            return fit_pack(
+                self._encoder.transform(columns), self._encoder.n_embedded, target, n_out,
+                weights, splits, loss, self._judge(target), preset, backend, dtype, rng,
+                callbacks, deadline, self._encoder.blocks if select else (),
+            )  # fmt: skip
+
+        packed = fit([], select=True)
+        useless = packed.useless
+        if useless:
+            packed = fit(useless, select=False)
+        self.unused_columns_ = [columns[j].name for j in useless]
         self._fold, self._seed = packed.held_out.fold, rng.randint(2**31 - 1)
         self._learn_outputs(packed, y, target, given, weights)
         self.network_ = packed.network

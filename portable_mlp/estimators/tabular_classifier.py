@@ -76,6 +76,9 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         Divisor of the logits, fitted on the held-out rows.
     sharpness_ : float
         Exponent of the members' mean probabilities, which are then normalised.
+    unused_columns_ : list of str or int
+        Columns that were left out, since shuffling them among the held-out rows did not make the
+        predictions worse; see `portable_mlp.estimators.selection`.
     network_, params_ : Network, list of arrays
         The members' layers and parameters.
     loss_curve_, validation_loss_curve_ : list of float

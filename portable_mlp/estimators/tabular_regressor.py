@@ -50,7 +50,8 @@ class TabularRegressor(RegressorMixin, TabularModel):
     loss_curve_, validation_loss_curve_ : list of float
         Losses of the scaled target, of the training rows and of those held out; NaN for epochs
         after which nobody looked.
-    network_, params_, n_iter_, best_epoch_, n_features_in_, feature_names_in_, stop_reason_
+    unused_columns_, network_, params_, n_iter_, best_epoch_, n_features_in_, feature_names_in_, \
+stop_reason_
         As in `TabularClassifier`.
 
     Examples

@@ -22,7 +22,7 @@ from portable_mlp import (
     schedules,
 )
 from portable_mlp.architectures import Architecture
-from portable_mlp.estimators.columns import DateEncoder, NumberEncoder, TextEncoder
+from portable_mlp.estimators.columns import DateEncoder, NumberEncoder, TextEncoder, UnusedEncoder
 from portable_mlp.estimators.packed import Preset
 from portable_mlp.groups import Treatment
 from portable_mlp.layers import Layer
@@ -48,7 +48,9 @@ _CLASSES: dict[str, Any] = {
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, _KINDS)
 } | {name: value for name, value in vars(initializers).items() if is_dataclass(value)}
-_CLASSES |= {cls.__name__: cls for cls in (NumberEncoder, DateEncoder, TextEncoder, Preset)}
+_CLASSES |= {
+    cls.__name__: cls for cls in (NumberEncoder, DateEncoder, TextEncoder, UnusedEncoder, Preset)
+}
 
 
 def register(cls: C) -> C:

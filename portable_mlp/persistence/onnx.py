@@ -71,7 +71,8 @@ def to_onnx(model: Any, path: str | Path | None = None, *, initial_types: Any = 
     A model for tables has one input (n, 1) for each column, of the column's name.  Numbers and
     booleans are float64, with NaN for missing values; text is strings, and a string that training
     did not have for missing values; dates are days since 1970, and time spans are seconds, in
-    float64.  If it was fitted on an array of numbers, its input is ``X`` in float64.
+    float64.  Columns of no use have none.  If the model was fitted on an array of numbers, its
+    input is ``X`` in float64.
 
     Parameters
     ----------

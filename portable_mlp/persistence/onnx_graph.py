@@ -173,7 +173,7 @@ _SAME = {
     "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "maximum": "Max", "minimum": "Min",
     "sin": "Sin", "cos": "Cos", "tan": "Tan", "arcsin": "Asin", "arccos": "Acos",
     "arctan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "tanh": "Tanh", "arcsinh": "Asinh",
-    "arccosh": "Acosh", "arctanh": "Atanh", "floor": "Floor", "ceil": "Ceil",
+    "arccosh": "Acosh", "arctanh": "Atanh", "floor": "Floor", "ceil": "Ceil", "rint": "Round",
     "less": "Less", "less_equal": "LessOrEqual", "greater": "Greater",
     "greater_equal": "GreaterOrEqual", "equal": "Equal", "logical_and": "And",
     "logical_or": "Or", "logical_xor": "Xor", "logical_not": "Not", "where": "Where",

@@ -6,6 +6,7 @@ the network in float32.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from portable_mlp.estimators.columns import (
     PLACES,
     RANK_SCALE,
     DateEncoder,
-    NumberEncoder,
+    Encoder,
     TableEncoder,
     TextEncoder,
+    UnusedEncoder,
 )
 from portable_mlp.persistence.onnx_graph import GraphWriter, labels, write_program
 
@@ -56,14 +58,15 @@ def tables_to_onnx(model: Any) -> Any:
     """
     encoder: TableEncoder = model._encoder
     rows = "n"
-    outputs = ("label", "probabilities") if isinstance(model, TabularClassifier) else ("variable",)
-    given = _inputs(model, outputs)
-    graph = GraphWriter({*(name for name, *_ in given), *outputs})
-    if given == [("X", TensorProto.DOUBLE, len(encoder.parts))]:
+    outputs = _outputs(model)
+    inputs = _inputs(model, outputs)
+    graph = GraphWriter({*(name for name, *_ in inputs), *outputs})
+    own = [name for name, *_ in inputs]
+    if own == ["X"] and model._names is None:
         places = [graph.constant(np.array([i])) for i in range(len(encoder.parts))]
         columns = [graph.node("Gather", "X", at, axis=1) for at in places]
     else:
-        columns = [name for name, *_ in given]
+        columns = ["" if _unused(part) else own.pop(0) for part in encoder.parts]
     write = _TableWriter(graph)
     network, params = model.network_, [to_host(p).astype(np.float32) for p in model.params_]
     x = write.encoded(encoder, columns)
@@ -86,32 +89,47 @@ def tables_to_onnx(model: Any) -> Any:
     else:
         shapes = [(np.dtype(np.float32), [rows, network.n_out])]
     graph.node("Identity", found, name=outputs[-1])
-    inputs = [helper.make_tensor_value_info(name, kind, [rows, n]) for name, kind, n in given]
-    return graph.model(inputs, [
+    given = [helper.make_tensor_value_info(name, kind, [rows, n]) for name, kind, n in inputs]
+    return graph.model(given, [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
         for name, (dtype, shape) in zip(outputs, shapes, strict=True)
     ])  # fmt: skip
 
 
-def _inputs(model: Any, outputs: tuple[str, ...]) -> list[tuple[str, int, int]]:
+def input_names(model: Any) -> dict[str, str]:
+    """Return the inputs' names, by the names of the columns that a model uses."""
+    if model._names is None:
+        return {}
+    pairs = zip(model._names, model._encoder.parts, strict=True)
+    used = [name for name, part in pairs if not _unused(part)]
+    return dict(zip(used, (name for name, *_ in _inputs(model, _outputs(model))), strict=True))
+
+
+def _outputs(model: Any) -> tuple[str, ...]:
+    return ("label", "probabilities") if isinstance(model, TabularClassifier) else ("variable",)
+
+
+def _unused(part: Encoder) -> bool:
+    return isinstance(part, UnusedEncoder)
+
+
+def _inputs(model: Any, outputs: Collection[str]) -> list[tuple[str, int, int]]:
     """Return the name, the type and the number of columns of each input of the graph."""
     parts, names = model._encoder.parts, model._names
-    if names is None and all(isinstance(part, NumberEncoder) for part in parts):
+    if names is None and not any(isinstance(part, TextEncoder) for part in parts):
         return [("X", TensorProto.DOUBLE, len(parts))]
     if names is None:
         names = [f"column_{i}" for i in range(len(parts))]
-    if "" in names:
-        raise ValueError("a column has no name: ONNX needs one, so name it and train again")
-    own: list[str] = []
-    for name in names:
-        while name in outputs or name in own:
+    found: dict[str, int] = {}
+    for name, part in zip(names, parts, strict=True):
+        if _unused(part):
+            continue
+        if name == "":
+            raise ValueError("a column has no name: ONNX needs one, so name it and train again")
+        while name in outputs or name in found:
             name += "_"
-        own.append(name)
-    kinds = [
-        TensorProto.STRING if isinstance(part, TextEncoder) else TensorProto.DOUBLE
-        for part in parts
-    ]
-    return [(name, kind, 1) for name, kind in zip(own, kinds, strict=True)]
+        found[name] = TensorProto.STRING if isinstance(part, TextEncoder) else TensorProto.DOUBLE
+    return [(name, kind, 1) for name, kind in found.items()]
 
 
 class _TableWriter:
@@ -126,7 +144,8 @@ class _TableWriter:
         node, constant = self._node, self._constant
         if not len(encoder.used):  # one column of zeros
             zero = helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
-            return node("ConstantOfShape", node("Shape", columns[0]), value=zero)
+            given = next(filter(None, columns))
+            return node("ConstantOfShape", node("Shape", given), value=zero)
         raw = [
             number
             for part, column in zip(encoder.parts, columns, strict=True)
@@ -157,8 +176,10 @@ class _TableWriter:
         """Return z with zeros where x is NaN."""
         return self._node("Where", self._node("IsNaN", x), self._constant(0.0), z)
 
-    def _numbers(self, part: NumberEncoder | TextEncoder, column: str) -> list[str]:
+    def _numbers(self, part: Encoder, column: str) -> list[str]:
         """Return the numbers (n, 1) that a column becomes."""
+        if isinstance(part, UnusedEncoder):
+            return []
         node, constant = self._node, self._constant
         if isinstance(part, TextEncoder):
             return self._levels(part, column)

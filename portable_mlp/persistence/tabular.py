@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portable_mlp.estimators import TabularClassifier
-from portable_mlp.estimators.columns import WORDS, NumberEncoder, TableEncoder, TextEncoder
+from portable_mlp.estimators.columns import (
+    WORDS,
+    Encoder,
+    NumberEncoder,
+    TableEncoder,
+    TextEncoder,
+    UnusedEncoder,
+)
 from portable_mlp.layers import Repeat
 from portable_mlp.persistence.modelfile import Contents
 from portable_mlp.persistence.objects import decode, encode
@@ -58,6 +65,12 @@ def rebuild(model: Any, contents: Contents) -> None:
     parts, quantiles = list(decode(meta["parts"])), contents.arrays("encoder.quantiles")
     model._encoder = TableEncoder(parts, median, scale, used, n_ranked, n_embedded, quantiles)
     model._names = contents.meta["names"]
+    names = model._names or range(len(model._encoder.parts))
+    model.unused_columns_ = [
+        name
+        for name, part in zip(names, model._encoder.parts, strict=True)
+        if isinstance(part, UnusedEncoder)
+    ]
     model._nonconformity = contents.arrays("nonconformity")
     for name in (*_OF_ROWS, *_OF_TARGET):
         if name in contents:
@@ -110,7 +123,7 @@ def check(model: Any) -> None:
 
 def _check_encoder(encoder: TableEncoder) -> None:
     parts = encoder.parts
-    if not all(isinstance(part, NumberEncoder | TextEncoder) for part in parts):
+    if not all(isinstance(part, Encoder) for part in parts):
         raise ValueError(f"its columns are {parts}")
     for part in parts:
         if isinstance(part, NumberEncoder) and part.kind not in WORDS:

@@ -95,7 +95,7 @@ def test_export(trained, tmp_path, capsys):
         (pl.col(pl.Datetime) - pl.datetime(1970, 1, 1)) / day, pl.col(pl.Boolean).cast(pl.Float64)
     )
     feeds = {}
-    for name in model.feature_names_in_:
+    for name in set(model.feature_names_in_) - set(model.unused_columns_):
         if frame[name].dtype == pl.String:
             feeds[name] = frame[name].fill_null("").to_numpy().astype(object)[:, None]
         else:

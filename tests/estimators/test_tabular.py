@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.targets import get_target
 from scipy.sparse import csr_array
-from scipy.stats import norm
+from scipy.stats import norm, ttest_1samp
 from sklearn.base import BaseEstimator, clone
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.exceptions import NotFittedError
@@ -35,6 +35,7 @@ from portable_mlp.estimators import tabular
 from portable_mlp.estimators.columns import MOST_LEVELS, TableEncoder, read_columns
 from portable_mlp.estimators.conformal import adaptive_scores, interval, label_sets
 from portable_mlp.estimators.packed import HeldOut, Waves, spread
+from portable_mlp.estimators.selection import least_useful, t_statistic
 from portable_mlp.estimators.time_limit import Length
 from portable_mlp.losses import Huber, Quantile, SoftmaxCrossEntropy
 
@@ -517,6 +518,101 @@ def test_several_quantiles_have_one_target():
         regressor(loss=Quantile((0.1, 0.9))).fit(X, np.column_stack([Y, Y]))
     with pytest.raises(ValueError, match="use TabularRegressor"):
         MLPRegressor(Quantile((0.1, 0.9))).fit(X, Y)
+
+
+# ---------------------------------------------------------------- columns of no use
+
+
+def test_the_statistic_of_a_mean():
+    x, w = RNG.standard_normal(50) + 0.2, RNG.uniform(0, 2, 50)
+    equal = ttest_1samp(x, 0.0).statistic * np.sqrt(50 / 49)  # of n instead of n − 1
+    assert t_statistic(x, np.ones(50)) == pytest.approx(equal)
+    # Weights of zero are rows that are not there
+    some = w > 1.0
+    assert t_statistic(x, 1.0 * some) == pytest.approx(t_statistic(x[some], np.ones(some.sum())))
+    assert t_statistic(np.zeros(5), np.ones(5)) == 0.0
+    assert t_statistic(np.ones(5), np.ones(5)) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("useful", "together", "wanted"),
+    [
+        ({0: 9.0, 1: 0.5, 2: -1.0}, {}, [1, 2]),
+        ({0: 9.0, 1: 0.5, 2: -1.0}, {(1, 2): 3.0}, [2]),  # 1 matters more of the two
+        ({0: 0.1, 1: 0.2}, {(0, 1): 50.0}, [0]),  # they say the same: one stays
+        ({0: 5.0, 1: 1.0}, {}, []),  # 1 is no less than the smallest
+        ({0: 5.0}, {}, []),
+    ],
+)
+def test_columns_that_can_be_left_out_together(useful, together, wanted):
+    def rise(columns):
+        return together.get(tuple(sorted(columns)), max(useful[c] for c in columns))
+
+    assert least_useful(range(len(useful)), rise, 1.0) == wanted
+
+
+def with_noise(n, seed):
+    """Three columns that matter, six columns of noise, and a category of noise."""
+    rng = np.random.RandomState(seed)
+    frame = pd.DataFrame(rng.uniform(-2, 2, (n, 8)), columns=["a", "b", *NOISE[1:]])
+    frame["kind"] = rng.choice(["x", "y", "z"], n)
+    frame["no kind"] = rng.choice(["u", "v", "w"], n)
+    y = np.sin(2 * frame["a"]) * frame["b"] + (frame["kind"] == "x")
+    return frame, y.to_numpy() + 0.1 * rng.standard_normal(n)
+
+
+NOISE = ["no kind", "c", "d", "e", "f", "g", "h"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weighted", [False, True])
+def test_columns_of_noise_are_left_out(weighted):
+    X, y = with_noise(500, 0)
+    new, y_new = with_noise(2000, 1)
+    preset = replace(TabularRegressor.presets["default"], relevance=3.0)
+    weights = np.where(np.arange(500) % 5 == 0, 0.0, 1.0) if weighted else None
+    model = TabularRegressor(preset, random_state=2).fit(X, y, weights)
+    assert set(model.unused_columns_) <= set(NOISE)
+    assert len(model.unused_columns_) > 3
+    every = TabularRegressor(replace(preset, relevance=0.0), random_state=2).fit(X, y, weights)
+    assert every.unused_columns_ == []
+    assert 1 - model.score(new, y_new) < 0.9 * (1 - every.score(new, y_new))
+    # What is left out has no influence, whatever it is
+    other = new.assign(**dict.fromkeys(model.unused_columns_, None))
+    np.testing.assert_array_equal(model.predict(other), model.predict(new))
+    assert len(model.loss_curve_) == model.n_iter_
+
+
+@pytest.mark.slow
+def test_nothing_is_left_out_where_nothing_was_learned():
+    """A target of pure noise: no column is better than another."""
+    X, _ = with_noise(400, 0)
+    model = regressor().fit(X, np.random.RandomState(5).standard_normal(400))
+    assert model.unused_columns_ == []
+
+
+@pytest.mark.slow
+def test_a_column_that_says_the_same_stays_once():
+    X, y = with_noise(600, 0)
+    X = X[["a", "b", "kind"]].assign(again=X["a"], **{"a third time": X["a"]})
+    model = TabularRegressor(replace(REGRESS, epochs=60, steps=800), random_state=0).fit(X, y)
+    assert not {"b", "kind"} & set(model.unused_columns_)
+    assert not {"a", "again", "a third time"} <= set(model.unused_columns_)
+    assert model.oof_score_ > 0.9
+
+
+@pytest.mark.parametrize("where", ["torch", "jax", "cupy-emulated"])
+def test_the_same_columns_are_left_out_elsewhere(where, request):
+    target = get_target(where, request)
+    frame, y = with_noise(300, 0)
+    x = frame[["a", "b", *NOISE[1:]]].to_numpy()
+    preset = replace(REGRESS, epochs=30, steps=200, relevance=3.0)
+    here = TabularRegressor(preset, random_state=0, dtype="float64").fit(x, y)
+    assert 0 < len(here.unused_columns_) <= 6
+    with target.scope():
+        there = TabularRegressor(preset, random_state=0, dtype="float64")
+        there.fit(target.array(x), target.array(y))
+    assert there.unused_columns_ == here.unused_columns_
 
 
 # ---------------------------------------------------------------- a time limit

@@ -296,6 +296,7 @@ OWN = {name: (lambda x, xp, name=name: getattr(xp, name)(0.9 / (1.0 + xp.abs(x))
     "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "arcsinh", "arctanh", "floor", "ceil",
     "square", "expm1", "log1p",
 )}  # fmt: skip
+OWN["rint"] = lambda x, xp: xp.round(7 * x)
 OWN["arccosh"] = lambda x, xp: xp.acosh(xp.abs(x) + 1.5)
 OWN |= {name: flag(name) for name in (
     "less", "less_equal", "greater", "greater_equal", "equal", "not_equal",

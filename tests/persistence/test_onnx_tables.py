@@ -31,7 +31,10 @@ def run(model, feeds):
     found = ours.to_onnx(model)
     onnx.checker.check_model(found, full_check=True)
     session = ort.InferenceSession(found.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)
+    wanted = {given.name for given in session.get_inputs()}
+    unused = feeds.keys() - wanted
+    assert len(unused) == len(model.unused_columns_) or "X" in wanted
+    return session.run(None, {name: feeds[name] for name in wanted})
 
 
 def feeds(X, renamed=None):
@@ -69,15 +72,19 @@ def table(seed, n=N):
 
 
 def target(X):
-    text = (X["text"] == "a").to_numpy()
-    return np.tanh(X["number"].to_numpy() / 1e3) + text + 0.3 * X["few values"].to_numpy()
+    text = 1.0 * (X["text"] == "a") + (X["two"] == "yes") + X["boolean"] + X["holes"].fillna(2.0)
+    waves = (
+        np.sin(X["date"].dt.hour.fillna(0) * 2 * np.pi / 24) + X["span"].dt.total_seconds() / 5e3
+    )
+    numbers = np.tanh(X["number"] / 1e3) + 0.3 * X["few values"]
+    return (text + waves + numbers).to_numpy(float)
 
 
 LABELS = {
-    "strings": lambda y: np.where(y > 0.5, "yes", "no"),
-    "integers": lambda y: np.digitize(y, [0.0, 1.0]) * 7 - 2,
-    "booleans": lambda y: y > 0.5,
-    "floats": lambda y: np.digitize(y, [0.5]) + 1.0,
+    "strings": lambda y: np.where(y > 3, "yes", "no"),
+    "integers": lambda y: np.digitize(y, [2.0, 4.0]) * 7 - 2,
+    "booleans": lambda y: y > 3,
+    "floats": lambda y: np.digitize(y, [3.0]) + 1.0,
 }
 
 
@@ -117,7 +124,7 @@ def test_quantiles():
 
 def test_what_training_did_not_have():
     X, new = table(0), table(1)
-    model = estimator(TabularClassifier).fit(X, target(X) > 0.5)
+    model = estimator(TabularClassifier).fit(X, target(X) > 3)
     new["text"] = "unknown"
     new.loc[:50, "two"] = "perhaps"
     new.loc[:80, "few values"] = np.nan
@@ -140,7 +147,7 @@ def test_an_array_has_one_input(columns):
 
 def test_texts_in_an_array():
     x = np.array([["a" if i % 3 else "b", i % 7, i / 10] for i in range(N)], object)
-    model = estimator(TabularClassifier).fit(x, np.arange(N) % 3 == 0)
+    model = estimator(TabularClassifier).fit(x, (np.arange(N) % 3 == 0) ^ (np.arange(N) % 7 > 3))
     given = {f"column_{i}": x[:, [i]].astype(object if i == 0 else float) for i in range(3)}
     label, _ = run(model, given)
     np.testing.assert_array_equal(label, model.predict(x))
@@ -150,7 +157,7 @@ def test_names_that_the_graph_uses_itself():
     rng = np.random.RandomState(0)
     names = ["label", "probabilities", "label_", "t0", "c0", "X"]
     X = pd.DataFrame(rng.standard_normal((N, 6)), columns=names)
-    model = estimator(TabularClassifier).fit(X, X["t0"] > 0)
+    model = estimator(TabularClassifier).fit(X, X.sum(axis=1) > 0)
     found = ours.to_onnx(model)
     own = [given.name for given in found.graph.input]
     assert len({*own, "label", "probabilities"}) == 8

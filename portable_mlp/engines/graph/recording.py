@@ -143,7 +143,7 @@ _UFUNCS = {
     "abs": "absolute", "acos": "arccos", "acosh": "arccosh", "asin": "arcsin",
     "asinh": "arcsinh", "atan": "arctan", "atan2": "arctan2", "atanh": "arctanh",
     "bitwise_left_shift": "left_shift", "bitwise_right_shift": "right_shift",
-    "bitwise_invert": "invert", "pow": "power",
+    "bitwise_invert": "invert", "pow": "power", "round": "rint",
 }  # fmt: skip
 
 

@@ -140,7 +140,7 @@ class TorchDialect(NumPyDialect):
     _NAMES: ClassVar[dict[str, str]] = {
         "absolute": "abs", "power": "pow", "equal": "eq", "not_equal": "ne",
         "left_shift": "bitwise_left_shift", "right_shift": "bitwise_right_shift",
-        "invert": "bitwise_not",
+        "invert": "bitwise_not", "rint": "round",
     }  # fmt: skip
 
     def __init__(self, backend: Backend) -> None:

@@ -20,8 +20,9 @@ from portable_mlp.engines.graph.program import COMPARISONS, REDUCTIONS, VIEWS, N
 
 EXACT = {
     "add", "subtract", "multiply", "divide", "sqrt", "square", "reciprocal", "negative",
-    "absolute", "maximum", "minimum", "where", "astype", "copy", "logical_and", "logical_or",
-    "logical_not", "bitwise_and", "bitwise_or", "bitwise_xor", *COMPARISONS,
+    "absolute", "maximum", "minimum", "rint", "floor", "ceil", "trunc", "where", "astype",
+    "copy", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or",
+    "bitwise_xor", *COMPARISONS,
 }  # fmt: skip
 """Functions with one correct result; for zeros of either sign, `maximum` is NumPy's on x86."""
 
