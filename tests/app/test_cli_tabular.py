@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.model_selection import train_test_split
+from helpers.penguins import held_back
 
 from portable_mlp import TabularClassifier, TabularRegressor, load
 from portable_mlp.app.table import PENGUINS, read_csv
@@ -39,18 +39,9 @@ def trained(request, tmp_path, short_presets, capsys):
     return request.param, out, capsys.readouterr().out
 
 
-def halves(target):
-    X, y = read_csv(PENGUINS, target)
-    classes = y if y.dtype.kind == "U" else None
-    train, test = train_test_split(
-        np.arange(len(y)), test_size=0.2, random_state=0, stratify=classes
-    )
-    return X[train], y[train], X[test], y[test]
-
-
 def test_every_command(trained, tmp_path, capsys):
     target, out, said = trained
-    X_train, y_train, X, y = halves(target)
+    X_train, y_train, X, y = held_back(target)
     model = load(out / "model.safetensors")
     classify = target == "sex"
     assert type(model) is (TabularClassifier if classify else TabularRegressor)

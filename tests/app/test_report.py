@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers.penguins import held_back
 from sklearn.model_selection import train_test_split
 
 from portable_mlp import load
-from portable_mlp.app.table import PENGUINS, read_csv, read_table
+from portable_mlp.app.table import PENGUINS, read_table
 from portable_mlp.cli import main
 
 pytestmark = pytest.mark.slow
@@ -75,15 +76,6 @@ def runs(tmp_path_factory):
 
 def page(folder):
     return Page((folder / "report.html").read_text(encoding="utf-8"))
-
-
-def held_back(target):
-    X, y = read_csv(PENGUINS, target)
-    classes = y if y.dtype.kind == "U" else None
-    train, test = train_test_split(
-        np.arange(len(y)), test_size=0.2, random_state=0, stratify=classes
-    )
-    return X[train], y[train], X[test], y[test]
 
 
 def tiles(page):
