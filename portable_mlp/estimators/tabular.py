@@ -91,7 +91,7 @@ class TabularModel(Estimator, BaseEstimator):
             )  # fmt: skip
 
         packed = fit([], select=True)
-        useless = packed.useless
+        useless = packed.useless if deadline is None or deadline.allows_more else []
         if useless:
             packed = fit(useless, select=False)
         self.unused_columns_ = [columns[j].name for j in useless]

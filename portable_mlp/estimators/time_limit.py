@@ -15,6 +15,7 @@ from portable_mlp.typing import Array
 
 _SHARE = 0.9  # of the time that is left, is planned
 _TRIAL_STEPS = 20
+_FOR_ANOTHER = 0.25  # of the time limit
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,18 @@ class Deadline(Callback):
     """
 
     def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._end = time.perf_counter() + seconds
 
     @property
     def left(self) -> float:
         """The seconds that are left; below zero when the time is up."""
         return self._end - time.perf_counter()
+
+    @property
+    def allows_more(self) -> bool:
+        """Whether a fit that begins now can be more than a hasty one."""
+        return self.left > _FOR_ANOTHER * self._seconds
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool:
         return self.left < 0.0

@@ -36,7 +36,7 @@ from portable_mlp.estimators.columns import MOST_LEVELS, TableEncoder, read_colu
 from portable_mlp.estimators.conformal import adaptive_scores, interval, label_sets
 from portable_mlp.estimators.packed import HeldOut, Waves, spread
 from portable_mlp.estimators.selection import least_useful, t_statistic
-from portable_mlp.estimators.time_limit import Length
+from portable_mlp.estimators.time_limit import Deadline, Length
 from portable_mlp.losses import Huber, Quantile, SoftmaxCrossEntropy
 
 pd = pytest.importorskip("pandas")
@@ -659,6 +659,18 @@ def test_a_fit_ends_soon_after_its_time_is_up(monkeypatch):
     model = regressor(time_limit=35.0, callbacks=[Slow()]).fit(X, Y)
     assert model.n_iter_ == 4
     assert model.stop_reason_ == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("enough", [True, False])
+def test_a_fit_begins_anew_only_if_there_is_time(enough, monkeypatch):
+    monkeypatch.setattr(Deadline, "left", property(lambda self: 30.0 if enough else 20.0))
+    monkeypatch.setattr(Length, "within", lambda self, *_: self)
+    X, y = with_noise(300, 0)
+    preset = replace(REGRESS, epochs=30, steps=200, relevance=3.0)
+    model = TabularRegressor(preset, random_state=0, time_limit=100.0).fit(X, y)
+    assert bool(model.unused_columns_) is enough
+    assert model.score(X, y) > 0.5
 
 
 # ---------------------------------------------------------------- intervals and sets
