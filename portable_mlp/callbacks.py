@@ -94,6 +94,42 @@ class Callback:
         """Act after the last epoch, also when training fails or is interrupted."""
 
 
+class Together(Callback):
+    """Several callbacks as one.
+
+    Parameters
+    ----------
+    callbacks : sequence of Callback
+        None of which pauses training.
+
+    Attributes
+    ----------
+    asked : bool
+        Whether one of them has asked to stop.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+        self.asked = False
+
+    def on_fit_begin(self, max_epochs: int) -> None:
+        for callback in self._callbacks:
+            callback.on_fit_begin(max_epochs)
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        for callback in self._callbacks:
+            callback.on_epoch_begin(epoch)
+
+    def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool | None:
+        asked = [callback.on_epoch_end(epoch, params) for callback in self._callbacks]
+        self.asked = any(asked)
+        return self.asked
+
+    def on_fit_end(self) -> None:
+        for callback in self._callbacks:
+            callback.on_fit_end()
+
+
 def pausing(callbacks: Sequence[Callback]) -> list[Callback]:
     """Return the callbacks that may want a pause, those that override ``wants_pause``."""
     return [c for c in callbacks if type(c).wants_pause is not Callback.wants_pause]

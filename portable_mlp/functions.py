@@ -114,5 +114,8 @@ def cosine_of_turns(t: Array, xp: Namespace) -> Array:
 
 
 def sine_of_turns(t: Array, xp: Namespace) -> Array:
-    """Return sin(2π t); see `cosine_of_turns`."""
+    """Return sin(2π t), as the cosine a quarter of a turn before; see `cosine_of_turns`.
+
+    The rounding of t − ¼ adds an error of 4·10⁻⁷ in float32 for up to two turns.
+    """
     return cosine_of_turns(t - 0.25, xp)

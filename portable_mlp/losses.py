@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any, ClassVar
 
 from array_api_compat import device
@@ -427,8 +428,9 @@ class Quantile(Loss):
     q: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.q, Sequence):
-            object.__setattr__(self, "q", tuple(self.q))
+        given: Any = self.q
+        if not isinstance(given, Real):
+            object.__setattr__(self, "q", tuple(map(float, given)))
         if not all(0.0 < q < 1.0 for q in self.levels):
             raise ValueError(f"quantile must be in (0, 1), got {self.q!r}")
         if not self.levels or any(a >= b for a, b in pairwise(self.levels)):

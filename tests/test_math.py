@@ -235,6 +235,7 @@ def test_prediction_has_no_noise(rng):
         (lambda: Quantile((0.5, 0.5)), "quantiles have to rise"),
         (lambda: Quantile([0.9, 0.1]), "quantiles have to rise"),
         (lambda: Quantile(()), "quantiles have to rise"),
+        (lambda: Quantile(np.array([0.2, 0.1])), "quantiles have to rise"),
         (lambda: Quantile((0.1, 0.9)).n_logits(2), "a single target, got 2"),
         (lambda: ELU(alpha=-1.0), "alpha and scale must be positive"),
         (lambda: ELU(scale=0.0), "alpha and scale must be positive"),

@@ -41,7 +41,7 @@ def check_same(settings: Settings, data: Dataset, checkpoint: Path) -> None:
     """Raise a ValueError if a checkpoint was made with other settings or other data."""
     notes = read_metadata(checkpoint)["notes"]
     # A checkpoint older than an option does not mention it: its run used the default
-    then = settings_table(Settings()) | {"model": "plain"} | notes["settings"]
+    then = settings_table(Settings(model="plain")) | notes["settings"]
     now = json.loads(json.dumps(settings_table(settings)))
     changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     if changed - _MAY_CHANGE:

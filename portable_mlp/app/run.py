@@ -78,14 +78,25 @@ class Run:
 
 
 class History(Callback):
-    """Callback that collects all epochs of the last fit, and those before a checkpoint."""
+    """Callback that collects all epochs, and those before a checkpoint.
+
+    Attributes
+    ----------
+    fits : list of lists of Epoch
+        The epochs of each fit: a model for tables may begin anew without some columns.
+    """
 
     def __init__(self, before: Sequence[Epoch] = ()) -> None:
         self._before = list(before)
-        self.epochs = list(before)
+        self.fits = [list(before)]
+
+    @property
+    def epochs(self) -> list[Epoch]:
+        """The epochs of the last fit."""
+        return self.fits[-1]
 
     def on_fit_begin(self, max_epochs: int) -> None:
-        self.epochs = list(self._before)  # a fit may begin anew without some columns
+        self.fits.append(list(self._before))
 
     def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> None:
         self.epochs.append(epoch)

@@ -266,9 +266,15 @@ def with_model(settings: Settings) -> Settings:
 
 
 def settings_table(settings: Settings) -> dict[str, Any]:
-    """Return the settings as TOML values, by name, without those that are None or empty."""
+    """Return the settings as TOML values, by name.
+
+    Those that are None or empty, and those of the model that is not used, are left out.
+    """
+    others = {"tabular": _OF_PLAIN, "plain": _OF_TABULAR}.get(settings.model or "", ())
     table: dict[str, Any] = {}
     for field in fields(settings):
+        if field.name in others:
+            continue
         value = getattr(settings, field.name)
         if isinstance(value, Where):
             table |= {f.name: getattr(value, f.name) for f in fields(value)}

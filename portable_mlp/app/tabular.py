@@ -50,7 +50,9 @@ def fit(settings: Settings, data: Dataset, resume: bool, say: Callable[[str], No
         names = [data.X.columns[c] if isinstance(c, int) else c for c in model.unused_columns_]
         say(f"of no use, by the held-out rows: {', '.join(names)}")
     interrupted = model.stop_reason_ == "interrupted"
-    return Trained(None, model, history.epochs, model.best_epoch_, interrupted)
+    # If the last fit was interrupted soon, the model is that of the one before
+    epochs = next(fit for fit in reversed(history.fits) if len(fit) == model.n_iter_)
+    return Trained(None, model, epochs, model.best_epoch_, interrupted)
 
 
 def out_of_fold(model: Any, y: NDArray[Any]) -> Evaluation:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from portable_mlp.architectures import TabularMLP
 from portable_mlp.backends import Backend
-from portable_mlp.callbacks import Callback, Epoch
-from portable_mlp.estimators.selection import Selection
+from portable_mlp.callbacks import Callback, Epoch, Together
+from portable_mlp.estimators.selection import LEARNED, Selection
 from portable_mlp.estimators.time_limit import Deadline, Length, seconds_of
+from portable_mlp.estimators.waves import Waves
 from portable_mlp.groups import Treatment
 from portable_mlp.losses import Loss
 from portable_mlp.network import Network
@@ -28,7 +29,7 @@ from portable_mlp.optimizers import AdamW
 from portable_mlp.schedules import FlatCosine, LogCosine, Scheduled
 from portable_mlp.sources import MemberSource, on_backend
 from portable_mlp.steps import Batch
-from portable_mlp.training import StopReason, Trainer
+from portable_mlp.training import StopReason, Trainer, is_kept
 from portable_mlp.typing import Array
 from portable_mlp.warn import warn
 
@@ -38,7 +39,6 @@ Judge = Callable[[Floats, Rows], tuple[Floats, Floats]]
 
 _ROWS_OF_START = 1024  # rows to which initial values are fitted
 _ELEMENTS = 2**22  # of an activation of all members in one chunk of rows
-_PROGRESS = 0.98  # factor on the error, above which a wave brought nothing
 _MANY_ROWS = 2000
 _MOST_LOOKS = 32  # at the held-out rows, in a fit
 
@@ -115,6 +115,8 @@ class Preset:
             raise ValueError(f"members must be at least 2, got {self.members!r}")
         if not self.sigmas:
             raise ValueError("sigmas: at least one is needed")
+        if not 0.0 <= self.relevance <= LEARNED:
+            raise ValueError(f"relevance must be from 0 to {LEARNED:g}, got {self.relevance!r}")
 
 
 def spread(
@@ -230,6 +232,14 @@ class Packed:
     kept: int
     useless: list[int]
 
+    @property
+    def best_score(self) -> float:
+        """The best score of the held-out rows; −∞ if nobody looked."""
+        return max(
+            (e.validation_score for e in self.history if e.validation_score == e.validation_score),
+            default=-inf,
+        )
+
 
 def fit_pack(
     x: NDArray[np.float32],
@@ -340,7 +350,12 @@ def fit_pack(
         if deadline is not None:
             trial = MemberSource(data, trains, length.trial.steps * batch_size)
             a_draw = np.random.RandomState(0)
-            steps = seconds_of(lambda: trainer.fit(trainer.start(params), trial, 1, a_draw))
+
+            def few_steps() -> None:
+                if trainer.fit(trainer.start(params), trial, 1, a_draw) == "interrupted":
+                    raise KeyboardInterrupt
+
+            steps = seconds_of(few_steps)
             leaves = trainer.start(params).current_leaves
             one_look = seconds_of(lambda: look.logits(trainer.params(leaves)))
             looks = one_look * min(1.0, _MOST_LOOKS / length.epochs)
@@ -353,13 +368,14 @@ def fit_pack(
                 )
         source = MemberSource(data, trains, length.steps * batch_size)
         look.begin(length.epochs)
-        state, waves = trainer.start(params), Waves(length.epochs)
+        state, waves, given = trainer.start(params), Waves(length.epochs), Together(callbacks)
         losses = partial(look.losses, blocks)
         # In a table of few rows, weak columns take longer to learn
         at = waves.second if n_train >= _MANY_ROWS else waves.third
         selection = Selection(
             at if preset.relevance and blocks else 0,
             len(blocks),
+            len(splits),
             held_out.rows.shape[1],
             preset.relevance,
             losses,
@@ -372,7 +388,7 @@ def fit_pack(
             rng,
             validate=look,
             early_stopping=True,
-            callbacks=[*callbacks, selection, waves, *([deadline] if deadline else [])],
+            callbacks=[given, selection, waves, *([deadline] if deadline else [])],
         )
         if reason == "interrupted":
             warn("Training interrupted by user.")
@@ -383,7 +399,7 @@ def fit_pack(
         kept = _kept(trainer, state.history) if looked else len(state.history)
         return Packed(
             network, params, held_out, look.logits(params), state.history, reason, kept,
-            selection.useless,
+            [] if given.asked else selection.useless,
         )  # fmt: skip
 
 
@@ -391,46 +407,10 @@ def _kept(trainer: Trainer, history: Sequence[Epoch]) -> int:
     best, kept = inf, 0
     for epoch in history:
         error = -epoch.validation_score
-        if trainer.keeps(error, best):
+        if is_kept(error, best, trainer.slack):
             kept = epoch.epoch
         best = min(best, inf if isnan(error) else error)
     return kept
-
-
-class Waves(Callback):
-    """A stop at the end of the third of four waves of the learning rate, if it brought nothing.
-
-    The waves end after 1, 3, 7 and 15 fifteenths of the epochs.  If the error of held-out rows
-    is not smaller in the third than before, by more than two percent, the members would only
-    learn noise by heart in the longest one.
-
-    Parameters
-    ----------
-    epochs : int
-        Number of epochs of the fit.
-
-    Attributes
-    ----------
-    second, third : int
-        The last epochs of the second and the third wave.
-    ended : bool
-        Whether it has asked to stop.
-    """
-
-    def __init__(self, epochs: int) -> None:
-        self.second, self.third = (round(epochs * i / 15) for i in (3, 7))
-        self._before = self._since = inf
-        self.ended = False
-
-    def on_epoch_end(self, epoch: Epoch, params: Callable[[], list[Array]]) -> bool | None:
-        error = inf if isnan(epoch.validation_score) else -epoch.validation_score
-        if epoch.epoch <= self.second:
-            self._before = min(self._before, error)
-        else:
-            self._since = min(self._since, error)
-        if epoch.epoch == self.third > self.second:
-            self.ended = self._since > _PROGRESS * self._before
-        return self.ended
 
 
 class _Look:

@@ -92,7 +92,8 @@ class LossCurveDisplay:
         if held_out is not None:
             # Some epochs have no value: the line goes on over them
             known = [(i, v) for i, v in zip(epochs, held_out, strict=True) if not isnan(v)]
-            self.lines_ += ax.plot(*zip(*known, strict=True), "C2", marker=dots, label="validation")
+            x, y = zip(*known, strict=True) if known else ((), ())
+            self.lines_ += ax.plot(x, y, "C2", marker=dots, label="validation")
             ax.legend()
         low, high = min(self.loss_curve), max(self.loss_curve)
         ax.set(xlabel="epoch", yscale="log" if 0 < 10 * low < high else "linear")

@@ -19,15 +19,18 @@ from portable_mlp.typing import Array
 
 Floats = NDArray[np.float64]
 
-_LEARNED = 5.0  # what t has to be, of all columns together, for a judgement on single ones
+LEARNED = 5.0
+"""What t has to be, of all columns together, for a judgement on single ones."""
+
 Losses = Callable[
     [list[Array], Sequence[int], NDArray[np.intp], np.random.RandomState], tuple[Floats, Floats]
 ]
 """From the parameters, numbers of columns to shuffle, places of held-out rows, and a random
 generator, to the rows' losses and weights."""
 
-_MOST_LOOKS = 48  # at all held-out rows, that the columns may take
+_MOST_LOOKS = 48  # at these rows, that judging single columns may take
 _SHUFFLES = 2
+_MOST_ROWS = 4096  # of the held-out rows that are looked at
 _MANY_ROWS = 2000
 
 
@@ -40,8 +43,8 @@ class Selection(Callback):
         The epoch.
     n_columns : int
         Number of columns of the table.
-    n_rows : int
-        Number of held-out rows of a member.
+    n_folds, n_rows : int
+        Number of folds, and of held-out rows of each.
     relevance : float
         Smallest t statistic of the rise of the loss, of a column that is used.  In a table of few
         rows it is smaller: there a weak column is not told from one of no use.
@@ -58,6 +61,7 @@ class Selection(Callback):
         self,
         at: int,
         n_columns: int,
+        n_folds: int,
         n_rows: int,
         relevance: float,
         losses: Losses,
@@ -65,7 +69,7 @@ class Selection(Callback):
     ) -> None:
         self._at = at
         self._columns = range(n_columns)
-        self._n_rows = n_rows
+        self._n_rows, self._n_used = n_rows, min(n_rows, ceil(_MOST_ROWS / n_folds))
         self._relevance = relevance
         self._losses = losses
         self._seed = rng.randint(2**31 - 1)
@@ -81,7 +85,7 @@ class Selection(Callback):
         rng = np.random.RandomState(self._seed)
         looks = len(self._columns) + 1  # with each column shuffled once
         seeds = rng.randint(2**31 - 1, size=max(1, min(_SHUFFLES, _MOST_LOOKS // looks)))
-        n = ceil(self._n_rows * min(1.0, _MOST_LOOKS / (looks * len(seeds))))
+        n = ceil(self._n_used * min(1.0, _MOST_LOOKS / (looks * len(seeds))))
         places = np.sort(rng.permutation(self._n_rows)[:n])
         before, weights = self._losses(params, (), places, rng)
         least = self._relevance * min(1.0, sqrt(np.count_nonzero(weights) / _MANY_ROWS))
@@ -94,7 +98,7 @@ class Selection(Callback):
             ]
             return t_statistic(np.mean(after, axis=0) - before, weights)
 
-        if rise(self._columns) < _LEARNED:
+        if rise(self._columns) < LEARNED:
             return []
         return least_useful(self._columns, rise, least)
 

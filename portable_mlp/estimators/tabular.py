@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -93,7 +94,13 @@ class TabularModel(Estimator, BaseEstimator):
         packed = fit([], select=True)
         useless = packed.useless if deadline is None or deadline.allows_more else []
         if useless:
+            first = packed, self._encoder
             packed = fit(useless, select=False)
+            # Whoever interrupts the second fit gets the better model
+            if packed.best_score < first[0].best_score:
+                reason = packed.reason
+                packed, self._encoder = first
+                packed, useless = replace(packed, reason=reason), []
         self.unused_columns_ = [columns[j].name for j in useless]
         self._fold, self._seed = packed.held_out.fold, rng.randint(2**31 - 1)
         self._learn_outputs(packed, y, target, given, weights)

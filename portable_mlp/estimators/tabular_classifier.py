@@ -78,7 +78,8 @@ class TabularClassifier(ClassifierMixin, TabularModel):
         Exponent of the members' mean probabilities, which are then normalised.
     unused_columns_ : list of str or int
         Columns that were left out, since shuffling them among the held-out rows did not make the
-        predictions worse; see `portable_mlp.estimators.selection`.
+        predictions worse; see `portable_mlp.estimators.selection`.  Names as text, or positions
+        in an array.  Tables to predict need these columns too, but their values do not matter.
     network_, params_ : Network, list of arrays
         The members' layers and parameters.
     loss_curve_, validation_loss_curve_ : list of float

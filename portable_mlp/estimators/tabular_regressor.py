@@ -22,7 +22,7 @@ from portable_mlp.losses import LOSSES, Loss, Quantile
 from portable_mlp.typing import Array
 
 
-def _is_of_scaled(loss: Loss) -> bool:
+def is_of_scaled(loss: Loss) -> bool:
     """Tell whether a loss can have a scaled target, which may be negative."""
     return loss.link_name == "identity" and not loss.for_labels and not loss.nonnegative
 
@@ -127,9 +127,9 @@ stop_reason_
         return target, target.shape[1]
 
     def _make_loss(self, preset: Preset) -> Loss:
-        named = {name: loss for name, loss in LOSSES.items() if _is_of_scaled(loss)}
+        named = {name: loss for name, loss in LOSSES.items() if is_of_scaled(loss)}
         loss = self.loss if isinstance(self.loss, Loss) else named.get(self.loss)
-        if loss is None or not _is_of_scaled(loss):
+        if loss is None or not is_of_scaled(loss):
             raise ValueError(
                 f"loss={self.loss!r}: a target that is scaled can have {', '.join(named)}, or"
                 " another loss of which the predictions are the logits themselves"

@@ -160,7 +160,12 @@ def _form(program: Program) -> list[Any]:
     """Return a program's operations without their shapes, for comparison."""
     places = {id(node): i for i, node in enumerate((*program.inputs, *program.nodes))}
     return [
-        (node.op, [places.get(id(o), repr(o)) for o in node.operands], node.attrs)
+        # The text of a node would hold those of all nodes before it
+        (
+            node.op,
+            [places[id(o)] if id(o) in places else repr(o) for o in node.operands],
+            node.attrs,
+        )
         for node in program.nodes
     ]
 

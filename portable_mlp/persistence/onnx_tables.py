@@ -191,8 +191,10 @@ class _TableWriter:
             place = node("Sub", turns, node("Floor", turns))
             angle = node("Mul", place, constant(2.0 * np.pi))
             scale = constant(10.0**PLACES)
-            for wave in ("Sin", "Cos"):
-                scaled = node("Round", node("Mul", node(wave, angle), scale))
+            # A cosine of float64 is missing in older runtimes
+            later = node("Add", angle, constant(0.5 * np.pi))
+            for wave in (node("Sin", angle), node("Sin", later)):
+                scaled = node("Round", node("Mul", wave, scale))
                 numbers.append(node("Div", scaled, scale))
         return numbers
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from portable_mlp.estimators import TabularClassifier
+from portable_mlp.estimators import TabularClassifier, TabularRegressor
 from portable_mlp.estimators.columns import (
     WORDS,
     Encoder,
@@ -17,7 +17,9 @@ from portable_mlp.estimators.columns import (
     TextEncoder,
     UnusedEncoder,
 )
+from portable_mlp.estimators.tabular_regressor import is_of_scaled
 from portable_mlp.layers import Repeat
+from portable_mlp.losses import Loss
 from portable_mlp.persistence.modelfile import Contents
 from portable_mlp.persistence.objects import decode, encode
 
@@ -48,6 +50,8 @@ def describe(model: Any) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         },
         "names": model._names,
     }
+    if isinstance(model, TabularRegressor):
+        meta["loss"] = encode("loss", model._loss)
     arrays = {f"encoder.{name}": getattr(encoder, name) for name in _OF_COLUMNS}
     arrays |= {f"encoder.quantiles.{i}": q for i, q in enumerate(encoder.quantiles)}
     arrays |= {f"nonconformity.{i}": own for i, own in enumerate(model._nonconformity)}
@@ -64,6 +68,8 @@ def rebuild(model: Any, contents: Contents) -> None:
     n_ranked, n_embedded = (meta[name] for name in _COUNTS)
     parts, quantiles = list(decode(meta["parts"])), contents.arrays("encoder.quantiles")
     model._encoder = TableEncoder(parts, median, scale, used, n_ranked, n_embedded, quantiles)
+    if isinstance(model, TabularRegressor):
+        model._loss = decode(contents.meta["loss"])
     model._names = contents.meta["names"]
     names = model._names or range(len(model._encoder.parts))
     model.unused_columns_ = [
@@ -116,7 +122,9 @@ def check(model: Any) -> None:
         shapes = [getattr(model, name).shape for name in _OF_TARGET]
         kinds = {getattr(model, name).dtype.name for name in _OF_TARGET}
         n = len(model._mean)
-        wanted = model._make_loss(None).n_logits(n)
+        if not (isinstance(model._loss, Loss) and is_of_scaled(model._loss)):
+            raise ValueError(f"its loss is {model._loss}")
+        wanted = model._loss.n_logits(n)
         if shapes != [(n,), (n,), (2, n)] or kinds != {"float64"} or n_out != wanted:
             raise ValueError(f"{n_out} outputs, scaled by arrays of {shapes}, {kinds}")
 

@@ -36,6 +36,7 @@ from portable_mlp.training.state import (
     State,
     StopReason,
     Validate,
+    is_kept,
     plain,
 )
 from portable_mlp.typing import Array, Params
@@ -242,19 +243,6 @@ class Trainer:
         xp = self.backend.xp
         arrays = [xp.reshape(xp.reshape(a, (-1,)), a.shape) for a in arrays]
         return self.recipe.layout.pack(arrays, xp)
-
-    def keeps(self, value: float, best: float) -> bool:
-        """Tell whether an epoch's parameters are kept.
-
-        Parameters
-        ----------
-        value : float
-            What early stopping watches, lower is better; NaN if nobody looked.
-        best : float
-            The best value before.
-        """
-        near = bool(self.slack) and value <= best + self.slack * abs(best)
-        return value < best or near
 
     def params(self, leaves: list[Array]) -> list[Array]:
         """Return the parameters in order, from leaves; views where the library has them."""
@@ -556,7 +544,7 @@ class _Loop:
         best = state.best
         if value < best:
             state.best = value
-        if state.best_leaves is not None and trainer.keeps(value, best):
+        if state.best_leaves is not None and is_kept(value, best, trainer.slack):
             state.best_leaves = []  # frees the old copy before the new one is made
             state.best_leaves = trainer.copy(state.current_leaves)
         return state.stalled_for > trainer.patience

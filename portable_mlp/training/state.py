@@ -128,6 +128,21 @@ StopReason = Literal["converged", "max_epochs", "stopped", "interrupted", "diver
 Validate = Callable[[list[Array]], tuple[float, float]]
 
 
+def is_kept(value: float, best: float, slack: float) -> bool:
+    """Tell whether early stopping keeps an epoch's parameters.
+
+    Parameters
+    ----------
+    value : float
+        What early stopping watches, lower is better; NaN if nobody looked.
+    best : float
+        The best value before.
+    slack : float
+        See `Trainer`.
+    """
+    return value < best or (bool(slack) and value <= best + slack * abs(best))
+
+
 def plain(x: Any) -> Any:
     """Replace NumPy scalars, which would promote float32 to float64, by Python numbers."""
     if isinstance(x, np.generic):

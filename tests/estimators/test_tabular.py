@@ -29,7 +29,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import RobustScaler, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from portable_mlp import Checkpoint, MLPRegressor, TabularClassifier, TabularRegressor
+from portable_mlp import (
+    Checkpoint,
+    MLPRegressor,
+    TabularClassifier,
+    TabularRegressor,
+    load,
+    save,
+)
 from portable_mlp.callbacks import Callback, Epoch
 from portable_mlp.estimators import tabular
 from portable_mlp.estimators.columns import MOST_LEVELS, TableEncoder, read_columns
@@ -507,6 +514,14 @@ def test_one_quantile_and_huber():
     assert robust < 0.5 * mean
 
 
+def test_the_loss_of_the_fit_counts_not_that_of_the_next(tmp_path):
+    x, y, _ = noisy(100, 0)
+    model = regressor().fit(x, y)
+    score = model.score(x, y)
+    model.set_params(loss=Quantile((0.1, 0.9)))
+    assert model.score(x, y) == load(save(model, tmp_path / "model")).score(x, y) == score
+
+
 @pytest.mark.parametrize("loss", ["poisson", "softmax_cross_entropy", "mse", SoftmaxCrossEntropy()])
 def test_losses_that_a_scaled_target_cannot_have(loss):
     with pytest.raises(ValueError, match="can have squared_error, huber, quantile"):
@@ -581,6 +596,53 @@ def test_columns_of_noise_are_left_out(weighted):
     other = new.assign(**dict.fromkeys(model.unused_columns_, None))
     np.testing.assert_array_equal(model.predict(other), model.predict(new))
     assert len(model.loss_curve_) == model.n_iter_
+
+
+class At(Callback):
+    """Acts in an epoch of one of the fits."""
+
+    def __init__(self, fit, epoch, act):
+        self.fit, self.epoch, self.act, self.n = fit, epoch, act, 0
+
+    def on_fit_begin(self, max_epochs):
+        self.n += 1
+
+    def on_epoch_end(self, epoch, params):
+        return (self.n, epoch.epoch) == (self.fit, self.epoch) and self.act()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_who_interrupts_the_second_fit_gets_the_better_model():
+    X, y = with_noise(300, 0)
+    preset = replace(REGRESS, epochs=30, steps=300, relevance=3.0)
+    with pytest.warns(UserWarning, match="interrupted"):
+        soon = TabularRegressor(preset, random_state=0, callbacks=[At(2, 1, interrupt)]).fit(X, y)
+    whole = TabularRegressor(preset, random_state=0).fit(X, y)
+    assert whole.unused_columns_
+    assert soon.stop_reason_ == "interrupted"
+    assert soon.unused_columns_ == []
+    assert soon.n_iter_ == len(soon.loss_curve_) > 1
+    assert whole.oof_score_ > soon.oof_score_ > 0.1
+    assert soon.predict(X).shape == (300,)
+    # A stop that a callback asks for is one, in the epoch of the selection too
+    stop = TabularRegressor(
+        preset, random_state=0, callbacks=[At(1, soon.n_iter_, lambda: True)]
+    ).fit(X, y)
+    assert (stop.n_iter_, stop.stop_reason_) == (soon.n_iter_, "stopped")
+    assert stop.unused_columns_ == []
+
+
+@pytest.mark.slow
+def test_an_interrupt_in_the_trial_of_a_time_limit_is_one(monkeypatch):
+    from portable_mlp.estimators import packed
+
+    monkeypatch.setattr(packed.Trainer, "fit", lambda *_, **__: "interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        regressor(time_limit=60.0).fit(X, Y)
 
 
 @pytest.mark.slow

@@ -81,6 +81,8 @@ FUNCTIONS = {
     **{name: lambda xp, x, y, f=name: getattr(xp, f)(x)
        for name in ("sqrt", "square", "reciprocal", "negative")},
     "absolute": lambda xp, x, y: xp.abs(x),
+    "rint": lambda xp, x, y: xp.round(x),
+    **{name: lambda xp, x, y, f=name: getattr(xp, f)(x) for name in ("floor", "ceil", "trunc")},
     **{name: lambda xp, x, y, f=name: getattr(xp, f)(x, y)
        for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum")},
     **{name: lambda xp, x, y, f=name: xp.astype(getattr(xp, f)(x, y), x.dtype)
@@ -92,7 +94,23 @@ FUNCTIONS = {
     "astype": lambda xp, x, y: xp.astype(xp.astype(x, "float32") * 3.0, x.dtype) + y,
     "copy": lambda xp, x, y: xp.reshape(xp.reshape(x.T, (-1,)) * 0.1, x.shape) + y,
 }  # fmt: skip
-SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.1, -3.7, 1e-40, 3e38, 1e-310, np.inf, -np.inf, np.nan]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    0.1,
+    -3.7,
+    0.5,
+    2.5,
+    -1.5,
+    1e-40,
+    3e38,
+    1e-310,
+    np.inf,
+    -np.inf,
+    np.nan,
+]
 
 
 def test_every_operation_is_listed():
