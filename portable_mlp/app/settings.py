@@ -24,6 +24,9 @@ from portable_mlp.losses import LOSSES
 from portable_mlp.optimizers import SOLVERS
 from portable_mlp.schedules import SCHEDULES
 
+PRESETS = "default", "fast"
+"""The presets of the models for tables; importing these would make the help slow."""
+
 if TYPE_CHECKING:
     _Activation = str
     _Backend = str
@@ -43,7 +46,7 @@ else:
     _Device = Literal[DEVICES]
     _Dtype = Literal[DTYPES]
     _Loss = Literal[tuple(name for name, loss in LOSSES.items() if not loss.for_labels)]
-    _Preset = Literal[("default", "fast")]
+    _Preset = Literal[PRESETS]
     _Schedule = Literal[tuple(SCHEDULES)]
     _Solver = Literal[tuple(SOLVERS)]
 

@@ -19,7 +19,7 @@ from portable_mlp.callbacks import Progress
 from portable_mlp.preprocessing import model_input
 
 
-def fit(settings: Settings, data: Dataset, resume: bool, say: Callable[[str], None]) -> Trained:
+def fit(settings: Settings, data: Dataset, say: Callable[[str], None]) -> Trained:
     """Train a model for tables; parameters are those of `portable_mlp.app.train.train`."""
     history = History()
     given: dict[str, Any] = {
@@ -51,7 +51,11 @@ def fit(settings: Settings, data: Dataset, resume: bool, say: Callable[[str], No
         say(f"of no use, by the held-out rows: {', '.join(names)}")
     interrupted = model.stop_reason_ == "interrupted"
     # If the last fit was interrupted soon, the model is that of the one before
-    epochs = next(fit for fit in reversed(history.fits) if len(fit) == model.n_iter_)
+    epochs = next(
+        fit
+        for fit in reversed(history.fits)
+        if np.array_equal([epoch.loss for epoch in fit], model.loss_curve_, equal_nan=True)
+    )
     return Trained(None, model, epochs, model.best_epoch_, interrupted)
 
 

@@ -64,8 +64,10 @@ def train(settings: Settings, *, resume: bool = False, say: Callable[[str], None
     say(columns_table(data, shutil.get_terminal_size().columns))
     get_backend(settings.where.device, settings.where.backend)
     folder.check_writable(settings.out)
-    fit = plain.fit if is_plain else tabular.fit
-    trained = fit(settings, data, resume, say)
+    if is_plain:
+        trained = plain.fit(settings, data, resume, say)
+    else:
+        trained = tabular.fit(settings, data, say)
     if trained.interrupted and not trained.history:
         raise KeyboardInterrupt
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from portable_mlp.architectures import TabularMLP
 from portable_mlp.backends import Backend
 from portable_mlp.callbacks import Callback, Epoch, Together
-from portable_mlp.estimators.selection import LEARNED, Selection
+from portable_mlp.estimators.selection import LEARNED, MANY_ROWS, Selection
 from portable_mlp.estimators.time_limit import Deadline, Length, seconds_of
 from portable_mlp.estimators.waves import Waves
 from portable_mlp.groups import Treatment
@@ -39,7 +39,6 @@ Judge = Callable[[Floats, Rows], tuple[Floats, Floats]]
 
 _ROWS_OF_START = 1024  # rows to which initial values are fitted
 _ELEMENTS = 2**22  # of an activation of all members in one chunk of rows
-_MANY_ROWS = 2000
 _MOST_LOOKS = 32  # at the held-out rows, in a fit
 
 
@@ -131,7 +130,7 @@ def spread(
 
 def fold_means(values: Floats, fold: NDArray[np.intp]) -> Floats:
     """Return the means over the members of each fold, (members, ...) -> (folds, ...)."""
-    return np.stack([values[fold == i].mean(axis=0) for i in range(int(fold.max()) + 1)])
+    return np.stack([values[fold == i].mean(axis=0) for i in range(fold.max() + 1)])
 
 
 @dataclass
@@ -151,6 +150,11 @@ class HeldOut:
     rows: Rows
     counted: NDArray[np.bool_]
     fold: NDArray[np.intp]
+
+    @property
+    def n_folds(self) -> int:
+        """The number of folds; the first members hold out one each, in order."""
+        return int(self.fold.max()) + 1
 
     @classmethod
     def of(cls, tests: Sequence[Rows], members: int) -> HeldOut:
@@ -235,10 +239,8 @@ class Packed:
     @property
     def best_score(self) -> float:
         """The best score of the held-out rows; −∞ if nobody looked."""
-        return max(
-            (e.validation_score for e in self.history if e.validation_score == e.validation_score),
-            default=-inf,
-        )
+        looked = (e.validation_score for e in self.history if not isnan(e.validation_score))
+        return max(looked, default=-inf)
 
 
 def fit_pack(
@@ -358,8 +360,9 @@ def fit_pack(
             steps = seconds_of(few_steps)
             leaves = trainer.start(params).current_leaves
             one_look = seconds_of(lambda: look.logits(trainer.params(leaves)))
-            looks = one_look * min(1.0, _MOST_LOOKS / length.epochs)
-            length = length.within(deadline.left, steps / length.trial.steps, looks)
+            length = length.within(
+                deadline.left, steps / length.trial.steps, lambda n: one_look * (n // _every(n))
+            )
             if length.steps < n_steps:
                 warn(
                     f"the time limit is too short for an epoch of {n_steps} steps: there are"
@@ -371,11 +374,11 @@ def fit_pack(
         state, waves, given = trainer.start(params), Waves(length.epochs), Together(callbacks)
         losses = partial(look.losses, blocks)
         # In a table of few rows, weak columns take longer to learn
-        at = waves.second if n_train >= _MANY_ROWS else waves.third
+        at = waves.second if n_train >= MANY_ROWS else waves.third
         selection = Selection(
             at if preset.relevance and blocks else 0,
             len(blocks),
-            len(splits),
+            held_out.n_folds,
             held_out.rows.shape[1],
             preset.relevance,
             losses,
@@ -401,6 +404,11 @@ def fit_pack(
             network, params, held_out, look.logits(params), state.history, reason, kept,
             [] if given.asked else selection.useless,
         )  # fmt: skip
+
+
+def _every(epochs: int) -> int:
+    """Return after how many epochs there is a look at the held-out rows."""
+    return max(1, epochs // _MOST_LOOKS)
 
 
 def _kept(trainer: Trainer, history: Sequence[Epoch]) -> int:
@@ -442,7 +450,7 @@ class _Look:
 
     def begin(self, epochs: int) -> None:
         """Set the number of epochs to come, of which some are followed by a look."""
-        self._every, self._to_come = max(1, epochs // _MOST_LOOKS), epochs
+        self._every, self._to_come = _every(epochs), epochs
 
     def __call__(self, params: list[Array]) -> tuple[float, float]:
         self._to_come -= 1
@@ -467,14 +475,15 @@ class _Look:
     ) -> tuple[Floats, Floats]:
         """Return losses of some held-out rows with columns shuffled; see `selection.Losses`."""
         held_out = self._held_out
-        n_folds = int(held_out.fold.max()) + 1  # of which one member each counts
         rows = held_out.rows[:, places]
-        others = rng.permutation(rows.ravel()).reshape(rows.shape)
+        weights = self._share.reshape(held_out.rows.shape)[:, places]
+        others, counted = rows.copy(), weights > 0.0
+        others[counted] = rng.permutation(rows[counted])
         shuffled = np.concatenate([blocks[c] for c in columns]) if len(columns) else None
-        z = self._logits(params, rows, others, shuffled)[:n_folds]
-        _, losses = self._judge(z.reshape(-1, z.shape[2]), rows[:n_folds].ravel())
-        weights = self._share.reshape(held_out.rows.shape)[:n_folds, places]
-        return losses, weights.ravel()
+        one = slice(held_out.n_folds)  # one member of each fold
+        z = self._logits(params, rows, others, shuffled)[one]
+        _, losses = self._judge(z.reshape(-1, z.shape[2]), rows[one].ravel())
+        return losses, weights[one].ravel()
 
     def _logits(
         self,

@@ -19,6 +19,9 @@ from portable_mlp.typing import Array
 
 Floats = NDArray[np.float64]
 
+MANY_ROWS = 2000
+"""Rows from which on a weak column is told from one of no use."""
+
 LEARNED = 5.0
 """What t has to be, of all columns together, for a judgement on single ones."""
 
@@ -31,7 +34,6 @@ generator, to the rows' losses and weights."""
 _MOST_LOOKS = 48  # at these rows, that judging single columns may take
 _SHUFFLES = 2
 _MOST_ROWS = 4096  # of the held-out rows that are looked at
-_MANY_ROWS = 2000
 
 
 class Selection(Callback):
@@ -88,7 +90,7 @@ class Selection(Callback):
         n = ceil(self._n_used * min(1.0, _MOST_LOOKS / (looks * len(seeds))))
         places = np.sort(rng.permutation(self._n_rows)[:n])
         before, weights = self._losses(params, (), places, rng)
-        least = self._relevance * min(1.0, sqrt(np.count_nonzero(weights) / _MANY_ROWS))
+        least = self._relevance * min(1.0, sqrt(np.count_nonzero(weights) / MANY_ROWS))
 
         def rise(columns: Sequence[int]) -> float:
             """Return the t statistic of the rise of the losses if columns are shuffled."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -80,28 +81,28 @@ class TabularModel(Estimator, BaseEstimator):
         n_out = loss.n_logits(n_targets)
         weights = self._class_weighted(y, given, dtype)
         splits = self._splits(X, y, groups, preset, rng)
+        if weights is not None and not any(weights[test].any() for _, test in splits):
+            raise ValueError("sample_weight: all held-out rows have the weight zero")
         callbacks: list[Callback] = [Progress()] if self.verbose else []
         callbacks += self.callbacks or ()
 
-        def fit(unused: list[int], *, select: bool) -> Packed:
-            self._encoder = TableEncoder.of(columns, unused)
-            return fit_pack(
-                self._encoder.transform(columns), self._encoder.n_embedded, target, n_out,
-                weights, splits, loss, self._judge(target), preset, backend, dtype, rng,
-                callbacks, deadline, self._encoder.blocks if select else (),
+        def fit(unused: Sequence[int]) -> tuple[TableEncoder, Packed]:
+            encoder = TableEncoder.of(columns, unused)
+            return encoder, fit_pack(
+                encoder.transform(columns), encoder.n_embedded, target, n_out, weights, splits,
+                loss, self._judge(target), preset, backend, dtype, rng, callbacks, deadline,
+                () if unused else encoder.blocks,
             )  # fmt: skip
 
-        packed = fit([], select=True)
-        useless = packed.useless if deadline is None or deadline.allows_more else []
-        if useless:
-            first = packed, self._encoder
-            packed = fit(useless, select=False)
-            # Whoever interrupts the second fit gets the better model
-            if packed.best_score < first[0].best_score:
-                reason = packed.reason
-                packed, self._encoder = first
-                packed, useless = replace(packed, reason=reason), []
-        self.unused_columns_ = [columns[j].name for j in useless]
+        unused: list[int] = []
+        self._encoder, packed = fit(unused)
+        if packed.useless and (deadline is None or deadline.allows_more):
+            encoder, again = fit(packed.useless)
+            if again.best_score >= packed.best_score:
+                unused, self._encoder, packed = packed.useless, encoder, again
+            else:  # it was interrupted, as a rule
+                packed = replace(packed, reason=again.reason)
+        self.unused_columns_ = [columns[j].name for j in unused]
         self._fold, self._seed = packed.held_out.fold, rng.randint(2**31 - 1)
         self._learn_outputs(packed, y, target, given, weights)
         self.network_ = packed.network

@@ -174,7 +174,7 @@ stop_reason_
 
         Returns
         -------
-        y : array (n_samples,) or (n_samples, n_outputs)
+        y : array (n_samples,), (n_samples, n_outputs) or (n_samples, n_quantiles)
             In the namespace and on the device of X, if it is an array.
         """
 

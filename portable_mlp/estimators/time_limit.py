@@ -37,7 +37,7 @@ class Length:
         """One epoch of a few steps, to measure their time."""
         return Length(1, min(_TRIAL_STEPS, self.steps))
 
-    def within(self, seconds: float, step: float, look: float) -> Length:
+    def within(self, seconds: float, step: float, looks: Callable[[int], float]) -> Length:
         """Return the longest length, up to this one, that takes at most a number of seconds.
 
         Parameters
@@ -46,8 +46,8 @@ class Length:
             Time that is left.
         step : float
             Seconds that a step takes.
-        look : float
-            Mean seconds per epoch that are spent on the held-out rows.
+        looks : callable
+            From a number of epochs to the seconds that are spent on the held-out rows.
 
         Returns
         -------
@@ -56,10 +56,10 @@ class Length:
             steps.
         """
         seconds = max(0.0, _SHARE * seconds)
-        epochs = min(self.epochs, int(seconds / (self.steps * step + look)))
-        if epochs:
-            return Length(epochs, self.steps)
-        return Length(1, max(1, min(self.steps, int((seconds - look) / step))))
+        for epochs in range(self.epochs, 0, -1):
+            if epochs * self.steps * step + looks(epochs) <= seconds:
+                return Length(epochs, self.steps)
+        return Length(1, max(1, min(self.steps, int((seconds - looks(1)) / step))))
 
 
 class Deadline(Callback):

@@ -31,7 +31,7 @@ from portable_mlp.persistence.onnx_graph import GraphWriter, labels, write_progr
 from onnx import TensorProto, helper  # isort: skip  # onnx_graph says what is missing
 
 # The inverse of the normal distribution's function: algorithm AS 241 of Wichura (1988), PPND16,
-# whose coefficients these are, from the highest power; |p - 0.5| ≤ 0.425, and the rest to 1e-11
+# whose coefficients these are, from the highest power; for |p - 0.5| ≤ 0.425, and beyond
 _CENTRE = (
     (2509.0809287301226727, 33430.575583588128105, 67265.770927008700853, 45921.953931549871457,
      13731.693765509461125, 1971.5909503065514427, 133.14166789178437745, 3.387132872796366608),
@@ -136,7 +136,6 @@ class _TableWriter:
     """Writer of the encoding of columns."""
 
     def __init__(self, graph: GraphWriter) -> None:
-        self._graph = graph
         self._node, self._constant = graph.node, graph.constant
 
     def encoded(self, encoder: TableEncoder, columns: list[str]) -> str:

@@ -11,6 +11,7 @@ from helpers.penguins import held_back
 
 from portable_mlp import TabularClassifier, TabularRegressor, load
 from portable_mlp.app.table import PENGUINS, read_csv
+from portable_mlp.callbacks import Epoch, Progress
 from portable_mlp.cli import main
 
 pl = pytest.importorskip("polars")
@@ -161,6 +162,25 @@ def test_options_that_do_not_go_together(options, says, tmp_path, capsys):
     run("train", "--dataset", "iris", "--out", tmp_path / "run", *options, code=2)
     assert says in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_the_presets_are_those_of_the_estimators():
+    """The command line names them itself: its help does not import the estimators."""
+    from portable_mlp.app import settings
+    from portable_mlp.estimators.tabular import PRESETS
+
+    assert tuple(PRESETS) == settings.PRESETS
+
+
+def test_the_log_has_the_epochs_with_a_look_alone(capsys):
+    progress = Progress(full=True, looks_only=True)
+    progress.on_fit_begin(3)
+    for i, score in enumerate((np.nan, -0.25, np.nan), 1):
+        progress.on_epoch_begin(i)
+        progress.on_epoch_end(Epoch(i, 0.5, 0.3, score, 0.1, 1.0), list)
+    progress.on_fit_end()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("epoch 2/3 loss 0.5 val 0.3 score -0.250 ")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5m", 90), ("2h", 7200), ("7 s", 7)])

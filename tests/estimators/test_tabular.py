@@ -645,6 +645,14 @@ def test_an_interrupt_in_the_trial_of_a_time_limit_is_one(monkeypatch):
         regressor(time_limit=60.0).fit(X, Y)
 
 
+def test_held_out_rows_of_weight_zero_alone_judge_nothing():
+    train, test = np.arange(60), np.arange(60, 90)
+    weights = np.where(np.arange(90) < 60, 1.0, 0.0)
+    with pytest.raises(ValueError, match="all held-out rows have the weight zero"):
+        regressor(cv=[(train, test)]).fit(X, Y, weights)
+    assert regressor(cv=[(train, test), (test, train)]).fit(X, Y, weights).oof_score_ <= 1.0
+
+
 @pytest.mark.slow
 def test_nothing_is_left_out_where_nothing_was_learned():
     """A target of pure noise: no column is better than another."""
@@ -682,12 +690,17 @@ def test_the_same_columns_are_left_out_elsewhere(where, request):
 
 def test_how_long_a_fit_may_be():
     length = Length(epochs=100, steps=40)
-    assert length.within(1e9, step=0.01, look=0.1) == length
-    # A tenth is left in reserve: 90 s, of 0.4 + 0.1 s an epoch
-    assert length.within(20.0, step=0.01, look=0.1) == Length(36, 40)
-    assert length.within(0.6, step=0.01, look=0.1) == Length(1, 40)
-    assert length.within(0.5, step=0.01, look=0.1) == Length(1, 35)
-    assert length.within(-3.0, step=0.01, look=0.1) == Length(1, 1)
+
+    def within(seconds):
+        return length.within(seconds, step=0.01, looks=lambda epochs: 0.1 * min(epochs, 30))
+
+    assert within(1e9) == length
+    # A tenth is left in reserve: of 18 s, an epoch takes 0.4 s, and 30 looks 3 s
+    assert within(20.0) == Length(37, 40)
+    assert within(10.0) == Length(18, 40)
+    assert within(0.6) == Length(1, 40)
+    assert within(0.5) == Length(1, 35)
+    assert within(-3.0) == Length(1, 1)
     assert Length(9, 3).trial == Length(1, 3)
 
 
