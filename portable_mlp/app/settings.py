@@ -158,7 +158,7 @@ class Settings:
     class_weight: Annotated[Literal["none", "balanced"], Parameter(group=_MODEL)] = "none"
     """Weights of the classes in a classification; balanced: all classes weigh the same."""
     preset: Annotated[_Preset, Parameter(group=_MODEL)] = "default"
-    """Settings of the tabular model; fast takes about a quarter of the time."""
+    """Settings of the tabular model; fast takes about 0.4 of the time."""
     time_limit: Annotated[float | None, Parameter(group=_MODEL, converter=_seconds)] = None
     """Time that training of the tabular model may take, such as 60s, 10m or 2h."""
     seed: Annotated[

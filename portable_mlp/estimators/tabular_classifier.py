@@ -41,7 +41,7 @@ class TabularClassifier(ClassifierMixin, TabularModel):
     Parameters
     ----------
     preset : {"default", "fast"} or Preset, default="default"
-        Settings of the fit; "fast" takes about a quarter of the time.
+        Settings of the fit; "fast" takes about 0.4 of the time.
     cv : int, splitter or iterable, optional
         Folds, as scikit-learn's; as many stratified folds as members by default.
     time_limit : float, optional
